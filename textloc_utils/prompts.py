@@ -1,0 +1,143 @@
+"""Prompts: words, templates, and pairs of a source and a target prompt that differ in one thing.
+
+A prompt names the wall, the sign and the text, the text in double quotes. Words and random strings are
+capitals A to Z. Held-out words never occur in training, neither as words nor as random strings.
+"""
+
+import functools
+import random
+import re
+from dataclasses import dataclass
+
+import pandas as pd
+
+from textloc_utils.settings import TextlocError, data_dir
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
+SHAPES = ("sign", "plate", "banner")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+#: The template that every miniature knows best; the benchmarks of the book use it.
+TEMPLATE = 'A {sign} sign on a {wall} wall that says "{text}".'
+#: GlyphControl's SimpleBench template: the noise decides about wall and sign.
+SIMPLE_TEMPLATE = 'A sign that says "{text}".'
+#: All templates of training; the ones with colours hold the same number of words before the quote.
+TEMPLATES = {
+    "sign": (TEMPLATE, 'A {wall} wall with a {sign} sign that reads "{text}".'),
+    "plate": (
+        'A {sign} plate on a {wall} wall that says "{text}".',
+        'A {wall} wall with a {sign} plate that reads "{text}".',
+    ),
+    "banner": (
+        'A {sign} banner on a {wall} wall that says "{text}".',
+        'A {wall} wall with a {sign} banner that reads "{text}".',
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A source prompt (gives everything but the text) and a target prompt (gives the text).
+
+    ``wall``, ``sign`` and ``shape`` describe the source; ``seed`` draws the one noise that both share.
+    """
+
+    source: str
+    target: str
+    source_text: str
+    target_text: str
+    wall: str
+    sign: str
+    shape: str
+    seed: int
+
+
+@functools.cache
+def words_table() -> pd.DataFrame:
+    """The word list: columns word, zipf (log10 frequency per 10^9 words), band, split (train, held-out)."""
+    path = data_dir() / "words" / "words.csv"
+    try:
+        return pd.read_csv(path, keep_default_na=False)
+    except FileNotFoundError:
+        raise TextlocError(f"word list {path} is missing; restore data/words/words.csv") from None
+
+
+@functools.cache
+def words(split: str) -> tuple[str, ...]:
+    """Words of a split, ``train`` or ``held-out``, common first (the mild insults at the end)."""
+    table = words_table()
+    if split not in set(table.split):
+        raise TextlocError(f"unknown split {split!r}; allowed: train, held-out")
+    return tuple(table.word[table.split == split])
+
+
+def random_string(rng: random.Random, length: int) -> str:
+    """A random letter string that is no held-out word."""
+    held_out = set(words("held-out"))
+    while True:
+        text = "".join(rng.choices(LETTERS, k=length))
+        if text not in held_out:
+            return text
+
+
+def quoted_text(prompt: str) -> str:
+    """The one text in double quotes of a prompt."""
+    found = re.findall(r'["\u201c]([^"\u201c\u201d]*)["\u201d]', prompt)
+    if len(found) != 1 or not found[0].strip():
+        raise TextlocError(f'a prompt needs exactly one text in double quotes, like a sign that says "HELLO": {prompt!r}')
+    return found[0]
+
+
+def replace_text(prompt: str, text: str) -> str:
+    """The same prompt with another quoted text."""
+    old = quoted_text(prompt)
+    at = re.search(r'["\u201c]' + re.escape(old) + r'["\u201d]', prompt)
+    return prompt[: at.start() + 1] + text + prompt[at.end() - 1 :]
+
+
+def make_pairs(n: int, seed: int = 42, *, template: str = TEMPLATE, same_length: bool = False) -> list[Pair]:
+    """``n`` pairs of prompts that differ in the text only, over the held-out words.
+
+    Colours run through all ordered (wall, sign) combinations; source and target words share no letter at
+    the same place, so that a letter read back belongs to one of them. ``same_length`` asks for words of
+    equal length. The mild insults are left to the safety chapter.
+    """
+    table = words_table()
+    pool = list(table.word[(table.split == "held-out") & (table.band != "mild insult")])
+    rng = random.Random(seed)
+    colours = [(wall, sign) for wall in COLOURS for sign in COLOURS if wall != sign]
+    rng.shuffle(colours)
+    shape = next((s for s in SHAPES if f" {s}" in template), "sign")
+    pairs = []
+    while len(pairs) < n:
+        source, target = rng.sample(pool, 2)
+        if any(a == b for a, b in zip(source, target)) or (same_length and len(source) != len(target)):
+            continue
+        wall, sign = colours[len(pairs) % len(colours)]
+        fill = {"wall": wall, "sign": sign}
+        pairs.append(
+            Pair(
+                source=template.format(text=source, **fill),
+                target=template.format(text=target, **fill),
+                source_text=source,
+                target_text=target,
+                wall=wall,
+                sign=sign,
+                shape=shape,
+                seed=seed + len(pairs),
+            )
+        )
+    return pairs
+
+
+def spelling_prompts(n: int = 200, seed: int = 42) -> list[tuple[str, str, int]]:
+    """The spelling test: ``n`` (prompt, word, seed) over held-out words and all colour combinations."""
+    table = words_table()
+    pool = list(table.word[(table.split == "held-out") & (table.band != "mild insult")])
+    rng = random.Random(seed)
+    colours = [(wall, sign) for wall in COLOURS for sign in COLOURS if wall != sign]
+    chosen = rng.sample(pool, n)
+    return [
+        (TEMPLATE.format(wall=colours[i % len(colours)][0], sign=colours[i % len(colours)][1], text=word), word, seed + i)
+        for i, word in enumerate(chosen)
+    ]
