@@ -1,0 +1,91 @@
+"""Train a small AutoencoderKL on crops around the text (converges several times faster than whole pictures)."""
+
+import random
+import time
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from textloc_utils.miniatures import scenes
+
+CROP = 48
+
+
+def crop_batch(rng: random.Random, n: int) -> torch.Tensor:
+    """``n`` random scenes cropped around the text: float (n, 3, CROP, CROP) in -1..1."""
+    out = np.empty((n, CROP, CROP, 3), np.uint8)
+    for i in range(n):
+        scene = scenes.random_scene(rng)
+        x0, y0, x1, y1 = scenes.text_box(scene)
+        left = min(max(rng.randint(x0 - CROP // 2, x1 - CROP // 2), 0), scenes.WIDTH - CROP)
+        top = min(max(rng.randint(y0 - CROP // 2, y1 - CROP // 2), 0), scenes.HEIGHT - CROP)
+        out[i] = scenes.render(scene)[top : top + CROP, left : left + CROP]
+    return to_tensor(out)
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 (n, H, W, 3) to float (n, 3, H, W) in -1..1, channels last in memory."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def reconstruction_psnr(vae, n: int = 32, seed: int = 1) -> float:
+    """Mean PSNR in dB of ``n`` whole scenes through the autoencoder's mean."""
+    rng = random.Random(seed)
+    device = next(vae.parameters()).device
+    x = to_tensor(np.stack([scenes.render(scenes.random_scene(rng)) for _ in range(n)])).to(device)
+    with torch.no_grad():
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    mse = (x - y).square().mean((1, 2, 3)) / 4
+    return float((-10 * mse.log10()).mean())
+
+
+def train(vae, *, seconds: float, batch: int = 16, lr: float = 2e-3, kl: float = 1e-5, seed: int = 0, log=print):
+    """Train in place for ``seconds`` with a cosine schedule over the time budget.
+
+    Returns a dict with the steps done and the PSNR reached. ``kl`` keeps the latents near unit variance.
+    """
+    device = next(vae.parameters()).device
+    vae.to(memory_format=torch.channels_last).train()
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0)
+    start, step, last = time.time(), 0, 0.0
+    bar = tqdm(total=round(seconds), unit="s", desc="autoencoder")
+    while (spent := time.time() - start) < seconds:
+        ramp = min(1.0, (step + 1) / 50)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * ramp * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * spent / seconds)))
+        x = crop_batch(rng, batch).to(device)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + kl * posterior.kl().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        bar.update(round(spent) - bar.n)
+        if spent - last > 60:
+            last = spent
+            vae.eval()
+            log(f"autoencoder {spent:.0f} s, step {step}: loss {loss.item():.4f}, PSNR {reconstruction_psnr(vae):.1f} dB")
+            vae.train()
+    bar.close()
+    vae.eval()
+    return {"steps": step, "seconds": round(time.time() - start), "psnr_db": round(reconstruction_psnr(vae), 2)}
+
+
+@torch.no_grad()
+def set_latent_statistics(vae, n: int = 128, seed: int = 2) -> None:
+    """Measure the latents' mean and spread on scenes and write them to the config as shift and scaling factor."""
+    rng = random.Random(seed)
+    device = next(vae.parameters()).device
+    x = to_tensor(np.stack([scenes.render(scenes.random_scene(rng)) for _ in range(n)])).to(device)
+    z = vae.encode(x).latent_dist.mean
+    shift = vae.config.shift_factor is not None
+    mean = z.mean().item() if shift else 0.0
+    scale = 1.0 / (z - mean).square().mean().sqrt().item()
+    vae.register_to_config(scaling_factor=scale, **({"shift_factor": mean} if shift else {}))

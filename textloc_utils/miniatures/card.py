@@ -1,0 +1,125 @@
+"""Ship a trained miniature: weights, what the registry needs to know, and the model card."""
+
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from textloc_utils import metrics, models, ocr, prompts
+from textloc_utils.generate import generate
+from textloc_utils.miniatures.training import recipe, write_json
+from textloc_utils.settings import TextlocError
+
+WORDS = 200
+
+
+def spelling(model: models.Model, n: int = WORDS) -> dict:
+    """Tesseract's reading of ``n`` held-out words in all colours: exact-match and character error rate.
+
+    The words, seeds and colours are those of :func:`textloc_utils.prompts.spelling_prompts`.
+    """
+    todo = prompts.spelling_prompts(n)
+    made = generate(model, [p for p, _, _ in todo], [s for _, _, s in todo])
+    read = ocr.read(made.images)
+    exact = metrics.bootstrap([metrics.exact_match(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
+    error = metrics.bootstrap([metrics.character_error_rate(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
+    return {
+        "words": n,
+        "exact": round(exact.mean, 4),
+        "exact_interval": [round(exact.low, 4), round(exact.high, 4)],
+        "cer": round(error.mean, 4),
+        "cer_interval": [round(error.low, 4), round(error.high, 4)],
+    }
+
+
+def export(name: str, run: Path, destination: Path) -> dict:
+    """Copy a finished run's pipeline to ``destination``, measure its spelling, write textloc.json and the card.
+
+    The denoiser is stored in half precision (a few megabytes; it is computed in float32). Returns textloc.json.
+    """
+    if not (run / "pipeline" / "model_index.json").is_file():
+        raise TextlocError(f"no finished pipeline in {run}; run `textloc train {name}` to the end first")
+    report = json.loads((run / "report.json").read_text())
+    evaluations = json.loads((run / "evaluations.json").read_text())
+    part = destination.with_name(destination.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(run / "pipeline", part)
+    pipe_class = getattr(__import__("diffusers"), recipe(name).SPEC["pipeline"])
+    pipe = pipe_class.from_pretrained(run / "pipeline", dtype=torch.float32)
+    denoiser = "transformer" if hasattr(pipe, "transformer") else "unet"
+    shutil.rmtree(part / denoiser)
+    getattr(pipe, denoiser).half().save_pretrained(part / denoiser)
+    known = {**recipe(name).SPEC, "prompt_template": prompts.TEMPLATE, "colours": list(prompts.COLOURS)}
+    known["trained"] = {"device": report["device"], "samples": report["samples"], "spelling": None}
+    write_json(part / "textloc.json", known)
+    known["trained"]["spelling"] = spelling(models.load(name, device="cpu", model_path=part))
+    write_json(part / "textloc.json", known)
+    write_json(part / "training.json", {"report": report, "evaluations": evaluations})
+    _curves(report, evaluations, part / "training.png")
+    (part / "README.md").write_text(_card(name, known, report, evaluations))
+    shutil.rmtree(destination, ignore_errors=True)
+    part.rename(destination)
+    return known
+
+
+def _curves(report: dict, evaluations: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    matplotlib.use("agg")
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    samples, loss = np.array(report["losses"]).T
+    left.plot(samples / 1000, loss)
+    left.set(xlabel="thousand samples", ylabel="training loss", yscale="log")
+    seen = [e["samples"] / 1000 for e in evaluations]
+    right.plot(seen, [e["characters"] for e in evaluations], "o-", label="characters at their place")
+    right.plot(seen, [e["exact"] for e in evaluations], "s-", label="whole words")
+    right.set(xlabel="thousand samples", ylabel="share of held-out words", ylim=(-0.02, 1.02))
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
+    spelled, budget, vae = known["trained"]["spelling"], report["budget"], report["autoencoder"]
+    curriculum = ", then ".join(
+        f"{'/'.join(map(str, lengths))} letters from {at:.0%} of the budget" for at, lengths in budget["curriculum"]
+    )
+    rows = "\n".join(
+        f"| {e['samples']:,} | {e['exact']:.2f} | {e['characters']:.2f} | {e['all_layers']:.2f} | "
+        f"{int(np.argmax(e['target']))} ({max(e['target']):.2f}) |"
+        for e in evaluations
+    )
+    return f"""---
+library_name: diffusers
+license: mit
+pipeline_tag: text-to-image
+---
+# {name}
+
+A small {known["pipeline"]} that draws a word on a sign on a wall, {known["height"]}x{known["width"]} pixels, trained
+from scratch by `textloc train {name}`. It exists to study where such a model keeps the text it draws, and draws
+nothing else. Licence: MIT.
+
+| | |
+|---|---|
+| data | scenes rendered by this project: 8 wall and sign colours, 3 shapes, words and random strings of 3 to 6 capitals in DejaVu Sans Mono Bold; {budget["pool"]:,} scenes encoded once |
+| held out | {len(prompts.words("held-out"))} words, never drawn in training, neither as words nor as random strings |
+| device | {report["device"]}, {report["processes"]} process(es), torch {report["torch"]} |
+| budget | {report["samples"]:,} samples, {report["step"]:,} steps of {budget["batch"]}, {report["seconds"] / 60:.0f} minutes; autoencoder {vae["seconds"] / 60:.0f} minutes, {vae["psnr_db"]} dB |
+| curriculum | {curriculum} |
+| seed | {report["seed"]} |
+| spelling | {spelled["words"]} held-out words read by Tesseract: {spelled["exact"]:.3f} exact (95 % interval {spelled["exact_interval"][0]:.3f} to {spelled["exact_interval"][1]:.3f}), character error rate {spelled["cer"]:.3f} |
+| sampling | {known["steps"]} steps, guidance {known["guidance"]} |
+
+![Loss and spelling against samples](training.png)
+
+Evaluations during training, read by template matching; the last two columns are target letters spelled when every
+text layer, and when the best single one, is patched:
+
+| samples | whole words | characters | all layers | best layer |
+|---|---|---|---|---|
+{rows}
+"""

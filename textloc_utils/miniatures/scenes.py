@@ -1,0 +1,136 @@
+"""Rendered scenes: a coloured wall, a coloured sign, a word; the captions name all three.
+
+A scene separates the text from the rest: the caption fixes colours, shape and text, the noise is left
+the sign's position. Letters are composed from an atlas of one bold monospace typeface (DejaVu Sans Mono
+Bold, carried by matplotlib), so that thousands of scenes a second can be drawn on one core.
+"""
+
+import functools
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from textloc_utils import prompts
+from textloc_utils.prompts import COLOURS, LETTERS, SHAPES
+
+HEIGHT, WIDTH = 64, 128
+PITCH = 16  #: pixels from letter to letter
+CELL_HEIGHT = 24
+JITTER_X, JITTER_Y = 2, 4  #: the sign's centre moves by at most this many pixels
+MAX_LETTERS = 7
+TYPEFACE = "DejaVuSansMono-Bold.ttf"
+
+RGB = {
+    "red": (200, 40, 45),
+    "orange": (240, 140, 30),
+    "yellow": (245, 220, 70),
+    "green": (40, 140, 65),
+    "blue": (45, 85, 200),
+    "purple": (135, 60, 165),
+    "white": (238, 238, 238),
+    "black": (28, 28, 28),
+}
+LIGHT = {"yellow", "orange", "white"}  #: signs that carry dark letters; the others carry light ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a picture shows; ``dx`` and ``dy`` move the sign's centre, in pixels."""
+
+    wall: str
+    sign: str
+    shape: str
+    text: str
+    dx: int = 0
+    dy: int = 0
+
+
+@functools.cache
+def atlas(typeface: str = TYPEFACE) -> np.ndarray:
+    """Letters A to Z as float32 coverage masks (26, CELL_HEIGHT, PITCH) in 0..1."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / typeface
+    scale = 4
+    font = ImageFont.truetype(str(path), int(PITCH / 0.602 * scale))
+    out = np.zeros((26, CELL_HEIGHT, PITCH), np.float32)
+    for i, letter in enumerate(LETTERS):
+        cell = Image.new("L", (PITCH * scale, CELL_HEIGHT * scale))
+        ImageDraw.Draw(cell).text((PITCH * scale / 2, CELL_HEIGHT * scale / 2 + 9.5 * scale), letter, 255, font, "ms")
+        out[i] = np.asarray(cell.resize((PITCH, CELL_HEIGHT), Image.Resampling.BOX)) / 255
+    return out
+
+
+@functools.cache
+def _sign_mask(shape: str) -> np.ndarray:
+    """Coverage of a sign centred on a canvas with room for the jitter, (H + 2 JY, W + 2 JX)."""
+    scale = 4
+    h, w = HEIGHT + 2 * JITTER_Y, WIDTH + 2 * JITTER_X
+    cx, cy = w / 2, h / 2
+    half = {"sign": (59, 18), "plate": (60, 19), "banner": (w, 16)}[shape]
+    canvas = Image.new("L", (w * scale, h * scale))
+    box = [(cx - half[0]) * scale, (cy - half[1]) * scale, (cx + half[0]) * scale - 1, (cy + half[1]) * scale - 1]
+    draw = ImageDraw.Draw(canvas)
+    if shape == "plate":
+        draw.rounded_rectangle(box, 16 * scale, fill=255)
+    else:
+        draw.rectangle(box, fill=255)
+    return np.asarray(canvas.resize((w, h), Image.Resampling.BOX)).astype(np.float32) / 255
+
+
+def text_box(scene: Scene) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the letters' cells in pixels."""
+    width = PITCH * len(scene.text)
+    left = WIDTH // 2 - width // 2 + scene.dx
+    top = HEIGHT // 2 - CELL_HEIGHT // 2 + scene.dy
+    return left, top, left + width, top + CELL_HEIGHT
+
+
+def render(scene: Scene, typeface: str = TYPEFACE) -> np.ndarray:
+    """Draw one scene: uint8 (HEIGHT, WIDTH, 3)."""
+    if not 1 <= len(scene.text) <= MAX_LETTERS:
+        raise ValueError(f"a scene holds 1 to {MAX_LETTERS} letters, got {scene.text!r}")
+    wall, sign = (np.array(RGB[c], np.float32) for c in (scene.wall, scene.sign))
+    ink = np.array(RGB["black" if scene.sign in LIGHT else "white"], np.float32)
+    top, left = JITTER_Y - scene.dy, JITTER_X - scene.dx
+    mask = _sign_mask(scene.shape)[top : top + HEIGHT, left : left + WIDTH, None]
+    picture = wall + (sign - wall) * mask
+    letters = atlas(typeface)[[LETTERS.index(c) for c in scene.text]]
+    strip = letters.transpose(1, 0, 2).reshape(CELL_HEIGHT, -1)[:, :, None]
+    x0, y0, x1, y1 = text_box(scene)
+    picture[y0:y1, x0:x1] += (ink - picture[y0:y1, x0:x1]) * strip
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """One of the templates that fit the scene; sometimes SimpleBench's, which leaves the colours open."""
+    if scene.shape == "sign" and rng.random() < 0.15:
+        template = prompts.SIMPLE_TEMPLATE
+    else:
+        template = rng.choice(prompts.TEMPLATES[scene.shape])
+    return template.format(wall=scene.wall, sign=scene.sign, text=scene.text)
+
+
+def random_scene(rng: random.Random, lengths: tuple[int, ...] = (3, 4, 5, 6)) -> Scene:
+    """A training scene: a training word or a random string of 3 to 6 letters, half of each."""
+    length = rng.choice(lengths)
+    if rng.random() < 0.5:
+        text = rng.choice(_words_by_length()[length])
+    else:
+        text = prompts.random_string(rng, length)
+    wall, sign = rng.sample(COLOURS, 2)
+    return Scene(
+        wall=wall,
+        sign=sign,
+        shape=rng.choice(SHAPES),
+        text=text,
+        dx=rng.randint(-JITTER_X, JITTER_X),
+        dy=rng.randint(-JITTER_Y, JITTER_Y),
+    )
+
+
+@functools.cache
+def _words_by_length() -> dict[int, list[str]]:
+    return {n: [w for w in prompts.words("train") if len(w) == n] for n in (3, 4, 5, 6)}

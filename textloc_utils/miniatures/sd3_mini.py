@@ -1,0 +1,141 @@
+"""Recipe of ``sd3-mini``: Stable Diffusion 3's layout, narrowed.
+
+Two CLIP text encoders and a T5, a 16-channel autoencoder that divides by 8, and a denoiser of joint-attention
+blocks on 2x2 patches, as in SD3-medium; 12 blocks of width 96 in place of 24 of width 1536.
+"""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from textloc_utils.miniatures.tokenizers import letter_tokenizer
+
+TOKENS = 22
+
+#: What the registry knows about the finished miniature (written to its textloc.json).
+SPEC = {
+    "family": "joint attention",
+    "pipeline": "StableDiffusion3Pipeline",
+    "steps": 16,
+    "guidance": 3.0,
+    "height": 64,
+    "width": 128,
+    "max_sequence_length": TOKENS,
+}
+
+
+def autoencoder() -> AutoencoderKL:
+    """The untrained autoencoder: 8x smaller, 16 channels, neither attention nor quantisation convolutions."""
+    return AutoencoderKL(
+        latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+        sample_size=64,
+    )
+
+
+def pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """The whole pipeline with untrained text encoders and denoiser around a given autoencoder."""
+    clip_tokenizer = letter_tokenizer(length=TOKENS, kind="clip")
+    t5_tokenizer = letter_tokenizer(length=TOKENS, kind="t5")
+    clip = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        projection_dim=64,
+        hidden_act="gelu",
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        pad_token_id=clip_tokenizer.pad_token_id,
+    )
+    t5 = T5Config(
+        vocab_size=len(t5_tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        relative_attention_max_distance=32,
+    )
+    return StableDiffusion3Pipeline(
+        vae=vae,
+        transformer=SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=12,
+            attention_head_dim=32,
+            num_attention_heads=3,
+            joint_attention_dim=128,
+            caption_projection_dim=96,
+            pooled_projection_dim=128,
+            pos_embed_max_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=CLIPTextModelWithProjection(clip),
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        text_encoder_3=T5EncoderModel(t5),
+        tokenizer=clip_tokenizer,
+        tokenizer_2=clip_tokenizer,
+        tokenizer_3=t5_tokenizer,
+    )
+
+
+class Objective(torch.nn.Module):
+    """The training loss, rectified flow on latents (Esser et al. 2024, eq. 5 and 14), as one module.
+
+    Holds everything that is trained: both CLIPs, the T5 and the denoiser. Letters stay readable in the latents
+    until the noise is strong, so the noise levels are drawn logit-normal around a high level: only there must
+    the prompt be read.
+    """
+
+    def __init__(self, pipe: StableDiffusion3Pipeline):
+        super().__init__()
+        self.clip, self.clip_2, self.t5 = pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3
+        self.denoiser = pipe.transformer
+
+    def forward(self, latents: torch.Tensor, tokens: dict, generator: torch.Generator) -> torch.Tensor:
+        """Mean loss of latents (B, 16, h, w) and ``tokens`` {"clip": (B, T), "t5": (B, T)}; noise on the CPU."""
+        n, device = len(latents), latents.device
+        first = self.clip(tokens["clip"], output_hidden_states=True)
+        second = self.clip_2(tokens["clip"], output_hidden_states=True)
+        t5 = self.t5(tokens["t5"])[0]
+        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        text = torch.cat([clip, t5], dim=1)
+        pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+        sigma = torch.sigmoid(1.0 + torch.randn(n, generator=generator))
+        uniform = torch.rand(n, generator=generator)
+        sigma = torch.where(torch.rand(n, generator=generator) < 0.1, uniform, sigma).to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        s = sigma[:, None, None, None]
+        guess = self.denoiser((1 - s) * latents + s * noise, text, pooled, sigma * 1000, return_dict=False)[0]
+        return (guess.float() - (noise - latents)).square().mean()
+
+
+def tokenize(pipe: StableDiffusion3Pipeline, captions: list[str]) -> dict:
+    """Token ids of captions, {"clip": (B, TOKENS), "t5": (B, TOKENS)}."""
+    keep = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return {
+        "clip": pipe.tokenizer(captions, **keep).input_ids,
+        "t5": pipe.tokenizer_3(captions, **keep).input_ids,
+    }

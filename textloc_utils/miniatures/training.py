@@ -1,0 +1,319 @@
+"""Train a miniature from scratch: autoencoder, a pool of encoded scenes, text encoders and denoiser.
+
+One command, ``textloc train NAME``, on one process or several (``accelerate launch``), CPU or CUDA, resumable
+after a kill at any point. Every random number is drawn from (seed, step, process), so that a resumed run sees
+what an uninterrupted one would have seen.
+"""
+
+import importlib
+import json
+import os
+import random
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+
+from textloc_utils.miniatures import autoencoder, scenes
+from textloc_utils.miniatures.evaluation import evaluate
+from textloc_utils.models import ModelSpec
+from textloc_utils.settings import TextlocError, quiet_libraries
+
+RECIPES = ("sd3-mini",)
+LENGTHS = (3, 4, 5, 6)  #: letters of the training words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a training run may spend; it stops at whichever of ``samples`` and ``seconds`` ends first.
+
+    ``autoencoder_seconds`` and ``pool`` (scenes encoded once) come before the denoiser's ``seconds``.
+    ``curriculum`` lists (fraction of the budget, word lengths drawn from there on).
+    """
+
+    samples: int = 1_500_000
+    seconds: float = 5400.0
+    autoencoder_seconds: float = 600.0
+    pool: int = 32_768
+    batch: int = 32
+    lr: float = 1.5e-3
+    ema: float = 0.9995
+    evaluations: int = 14
+    checkpoint_seconds: float = 120.0
+    curriculum: tuple = ((0.0, (6,)), (0.25, (4, 6)), (0.35, (3, 4, 5, 6)))
+
+
+def recipe(name: str):
+    """The recipe module of a miniature."""
+    if name not in RECIPES:
+        raise TextlocError(f"unknown miniature {name!r}; known miniatures: {', '.join(RECIPES)}")
+    return importlib.import_module(f"textloc_utils.miniatures.{name.replace('-', '_')}")
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON beside its place first, so that no reader ever meets half a file."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def step_generator(*key: int) -> torch.Generator:
+    """A CPU generator seeded by a tuple of integers (seed, step, process...)."""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+# --- the pool of encoded scenes ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_scenes(vae, n: int, length: int, seed: int, path: Path) -> None:
+    """Encode ``n`` random scenes with words of ``length`` letters to normalised latents at ``path``.
+
+    The file holds ``latents`` float16 (n, C, h, w), the autoencoder's mean, shifted and scaled as the pipeline
+    expects them; the scenes stand beside it as JSON.
+    """
+    rng = random.Random(f"{seed} {length}")
+    device = next(vae.parameters()).device
+    vae.to(memory_format=torch.channels_last)
+    todo = [scenes.random_scene(rng, (length,)) for _ in range(n)]
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    out = []
+    for start in tqdm(range(0, n, 64), desc=f"encoding scenes of {length} letters"):
+        x = autoencoder.to_tensor(np.stack([scenes.render(s) for s in todo[start : start + 64]])).to(device)
+        out.append(((vae.encode(x).latent_dist.mean - shift) * scale).half().cpu())
+    write_json(path.with_suffix(".json"), [asdict(s) for s in todo])
+    part = path.with_suffix(".part")
+    save_file({"latents": torch.cat(out).contiguous()}, part)
+    os.replace(part, path)
+
+
+class Pool:
+    """Encoded scenes by word length, each length read from its file when it is first drawn."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.parts: dict[int, tuple[torch.Tensor, list[scenes.Scene]]] = {}
+
+    def part(self, length: int) -> tuple[torch.Tensor, list[scenes.Scene]]:
+        """Latents and scenes of one word length."""
+        if length not in self.parts:
+            path = self.folder / f"pool-{length}.safetensors"
+            known = [scenes.Scene(**s) for s in json.loads(path.with_suffix(".json").read_text())]
+            self.parts[length] = load_file(path)["latents"], known
+        return self.parts[length]
+
+    def batch(self, n: int, lengths: tuple[int, ...], rng: random.Random, drop: float = 0.1):
+        """(latents float32 (n, C, h, w), captions); a share ``drop`` of the captions is empty, for guidance."""
+        latents, captions = [], []
+        for _ in range(n):
+            encoded, known = self.part(rng.choice(lengths))
+            row = rng.randrange(len(known))
+            latents.append(encoded[row])
+            captions.append("" if rng.random() < drop else scenes.caption(known[row], rng))
+        return torch.stack(latents).float(), captions
+
+
+# --- the run -------------------------------------------------------------------------------------------------
+
+
+def lr_factor(progress: float, step: int, warmup: int = 100) -> float:
+    """Linear warm-up by steps, constant, then a linear decay over the last 40 % of the budget."""
+    return min(1.0, (step + 1) / warmup) * min(1.0, max(0.02, (1 - progress) / 0.4))
+
+
+def prepare(name: str, folder: Path, budget: Budget, seed: int, device: str = "cpu", log=print) -> None:
+    """Train the autoencoder and encode the pool, each once; both are kept in the run's folder."""
+    rules = recipe(name)
+    vae_folder = folder / "vae"
+    if not (vae_folder / "config.json").exists():
+        torch.manual_seed(seed)
+        vae = rules.autoencoder().to(device)
+        report = autoencoder.train(vae, seconds=budget.autoencoder_seconds, seed=seed, log=log)
+        autoencoder.set_latent_statistics(vae)
+        part = folder / "vae.part"
+        vae.save_pretrained(part)
+        write_json(part / "report.json", report)
+        part.rename(vae_folder)
+    for length in LENGTHS:
+        path = folder / f"pool-{length}.safetensors"
+        if not path.exists():
+            vae = type(rules.autoencoder()).from_pretrained(vae_folder).to(device)
+            encode_scenes(vae, budget.pool // len(LENGTHS), length, seed, path)
+
+
+def train(
+    name: str,
+    folder: Path,
+    *,
+    budget: Budget = Budget(),
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    log=print,
+) -> dict:
+    """Train miniature ``name`` in ``folder`` (resumed when it holds a checkpoint); returns the training report.
+
+    The EMA weights are evaluated ``budget.evaluations`` times, evenly over the budget, into
+    ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``.
+    """
+    quiet_libraries()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TextlocError("CUDA was asked for but no CUDA device is visible; use --device cpu")
+    rules = recipe(name)
+    spec = ModelSpec(name=name, source=str(folder), miniature=True, **rules.SPEC)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+    except OSError as error:
+        raise TextlocError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if precision == "auto":
+        precision = "fp32" if cpu else "bf16"
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+    main = accelerator.is_main_process
+    if main:
+        prepare(name, folder, budget, seed, str(accelerator.device), log)
+    accelerator.wait_for_everyone()
+
+    pool = Pool(folder)
+    torch.manual_seed(seed)
+    vae = type(rules.autoencoder()).from_pretrained(folder / "vae").eval()
+    pipe = rules.pipeline(vae)
+    pipe.set_progress_bar_config(disable=True)
+    objective = rules.Objective(pipe).to(accelerator.device).train()
+    optimiser = torch.optim.AdamW(objective.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    ema = EMAModel(objective.parameters(), decay=budget.ema, use_ema_warmup=True, power=0.75, foreach=True)
+    state = {"step": 0, "samples": 0, "seconds": 0.0, "losses": [], "evaluated": 0}
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        objective.load_state_dict(saved["objective"])
+        optimiser.load_state_dict(saved["optimiser"])
+        ema.load_state_dict(saved["ema"])
+        state = saved["state"]
+        if main:
+            log(f"resumed at step {state['step']}, {state['samples']} samples")
+    ema.to(accelerator.device)
+    # Several modules' parameters step under one wrapped module, so that processes share one gradient exchange.
+    wrapped = accelerator.prepare(objective)
+
+    def save() -> None:
+        part = checkpoint.with_suffix(".part")
+        torch.save(
+            {
+                "objective": objective.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "ema": ema.state_dict(),
+                "state": state,
+            },
+            part,
+        )
+        os.replace(part, checkpoint)
+
+    evaluations_file = folder / "evaluations.json"
+    evaluations = json.loads(evaluations_file.read_text()) if evaluations_file.exists() else []
+    # A kill may fall between an evaluation and the next checkpoint: what the checkpoint has not reached is redone.
+    evaluations = [e for e in evaluations if e["samples"] <= state["samples"]]
+
+    def run_evaluation() -> None:
+        ema.store(objective.parameters())
+        ema.copy_to(objective.parameters())
+        pipe.to(accelerator.device)
+        objective.eval()
+        with torch.no_grad():
+            result = {"samples": state["samples"], "seconds": round(state["seconds"]), **evaluate(pipe, spec)}
+        objective.train()
+        ema.restore(objective.parameters())
+        evaluations.append(result)
+        write_json(evaluations_file, evaluations)
+        log(json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}))
+
+    per_step = budget.batch
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    local = per_step // processes
+    last_save = clock = time.time()
+    recent: list[float] = []
+    bar = tqdm(total=100, desc=name, unit="%") if main else None
+    while True:
+        # The main process's clock decides for everybody: processes must agree on the last step.
+        progress = max(state["samples"] / budget.samples, state["seconds"] / budget.seconds)
+        if processes > 1:
+            shared = torch.tensor([progress, state["seconds"]], dtype=torch.float64)
+            torch.distributed.broadcast(shared, 0)
+            progress, state["seconds"] = shared.tolist()
+        due = int(min(1.0, progress) * budget.evaluations)
+        if due > state["evaluated"]:
+            state["evaluated"] = due
+            if main:
+                run_evaluation()
+            accelerator.wait_for_everyone()
+            clock = time.time()
+        if progress >= 1.0:
+            break
+        lengths = [words for at, words in budget.curriculum if progress >= at][-1]
+        for group in optimiser.param_groups:
+            group["lr"] = budget.lr * lr_factor(progress, state["step"])
+        key = (seed, state["step"], rank)
+        latents, captions = pool.batch(local, lengths, random.Random(str(key)))
+        tokens = {k: v.to(accelerator.device) for k, v in rules.tokenize(pipe, captions).items()}
+        # On the CPU, bfloat16's fused attention backward is several times slower than plain matrix products.
+        with sdpa_kernel(SDPBackend.MATH) if cpu and precision == "bf16" else nullcontext():
+            with accelerator.autocast():
+                loss = wrapped(latents.to(accelerator.device), tokens, step_generator(*key))
+            accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        ema.step(objective.parameters())
+        recent.append(loss.item())
+        state["step"] += 1
+        state["samples"] += local * processes
+        now = time.time()
+        state["seconds"] += now - clock
+        clock = now
+        if bar is not None and round(100 * progress) > bar.n:
+            bar.update(round(100 * progress) - bar.n)
+        if state["step"] % 100 == 0:
+            state["losses"].append([state["samples"], round(float(np.mean(recent)), 5)])
+            recent.clear()
+            if main:
+                log(f"step {state['step']} samples {state['samples']} {state['seconds']:.0f} s loss {state['losses'][-1][1]}")
+        if main and now - last_save > budget.checkpoint_seconds:
+            save()
+            last_save = time.time()
+    if bar is not None:
+        bar.close()
+    report = {
+        "name": name,
+        "seed": seed,
+        "device": "cpu" if cpu else torch.cuda.get_device_name(),
+        "processes": processes,
+        "torch": torch.__version__,
+        **{k: state[k] for k in ("step", "samples", "losses")},
+        "seconds": round(state["seconds"]),
+        "budget": asdict(budget),
+        "autoencoder": json.loads((folder / "vae" / "report.json").read_text()),
+    }
+    if main:
+        save()
+        write_json(folder / "report.json", report)
+        ema.copy_to(objective.parameters())
+        part = folder / "pipeline.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(folder / "pipeline", ignore_errors=True)
+        pipe.to("cpu")
+        pipe.save_pretrained(part)
+        part.rename(folder / "pipeline")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return report
