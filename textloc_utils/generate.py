@@ -1,0 +1,141 @@
+"""Seeded, batched sampling that counts denoiser evaluations."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from textloc_utils.models import Model, check_prompts, read_call
+from textloc_utils.patching import Patch, check_patches, patched
+from textloc_utils.settings import TextlocError
+
+#: Rows per pipeline call where nothing else is asked for.
+BATCH_MINIATURE, BATCH_FULL_SIZE = 32, 4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """Pictures and their cost.
+
+    ``images`` is uint8 (n, height, width, 3), one per prompt. ``row_evaluations`` counts the rows that the denoiser
+    was evaluated on (guidance counts twice), a cost that does not depend on the machine; ``seconds`` is wall time.
+    """
+
+    images: np.ndarray
+    row_evaluations: int
+    seconds: float
+
+
+class RowCounter:
+    """Counts the denoiser's calls and the rows evaluated in them."""
+
+    def __init__(self, bar: tqdm | None = None):
+        self.calls, self.rows, self._bar = 0, 0, bar
+
+    def __call__(self, denoiser, args, kwargs) -> None:
+        self.calls += 1
+        self.rows += read_call(denoiser, args, kwargs).rows
+        if self._bar is not None:
+            self._bar.update()
+
+
+@contextlib.contextmanager
+def counted(model: Model, bar: tqdm | None = None) -> Iterator[RowCounter]:
+    """Count the model's denoiser evaluations inside the block."""
+    counter = RowCounter(bar)
+    handle = model.denoiser.register_forward_pre_hook(counter, with_kwargs=True)
+    try:
+        yield counter
+    finally:
+        handle.remove()
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    patches: Sequence[Patch] = (),
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    **pipeline_arguments,
+) -> Generation:
+    """Sample one picture per prompt.
+
+    Every row draws its noise from a CPU generator of its own seed, so that the noise depends neither on the other
+    rows of its batch nor on the device; rows that share a seed share the noise. ``steps`` and ``guidance`` default
+    to the model's own. With ``patches`` (rows count the prompts, see ``patching``) everything is one batch.
+    Further keyword arguments go to the pipeline. Raises TextlocError for prompts and seeds that do not fit each
+    other, prompts longer than the tokenizers take, and patches that cannot be carried out.
+
+    DeepFloyd IF gives its stage I pictures.
+    """
+    prompts, seeds = list(prompts), [int(s) for s in seeds]
+    if not prompts or any(not isinstance(p, str) for p in prompts):
+        raise TextlocError("generate needs a list of at least one prompt, each a string")
+    if len(prompts) != len(seeds):
+        raise TextlocError(f"{len(prompts)} prompts came with {len(seeds)} seeds; give one seed per prompt")
+    if any(not 0 <= s < 2**63 for s in seeds):
+        raise TextlocError("a seed is out of range; allowed: 0 to 2^63 - 1")
+    check_prompts(model, [*prompts, *([negative_prompt] if negative_prompt else [])])
+    steps = model.spec.steps if steps is None else steps
+    guidance = model.spec.guidance if guidance is None else guidance
+    if steps < 1:
+        raise TextlocError(f"steps must be at least 1, got {steps}")
+    if batch_size is None:
+        batch_size = BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
+    if batch_size < 1:
+        raise TextlocError(f"batch size must be at least 1, got {batch_size}")
+    if patches:
+        check_patches(model, patches, len(prompts))
+        batch_size = len(prompts)
+
+    starts = range(0, len(prompts), batch_size)
+    images = []
+    began = time.perf_counter()
+    with (
+        tqdm(total=len(starts) * steps, unit="step", desc=model.spec.name, disable=not progress) as bar,
+        counted(model, bar) as counter,
+        patched(model, patches, len(prompts)),
+    ):
+        for start in starts:
+            part = slice(start, start + batch_size)
+            arguments = model.call_arguments(
+                prompts[part], steps=steps, guidance=guidance, negative_prompt=negative_prompt, **pipeline_arguments
+            )
+            generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[part]]
+            images.append(_sample(model, arguments, generators))
+    seconds = time.perf_counter() - began
+    return Generation(images=np.concatenate(images), row_evaluations=counter.rows, seconds=seconds)
+
+
+def save(
+    folder: str | Path, made: Generation, prompts: Sequence[str], seeds: Sequence[int], texts: Sequence[str]
+) -> list[dict]:
+    """Write one PNG per picture, then ``images.json``; returns its rows ``{prompt, seed, file, ocr}``.
+
+    ``texts`` is what was read back from each picture; ``file`` is relative to ``folder``, which must exist.
+    """
+    folder = Path(folder)
+    rows = []
+    for i, (image, prompt, seed, text) in enumerate(zip(made.images, prompts, seeds, texts, strict=True)):
+        rows.append({"prompt": prompt, "seed": int(seed), "file": f"{i:04d}.png", "ocr": text})
+        Image.fromarray(image).save(folder / rows[-1]["file"])
+    (folder / "images.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def _sample(model: Model, arguments: dict, generators: list[torch.Generator]) -> np.ndarray:
+    """One pipeline call: uint8 (rows, height, width, 3)."""
+    pictures = model.pipe(**arguments, generator=generators, output_type="np").images
+    return np.rint(np.clip(pictures, 0, 1) * 255).astype(np.uint8)

