@@ -1,0 +1,214 @@
+"""Pure scores of strings and pictures, and their means with bootstrap intervals.
+
+Text scores compare letters and digits only, whatever their case: the reader returns bare capitals, so
+spaces and marks of the wanted text cannot be read back. Pictures are uint8 or float arrays with values
+0..255; all arithmetic is in float64, because differences of uint8 wrap modulo 256.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from scipy import ndimage
+from skimage.metrics import structural_similarity
+
+from textloc_utils.settings import TextlocError
+
+SSIM_WINDOW = 7
+
+
+# --- means with intervals -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, its 95 % interval and the number of values; printed as ``0.913 [0.870, 0.950], n = 200``."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}"
+
+
+def bootstrap(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean of ``values`` with its 95 % percentile-bootstrap interval.
+
+    Parameters
+    ----------
+    values
+        Numbers or booleans (n,); one value gives ``low == high == mean``.
+    resamples
+        How many samples of n values are drawn with replacement.
+    seed
+        Of the draws: the same values give the same interval.
+
+    Raises
+    ------
+    TextlocError
+        No values, or values that are not finite (NaN, or the PSNR of identical pictures).
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not len(x):
+        raise TextlocError(f"bootstrap needs one row of at least one value, got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise TextlocError(
+            f"bootstrap needs finite values, {np.sum(~np.isfinite(x))} of {len(x)} are NaN or infinite "
+            "(psnr of identical pictures is infinite unless it is given a cap)"
+        )
+    if resamples < 1:
+        raise TextlocError(f"resamples must be at least 1, got {resamples}")
+    rng = np.random.default_rng(seed)
+    rows = max(1, 4_000_000 // len(x))  # bounds the memory of the index table
+    means = np.concatenate(
+        [
+            x[rng.integers(len(x), size=(min(rows, resamples - start), len(x)))].mean(axis=1)
+            for start in range(0, resamples, rows)
+        ]
+    )
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(x.mean()), float(low), float(high), len(x))
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean of ``a - b`` with its interval, where ``a[i]`` and ``b[i]`` belong to the same pair."""
+    if len(a) != len(b):
+        raise TextlocError(f"paired values must be equally many, got {len(a)} and {len(b)}")
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    return bootstrap(difference, resamples=resamples, seed=seed)
+
+
+# --- text -----------------------------------------------------------------------------------------------------
+
+
+def _normal(text: str) -> str:
+    return "".join(c for c in text.upper() if c.isalnum())
+
+
+def exact_match(read: str, wanted: str) -> bool:
+    """Whether the picture spells the wanted text."""
+    return _normal(read) == _normal(wanted)
+
+
+def outcome(read: str, wanted: str) -> str:
+    """``exact``, ``wrong text``, or ``no text`` where nothing was read."""
+    if exact_match(read, wanted):
+        return "exact"
+    return "wrong text" if _normal(read) else "no text"
+
+
+def character_scores(read: str, wanted: str) -> tuple[float, float, float]:
+    """(precision, recall, F1) of the letters of one picture, counted as multisets: the paper's text metric.
+
+    Order does not count, so that ``evol`` scores as ``love``; report an edit-distance score beside it. F1 is
+    taken per picture, where the published code takes it of the mean precision and the mean recall. An empty
+    reading of a text scores 0, an empty reading of an empty text 1.
+    """
+    got, want = Counter(_normal(read).lower()), Counter(_normal(wanted).lower())
+    if not got and not want:
+        return 1.0, 1.0, 1.0
+    common = (got & want).total()
+    precision = common / got.total() if got else 0.0
+    recall = common / want.total() if want else 0.0
+    return precision, recall, 2 * common / (got.total() + want.total())
+
+
+def levenshtein(read: str, wanted: str) -> int:
+    """Least number of letters to insert, delete or replace."""
+    return Levenshtein.distance(_normal(read), _normal(wanted))
+
+
+def character_error_rate(read: str, wanted: str) -> float:
+    """Levenshtein distance per wanted letter; not capped, so a long wrong reading exceeds 1."""
+    return levenshtein(read, wanted) / max(1, len(_normal(wanted)))
+
+
+def text_score(read: str, wanted: str) -> float:
+    """1 - Levenshtein distance / length of the longer text, 0..1: the book's text score of one picture."""
+    return Levenshtein.normalized_similarity(_normal(read), _normal(wanted))
+
+
+# --- pictures -------------------------------------------------------------------------------------------------
+
+
+def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.ndim not in (3, 4) or a.shape[-1] != 3:
+        raise TextlocError(
+            f"pictures to compare must share one shape (H, W, 3) or (n, H, W, 3), got {a.shape} and {b.shape}"
+        )
+    return a.astype(np.float64), b.astype(np.float64)
+
+
+def _mask(mask, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask spread over a stack's pictures, (..., H, W)."""
+    mask = np.ones(shape, bool) if mask is None else np.asarray(mask)
+    if mask.dtype != bool or mask.shape not in (shape, shape[-2:]):
+        raise TextlocError(f"a mask must be boolean {shape[-2:]}, got {mask.dtype} {mask.shape}")
+    return np.broadcast_to(mask, shape)
+
+
+def _masked_mean(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean of x (..., H, W) where the mask is True, over the last two axes."""
+    counted = mask.sum((-2, -1))
+    if not np.all(counted):
+        raise TextlocError("the mask leaves no pixel to compare")
+    return np.where(mask, x, 0.0).sum((-2, -1)) / counted
+
+
+def _number(x: np.ndarray):
+    return float(x) if np.ndim(x) == 0 else x
+
+
+def mse(a, b, mask=None):
+    """Mean squared difference of two pictures, in squared grey levels.
+
+    Parameters
+    ----------
+    a, b
+        Pictures (H, W, 3), or stacks (n, H, W, 3), uint8 or float, values 0..255.
+    mask
+        Boolean (H, W), or one per picture (n, H, W): True where pixels count, such as outside the text box.
+
+    Returns
+    -------
+    A float for a picture, an array (n,) for a stack.
+    """
+    x, y = _pair(a, b)
+    return _number(_masked_mean(((x - y) ** 2).mean(-1), _mask(mask, x.shape[:-1])))
+
+
+def psnr(a, b, mask=None, *, cap: float | None = None):
+    """Peak signal-to-noise ratio in dB (peak 255); arguments and result as `mse`.
+
+    Identical pictures give ``inf``, and so does every mean with them in it; a ``cap`` in dB bounds each
+    picture's value.
+    """
+    with np.errstate(divide="ignore"):
+        value = 10 * np.log10(255.0**2 / np.asarray(mse(a, b, mask)))
+    return _number(value if cap is None else np.minimum(value, cap))
+
+
+def ssim(a, b, mask=None):
+    """Structural similarity, at most 1, uniform 7x7 windows, averaged over colours; arguments as `mse`.
+
+    Only windows that lie wholly inside the picture and inside the mask count, so that nothing outside the
+    mask bears on the value; the mask must leave room for at least one.
+    """
+    x, y = _pair(a, b)
+    mask = _mask(mask, x.shape[:-1])
+    if min(x.shape[-3:-1]) < SSIM_WINDOW:
+        raise TextlocError(f"ssim needs pictures of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, got {x.shape}")
+    if x.ndim == 4:
+        return np.array([_ssim(*each) for each in zip(x, y, mask, strict=True)])
+    return _ssim(x, y, mask)
+
+
+def _ssim(x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> float:
+    _, values = structural_similarity(x, y, win_size=SSIM_WINDOW, data_range=255.0, channel_axis=-1, full=True)
+    whole = ndimage.binary_erosion(mask, np.ones((SSIM_WINDOW, SSIM_WINDOW)), border_value=0)
+    return float(_masked_mean(values.mean(-1), whole))
