@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -119,23 +121,26 @@ def generate(
     return Generation(images=np.concatenate(images), row_evaluations=counter.rows, seconds=seconds)
 
 
-def save(
-    folder: str | Path, made: Generation, prompts: Sequence[str], seeds: Sequence[int], texts: Sequence[str]
-) -> list[dict]:
-    """Write one PNG per picture, then ``images.json``; returns its rows ``{prompt, seed, file, ocr}``.
-
-    ``texts`` is what was read back from each picture; ``file`` is relative to ``folder``, which must exist.
-    """
-    folder = Path(folder)
-    rows = []
-    for i, (image, prompt, seed, text) in enumerate(zip(made.images, prompts, seeds, texts, strict=True)):
-        rows.append({"prompt": prompt, "seed": int(seed), "file": f"{i:04d}.png", "ocr": text})
-        Image.fromarray(image).save(folder / rows[-1]["file"])
-    (folder / "images.json").write_text(json.dumps(rows, indent=1) + "\n")
-    return rows
-
-
 def _sample(model: Model, arguments: dict, generators: list[torch.Generator]) -> np.ndarray:
     """One pipeline call: uint8 (rows, height, width, 3)."""
     pictures = model.pipe(**arguments, generator=generators, output_type="np").images
     return np.rint(np.clip(pictures, 0, 1) * 255).astype(np.uint8)
+
+
+def save(
+    folder: Path, made: Generation, prompts: Sequence[str], seeds: Sequence[int], read: Sequence[str]
+) -> list[dict]:
+    """Write pictures as PNG and ``images.json``: a list of {prompt, seed, file, ocr}, which is returned.
+
+    Every file is written aside and renamed, ``images.json`` last: a folder never names a picture that it lacks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
+        for i, (image, prompt, seed, text) in enumerate(zip(made.images, prompts, seeds, read, strict=True)):
+            rows.append({"prompt": prompt, "seed": seed, "file": f"{i:03d}.png", "ocr": text})
+            Image.fromarray(image).save(Path(aside, rows[-1]["file"]))
+        Path(aside, "images.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        for name in [row["file"] for row in rows] + ["images.json"]:
+            os.replace(Path(aside, name), folder / name)
+    return rows

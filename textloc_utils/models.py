@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import re
+import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class ModelSpec:
     ``source`` is a hub repository or a local folder; ``dtype`` holds on CUDA only (the CPU computes in float32).
     ``paper_layers`` are the layers that the paper found. ``max_sequence_length`` is T5's prompt length in tokens
     where the pipeline takes one (Stable Diffusion 3, FLUX). ``trained`` tells a miniature's device, samples and
-    spelling.
+    spelling, ``text_box`` (left, top, right, bottom) the pixels where its letters can stand.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ModelSpec:
     miniature: bool = False
     stage2: str | None = None
     trained: dict | None = None
+    text_box: tuple[int, int, int, int] | None = None
 
 
 def _full_size(name: str, family: str, pipeline: str, source: str, size: int, steps: int, guidance: float, **other):
@@ -366,6 +368,12 @@ def spec(name: str) -> ModelSpec:
     raise TextlocError(f"unknown model {name!r}; known models: {', '.join(known)}{hint}")
 
 
+def training_log(chosen: ModelSpec) -> dict | None:
+    """A miniature's ``training.json``: ``report`` (budget, device, losses) and ``evaluations``; None without one."""
+    path = Path(chosen.source) / "training.json"
+    return json.loads(path.read_text()) if chosen.miniature and path.is_file() else None
+
+
 # --- layers -----------------------------------------------------------------------------------------------------
 
 
@@ -587,9 +595,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index*.json"):
-        files += [folder / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+    files = _weight_files(folder)
     if not files:
         raise TextlocError(f"no weight file (*.safetensors) in {folder}; restore it, or train or download it again")
     for file in files:
@@ -601,8 +607,31 @@ def _check_weights(folder: Path) -> None:
             raise TextlocError(f"weight file {file} is {what}; restore it, or train or download it again") from None
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    files = set(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index*.json"):
+        files |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    return sorted(files)
+
+
+def _check_complete(folder: Path, pipe: DiffusionPipeline) -> None:
+    """Raise TextlocError for a tensor that no file holds: the libraries below would draw it at random."""
+    for part, module in pipe.components.items():
+        if not isinstance(module, nn.Module):
+            continue
+        held = set()
+        for file in _weight_files(folder / part):
+            with safe_open(file, framework="pt") as opened:
+                held |= set(opened.keys())
+        state = module.state_dict()
+        places = {state[name].data_ptr() for name in held & state.keys()}  # tied tensors are stored once
+        lost = [name for name, tensor in state.items() if name not in held and tensor.data_ptr() not in places]
+        if lost:
+            raise TextlocError(f"the weight files in {folder / part} lack {lost[0]}; restore them, or train again")
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200, placeholder=" ...")
 
 
 def load(
@@ -633,7 +662,10 @@ def load(
     if local:
         check_folder(Path(chosen.source))
     # Naming the dtype matters: a text encoder otherwise takes that of its file.
-    pipe = _from_pretrained(chosen, local, dtype).to(place, dtype)
+    pipe = _from_pretrained(chosen, local, dtype)
+    if chosen.miniature:
+        _check_complete(Path(chosen.source), pipe)
+    pipe.to(place, dtype)
     return Model.from_pipeline(pipe, chosen)
 
 

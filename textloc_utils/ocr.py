@@ -28,8 +28,8 @@ INSTALL = (
 MINIATURE_HEIGHT = 128
 #: Ink and sign nearer than this (Euclidean, 0..255 RGB) count as one surface without text.
 MIN_CONTRAST = 40.0
-#: Tesseract's page segmentation: one text line for a cut-out line, scattered text for a whole picture.
-LINE, SCATTERED = 7, 11
+#: Tesseract's page segmentation: a line, a word where no line was found, scattered text for a whole picture.
+LINE, WORD, SCATTERED = 7, 8, 11
 
 
 def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100) -> list[str]:
@@ -82,8 +82,9 @@ def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100) -> list[
         return []
     tesseract_version()
     texts = [""] * len(pictures)
-    for mode in (LINE, SCATTERED):
-        mine = [i for i, p in enumerate(pictures) if (p.shape[0] > MINIATURE_HEIGHT) == (mode == SCATTERED)]
+    tall = [picture.shape[0] > MINIATURE_HEIGHT for picture in pictures]
+    for mode in (LINE, WORD, SCATTERED):
+        mine = [i for i, text in enumerate(texts) if not text and tall[i] == (mode == SCATTERED)]
         prepared = ((i, page) for i in mine if (page := preprocess(pictures[i])) is not None)
         for chunk in _chunks(prepared, batch):
             for (i, _), text in zip(chunk, _tesseract([page for _, page in chunk], mode, letters), strict=True):
@@ -163,9 +164,7 @@ def _chunks(items: Iterator, size: int) -> Iterator[list]:
 
 
 def _config(mode: int, letters: str) -> str:
-    return (
-        f"--psm {mode} --oem 1 -c tessedit_char_whitelist={letters} -c load_system_dawg=0 -c load_freq_dawg=0"
-    )
+    return f"--psm {mode} --oem 1 -c tessedit_char_whitelist={letters} -c load_system_dawg=0 -c load_freq_dawg=0"
 
 
 def _tesseract(pages: list[Image.Image], mode: int, letters: str) -> list[str]:

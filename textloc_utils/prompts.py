@@ -84,7 +84,7 @@ def quoted_text(prompt: str) -> str:
     """The one text in double quotes of a prompt."""
     found = re.findall(r'["\u201c]([^"\u201c\u201d]*)["\u201d]', prompt)
     if len(found) != 1 or not found[0].strip():
-        raise TextlocError(f'a prompt needs exactly one text in double quotes, like a sign that says "HELLO": {prompt!r}')
+        raise TextlocError(f'a prompt needs exactly one text in double quotes, as in A sign that says "HI": {prompt!r}')
     return found[0]
 
 
@@ -102,16 +102,13 @@ def make_pairs(n: int, seed: int = 42, *, template: str = TEMPLATE, same_length:
     the same place, so that a letter read back belongs to one of them. ``same_length`` asks for words of
     equal length. The mild insults are left to the safety chapter.
     """
-    table = words_table()
-    pool = list(table.word[(table.split == "held-out") & (table.band != "mild insult")])
-    rng = random.Random(seed)
-    colours = [(wall, sign) for wall in COLOURS for sign in COLOURS if wall != sign]
+    pool, rng, colours = _test_words(), random.Random(seed), _colour_pairs()
     rng.shuffle(colours)
     shape = next((s for s in SHAPES if f" {s}" in template), "sign")
     pairs = []
     while len(pairs) < n:
         source, target = rng.sample(pool, 2)
-        if any(a == b for a, b in zip(source, target)) or (same_length and len(source) != len(target)):
+        if any(a == b for a, b in zip(source, target, strict=False)) or (same_length and len(source) != len(target)):
             continue
         wall, sign = colours[len(pairs) % len(colours)]
         fill = {"wall": wall, "sign": sign}
@@ -132,12 +129,18 @@ def make_pairs(n: int, seed: int = 42, *, template: str = TEMPLATE, same_length:
 
 def spelling_prompts(n: int = 200, seed: int = 42) -> list[tuple[str, str, int]]:
     """The spelling test: ``n`` (prompt, word, seed) over held-out words and all colour combinations."""
+    pool, rng, colours = _test_words(), random.Random(seed), _colour_pairs()
+    out = []
+    for i, word in enumerate(rng.sample(pool, n)):
+        wall, sign = colours[i % len(colours)]
+        out.append((TEMPLATE.format(wall=wall, sign=sign, text=word), word, seed + i))
+    return out
+
+
+def _test_words() -> list[str]:
     table = words_table()
-    pool = list(table.word[(table.split == "held-out") & (table.band != "mild insult")])
-    rng = random.Random(seed)
-    colours = [(wall, sign) for wall in COLOURS for sign in COLOURS if wall != sign]
-    chosen = rng.sample(pool, n)
-    return [
-        (TEMPLATE.format(wall=colours[i % len(colours)][0], sign=colours[i % len(colours)][1], text=word), word, seed + i)
-        for i, word in enumerate(chosen)
-    ]
+    return list(table.word[(table.split == "held-out") & (table.band != "mild insult")])
+
+
+def _colour_pairs() -> list[tuple[str, str]]:
+    return [(wall, sign) for wall in COLOURS for sign in COLOURS if wall != sign]

@@ -40,9 +40,7 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
 
-    def unit(
-        self, kind: str, inputs: Mapping, compute: Callable[[], pd.DataFrame | Iterable[Mapping]]
-    ) -> pd.DataFrame:
+    def unit(self, kind: str, inputs: Mapping, compute: Callable[[], pd.DataFrame | Iterable[Mapping]]) -> pd.DataFrame:
         """The table of one unit of work: the stored one, or else ``compute()``'s, stored first.
 
         Parameters
@@ -272,7 +270,9 @@ def _json_default(value):
         return dict(value)
     if value is pd.NA or value is pd.NaT:
         return None
-    raise TextlocError(f"a result cannot hold a {type(value).__name__}; allowed: numbers, booleans, texts, lists, dicts")
+    raise TextlocError(
+        f"a result cannot hold a {type(value).__name__}; allowed: numbers, booleans, texts, lists, dicts"
+    )
 
 
 def _plain(value):

@@ -52,6 +52,17 @@ def preset(name: str) -> Preset:
         raise TextlocError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}") from None
 
 
+def check_writable(folder: str | os.PathLike) -> Path:
+    """The folder as a path, if it can be written or made; nothing is made yet. Raises TextlocError otherwise."""
+    folder = Path(folder).absolute()
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not nearest.is_dir():
+        raise TextlocError(f"cannot write to {folder}: {nearest} is not a folder; choose another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise TextlocError(f"cannot write to {folder}: no permission in {nearest}; choose another --out")
+    return folder
+
+
 def quiet_libraries() -> None:
     """Silence the information lines and progress bars that diffusers and transformers print on loading."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -71,7 +71,8 @@ def train(vae, *, seconds: float, batch: int = 16, lr: float = 2e-3, kl: float =
         if spent - last > 60:
             last = spent
             vae.eval()
-            log(f"autoencoder {spent:.0f} s, step {step}: loss {loss.item():.4f}, PSNR {reconstruction_psnr(vae):.1f} dB")
+            psnr = reconstruction_psnr(vae)
+            log(f"autoencoder {spent:.0f} s, step {step}: loss {loss.item():.4f}, PSNR {psnr:.1f} dB")
             vae.train()
     bar.close()
     vae.eval()

@@ -4,11 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import matplotlib
+import diffusers
 import numpy as np
+import pandas as pd
 import torch
 
-from textloc_utils import metrics, models, ocr, prompts
+from textloc_utils import metrics, models, ocr, plots, prompts
 from textloc_utils.generate import generate
 from textloc_utils.miniatures.training import recipe, write_json
 from textloc_utils.settings import TextlocError
@@ -47,7 +48,7 @@ def export(name: str, run: Path, destination: Path) -> dict:
     part = destination.with_name(destination.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(run / "pipeline", part)
-    pipe_class = getattr(__import__("diffusers"), recipe(name).SPEC["pipeline"])
+    pipe_class = getattr(diffusers, recipe(name).SPEC["pipeline"])
     pipe = pipe_class.from_pretrained(run / "pipeline", dtype=torch.float32)
     denoiser = "transformer" if hasattr(pipe, "transformer") else "unet"
     shutil.rmtree(part / denoiser)
@@ -58,35 +59,34 @@ def export(name: str, run: Path, destination: Path) -> dict:
     known["trained"]["spelling"] = spelling(models.load(name, device="cpu", model_path=part))
     write_json(part / "textloc.json", known)
     write_json(part / "training.json", {"report": report, "evaluations": evaluations})
-    _curves(report, evaluations, part / "training.png")
+    plots.training_curves(report["losses"], pd.DataFrame(evaluations)).savefig(part / "training.png", dpi=110)
     (part / "README.md").write_text(_card(name, known, report, evaluations))
     shutil.rmtree(destination, ignore_errors=True)
     part.rename(destination)
     return known
 
 
-def _curves(report: dict, evaluations: list[dict], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    matplotlib.use("agg")
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    samples, loss = np.array(report["losses"]).T
-    left.plot(samples / 1000, loss)
-    left.set(xlabel="thousand samples", ylabel="training loss", yscale="log")
-    seen = [e["samples"] / 1000 for e in evaluations]
-    right.plot(seen, [e["characters"] for e in evaluations], "o-", label="characters at their place")
-    right.plot(seen, [e["exact"] for e in evaluations], "s-", label="whole words")
-    right.set(xlabel="thousand samples", ylabel="share of held-out words", ylim=(-0.02, 1.02))
-    right.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
 def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
     spelled, budget, vae = known["trained"]["spelling"], report["budget"], report["autoencoder"]
+    low, high = spelled["exact_interval"]
     curriculum = ", then ".join(
         f"{'/'.join(map(str, lengths))} letters from {at:.0%} of the budget" for at, lengths in budget["curriculum"]
     )
+    facts = {
+        "data": "scenes rendered by this project: 8 wall and sign colours, 3 shapes, words and random strings of "
+        f"3 to 6 capitals in DejaVu Sans Mono Bold; {budget['pool']:,} scenes encoded once",
+        "held out": f"{len(prompts.words('held-out'))} words, drawn in training neither as words nor as random strings",
+        "device": f"{report['device']}, {report['processes']} process(es), {report['precision']}, "
+        f"torch {report['torch']}",
+        "budget": f"{report['samples']:,} samples in {report['step']:,} steps of {budget['batch']}, "
+        f"{report['seconds'] / 60:.0f} minutes; autoencoder {vae['seconds'] / 60:.0f} minutes, {vae['psnr_db']} dB",
+        "curriculum": curriculum,
+        "seed": report["seed"],
+        "spelling": f"{spelled['words']} held-out words read by Tesseract: {spelled['exact']:.3f} exact "
+        f"(95 % interval {low:.3f} to {high:.3f}), character error rate {spelled['cer']:.3f}",
+        "sampling": f"{known['steps']} steps, guidance {known['guidance']}",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     rows = "\n".join(
         f"| {e['samples']:,} | {e['exact']:.2f} | {e['characters']:.2f} | {e['all_layers']:.2f} | "
         f"{int(np.argmax(e['target']))} ({max(e['target']):.2f}) |"
@@ -105,14 +105,7 @@ nothing else. Licence: MIT.
 
 | | |
 |---|---|
-| data | scenes rendered by this project: 8 wall and sign colours, 3 shapes, words and random strings of 3 to 6 capitals in DejaVu Sans Mono Bold; {budget["pool"]:,} scenes encoded once |
-| held out | {len(prompts.words("held-out"))} words, never drawn in training, neither as words nor as random strings |
-| device | {report["device"]}, {report["processes"]} process(es), torch {report["torch"]} |
-| budget | {report["samples"]:,} samples, {report["step"]:,} steps of {budget["batch"]}, {report["seconds"] / 60:.0f} minutes; autoencoder {vae["seconds"] / 60:.0f} minutes, {vae["psnr_db"]} dB |
-| curriculum | {curriculum} |
-| seed | {report["seed"]} |
-| spelling | {spelled["words"]} held-out words read by Tesseract: {spelled["exact"]:.3f} exact (95 % interval {spelled["exact_interval"][0]:.3f} to {spelled["exact_interval"][1]:.3f}), character error rate {spelled["cer"]:.3f} |
-| sampling | {known["steps"]} steps, guidance {known["guidance"]} |
+{table}
 
 ![Loss and spelling against samples](training.png)
 

@@ -88,6 +88,12 @@ def text_box(scene: Scene) -> tuple[int, int, int, int]:
     return left, top, left + width, top + CELL_HEIGHT
 
 
+def letters_region(letters: int = 6) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of all pixels where a word of up to ``letters`` letters can stand."""
+    half = PITCH * letters // 2 + JITTER_X, CELL_HEIGHT // 2 + JITTER_Y
+    return WIDTH // 2 - half[0], HEIGHT // 2 - half[1], WIDTH // 2 + half[0], HEIGHT // 2 + half[1]
+
+
 def render(scene: Scene, typeface: str = TYPEFACE) -> np.ndarray:
     """Draw one scene: uint8 (HEIGHT, WIDTH, 3)."""
     if not 1 <= len(scene.text) <= MAX_LETTERS:
@@ -116,10 +122,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
 def random_scene(rng: random.Random, lengths: tuple[int, ...] = (3, 4, 5, 6)) -> Scene:
     """A training scene: a training word or a random string of 3 to 6 letters, half of each."""
     length = rng.choice(lengths)
-    if rng.random() < 0.5:
-        text = rng.choice(_words_by_length()[length])
-    else:
-        text = prompts.random_string(rng, length)
+    known = rng.random() < 0.5
+    text = rng.choice(_words_by_length()[length]) if known else prompts.random_string(rng, length)
     wall, sign = rng.sample(COLOURS, 2)
     return Scene(
         wall=wall,

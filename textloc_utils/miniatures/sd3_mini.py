@@ -13,6 +13,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from textloc_utils.miniatures import scenes
 from textloc_utils.miniatures.tokenizers import letter_tokenizer
 
 TOKENS = 22
@@ -26,6 +27,7 @@ SPEC = {
     "height": 64,
     "width": 128,
     "max_sequence_length": TOKENS,
+    "text_box": scenes.letters_region(),
 }
 
 

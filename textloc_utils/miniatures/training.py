@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from textloc_utils.miniatures import autoencoder, scenes
 from textloc_utils.miniatures.evaluation import evaluate
 from textloc_utils.models import ModelSpec
-from textloc_utils.settings import TextlocError, quiet_libraries
+from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
 RECIPES = ("sd3-mini",)
 LENGTHS = (3, 4, 5, 6)  #: letters of the training words
@@ -160,8 +160,10 @@ def train(
     device: str = "auto",
     precision: str = "auto",
     log=print,
-) -> dict:
-    """Train miniature ``name`` in ``folder`` (resumed when it holds a checkpoint); returns the training report.
+) -> dict | None:
+    """Train miniature ``name`` in ``folder``, or go on where its checkpoint was.
+
+    Returns the training report, None in other processes than the main one.
 
     The EMA weights are evaluated ``budget.evaluations`` times, evenly over the budget, into
     ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``.
@@ -171,11 +173,7 @@ def train(
         raise TextlocError("CUDA was asked for but no CUDA device is visible; use --device cpu")
     rules = recipe(name)
     spec = ModelSpec(name=name, source=str(folder), miniature=True, **rules.SPEC)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-    except OSError as error:
-        raise TextlocError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    check_writable(folder).mkdir(parents=True, exist_ok=True)
     cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "auto":
         precision = "fp32" if cpu else "bf16"
@@ -191,7 +189,8 @@ def train(
     pipe = rules.pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
     objective = rules.Objective(pipe).to(accelerator.device).train()
-    optimiser = torch.optim.AdamW(objective.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    parameters = objective.parameters()
+    optimiser = torch.optim.AdamW(parameters, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     ema = EMAModel(objective.parameters(), decay=budget.ema, use_ema_warmup=True, power=0.75, foreach=True)
     state = {"step": 0, "samples": 0, "seconds": 0.0, "losses": [], "evaluated": 0}
     checkpoint = folder / "checkpoint.pt"
@@ -238,9 +237,8 @@ def train(
         write_json(evaluations_file, evaluations)
         log(json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}))
 
-    per_step = budget.batch
     rank, processes = accelerator.process_index, accelerator.num_processes
-    local = per_step // processes
+    local = budget.batch // processes
     last_save = clock = time.time()
     recent: list[float] = []
     bar = tqdm(total=100, desc=name, unit="%") if main else None
@@ -248,7 +246,7 @@ def train(
         # The main process's clock decides for everybody: processes must agree on the last step.
         progress = max(state["samples"] / budget.samples, state["seconds"] / budget.seconds)
         if processes > 1:
-            shared = torch.tensor([progress, state["seconds"]], dtype=torch.float64)
+            shared = torch.tensor([progress, state["seconds"]], device=accelerator.device)
             torch.distributed.broadcast(shared, 0)
             progress, state["seconds"] = shared.tolist()
         due = int(min(1.0, progress) * budget.evaluations)
@@ -287,7 +285,8 @@ def train(
             state["losses"].append([state["samples"], round(float(np.mean(recent)), 5)])
             recent.clear()
             if main:
-                log(f"step {state['step']} samples {state['samples']} {state['seconds']:.0f} s loss {state['losses'][-1][1]}")
+                at, loss = state["losses"][-1]
+                log(f"step {state['step']}, {at} samples, {state['seconds']:.0f} s: loss {loss}")
         if main and now - last_save > budget.checkpoint_seconds:
             save()
             last_save = time.time()
@@ -298,6 +297,7 @@ def train(
         "seed": seed,
         "device": "cpu" if cpu else torch.cuda.get_device_name(),
         "processes": processes,
+        "precision": precision,
         "torch": torch.__version__,
         **{k: state[k] for k in ("step", "samples", "losses")},
         "seconds": round(state["seconds"]),
@@ -316,4 +316,4 @@ def train(
         part.rename(folder / "pipeline")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return report
+    return report if main else None

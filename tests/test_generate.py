@@ -1,0 +1,120 @@
+"""Sampling: noise per row, cost, what is handed to each pipeline class, and mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from textloc_utils.generate import generate, save
+from textloc_utils.patching import Patch
+from textloc_utils.settings import TextlocError
+
+HELLO, WORLD = 'A sign that says "HELLO".', 'A sign that says "WORLD".'
+
+
+@pytest.fixture(scope="module", params=list(tiny.BUILDERS))
+def model(request):
+    return tiny.model(request.param)
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    return tiny.model("sd3")
+
+
+def far(a, b):
+    return np.abs(a.astype(float) - b).mean()
+
+
+def test_pictures_and_cost(model):
+    made = generate(model, [HELLO, WORLD, HELLO], [1, 2, 3])
+    side = model.spec.height
+    assert made.images.shape == (3, side, side, 3) and made.images.dtype == np.uint8
+    # FLUX takes its guidance as a number; everything else doubles its batch.
+    halves = 1 if model.spec.pipeline == "FluxPipeline" else 2
+    assert made.row_evaluations == 3 * model.spec.steps * halves
+    assert made.seconds > 0
+    assert made.images.std() > 5
+    assert not model.denoiser._forward_pre_hooks
+
+
+def test_a_row_does_not_depend_on_its_batch(model):
+    """Only rounding, at most a grey level or so, may differ between batches of other sizes and orders."""
+    together = generate(model, [HELLO, WORLD, HELLO], [1, 2, 3]).images
+    turned = generate(model, [HELLO, WORLD, HELLO][::-1], [3, 2, 1]).images[::-1]
+    in_pairs = generate(model, [HELLO, WORLD, HELLO], [1, 2, 3], batch_size=2).images
+    for other in (turned, in_pairs):
+        assert np.abs(together.astype(int) - other).max() <= 1
+    assert far(together[0], together[2]) > 5  # another seed, another picture
+
+
+def test_same_seed_same_bits(model):
+    one, two = (generate(model, [HELLO, HELLO], [1, 1]).images for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one[0], one[1])
+
+
+def test_steps_and_guidance(model):
+    plain = generate(model, [HELLO], [1], guidance=1.0, steps=2)
+    assert plain.row_evaluations == 2
+    assert far(plain.images, generate(model, [HELLO], [1], guidance=5.0, steps=2).images) > 0.05
+
+
+def test_patches_need_one_batch(sd3):
+    patch = Patch(source=2, target=0, layers=(0, 1, 2), pooled=True)
+    made = generate(sd3, [WORLD, HELLO, HELLO], [1, 1, 1], patches=[patch], batch_size=1)
+    np.testing.assert_array_equal(made.images[2], made.images[0])
+    assert far(made.images[2], made.images[1]) > 0.5
+    assert made.row_evaluations == 3 * 2 * sd3.spec.steps
+
+
+def test_negative_prompt(sd3):
+    plain = generate(sd3, [HELLO, WORLD], [1, 2]).images
+    assert far(plain, generate(sd3, [HELLO, WORLD], [1, 2], negative_prompt="red stone").images) > 0.1
+    ldm = tiny.model("ldm")
+    with pytest.raises(TextlocError, match="LDMTextToImagePipeline takes no negative prompt"):
+        generate(ldm, [HELLO], [1], negative_prompt="red")
+
+
+def test_keyword_arguments_reach_the_pipeline(sd3):
+    assert generate(sd3, [HELLO], [1], width=32).images.shape == (1, 16, 32, 3)
+
+
+def test_progress_bar(sd3, capsys):
+    generate(sd3, [HELLO], [1], progress=True)
+    assert "3/3" in capsys.readouterr().err
+    generate(sd3, [HELLO], [1])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "how", "message"),
+    [
+        ([], [], {}, "at least one prompt"),
+        ([HELLO], [1, 2], {}, "1 prompts came with 2 seeds"),
+        ([HELLO], [-1], {}, "seed is out of range"),
+        ([HELLO, "red " * 20], [1, 2], {}, "prompt of 2[12] tokens is too long; tiny-sd3 takes 16"),
+        ([HELLO], [1], {"negative_prompt": "red " * 20}, "too long"),
+        ([HELLO], [1], {"steps": 0}, "steps must be at least 1"),
+        ([HELLO], [1], {"batch_size": 0}, "batch size must be at least 1"),
+        ([HELLO], [1], {"patches": [Patch(source=0, target=1, layers=(0,))]}, "row 1 is out of range"),
+    ],
+)
+def test_mistakes(sd3, prompts, seeds, how, message):
+    ran = []
+    handle = sd3.denoiser.register_forward_pre_hook(lambda *a: ran.append(1))
+    with pytest.raises(TextlocError, match=message):
+        generate(sd3, prompts, seeds, **how)
+    handle.remove()
+    assert not ran
+
+
+def test_save(sd3, tmp_path):
+    made = generate(sd3, [HELLO, WORLD], [1, 2])
+    rows = save(tmp_path, made, [HELLO, WORLD], [1, 2], ["HELLO", ""])
+    assert rows == json.loads((tmp_path / "images.json").read_text())
+    assert rows[1] == {"prompt": WORLD, "seed": 2, "file": "001.png", "ocr": ""}
+    for row, image in zip(rows, made.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / row["file"])), image)

@@ -1,0 +1,408 @@
+"""Patching against an independent two-pass implementation, on tiny random-weight pipelines of every family."""
+
+import contextlib
+import re
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from textloc_utils.generate import generate
+from textloc_utils.patching import Patch, patched
+from textloc_utils.settings import TextlocError
+
+NAMES = list(tiny.BUILDERS)
+SOURCE, TARGET = 'A red sign that says "HELLO".', 'A red sign that says "WORLD".'
+OTHER_SOURCE, OTHER_TARGET = 'A sign on a green wall that says "RIVER".', 'A sign on a green wall that says "STONE".'
+TOLERANCE = 1e-5
+VISIBLE = 1e-3  #: mean difference that a patch must make, a hundred times the tolerance
+
+
+@pytest.fixture(scope="module")
+def models():
+    built = {}
+
+    def get(name, dtype=torch.float32):
+        if (name, dtype) not in built:
+            built[name, dtype] = tiny.model(name)
+            built[name, dtype].pipe.to(dtype)
+        return built[name, dtype]
+
+    return get
+
+
+@pytest.fixture
+def exact(models):
+    """The models in double precision: in single, batches of other sizes alone differ by about the tolerance."""
+    return lambda name: models(name, torch.float64)
+
+
+def sample(model, prompts, seeds, guidance=4.0, negative=None):
+    """Pictures as floats (n, H, W, 3), straight from the pipeline."""
+    arguments = model.call_arguments(prompts, steps=model.spec.steps, guidance=guidance, negative_prompt=negative)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return model.pipe(**arguments, generator=generators, output_type="np").images
+
+
+# --- the independent implementation: found by name, stored on one run, replayed into another --------------------
+
+SITES = {
+    "k": r"(attn2\.to_k|(?<!single)\S*\.add_k_proj|single_transformer_blocks\.\d+\.attn\.to_k)$",
+    "v": r"(attn2\.to_v|(?<!single)\S*\.add_v_proj|single_transformer_blocks\.\d+\.attn\.to_v)$",
+}
+
+
+def linears(model, letter):
+    """Text key (or value) modules in execution order, without the package's own list."""
+    found = [(n, m) for n, m in model.denoiser.named_modules() if re.search(SITES[letter], n)]
+    if model.spec.pipeline == "StableDiffusion3Pipeline":
+        found = [(n, m) for n, m in found if ".attn2." not in n]  # SD3.5's image-only attention
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "transformer_blocks": 0, "single_transformer_blocks": 1}
+    return sorted(found, key=lambda item: order[item[0].split(".")[0]])  # stable: registration order within a part
+
+
+@contextlib.contextmanager
+def replaced_forward(modules, make):
+    originals = {m: m.forward for m in modules}
+    try:
+        for key, m in enumerate(modules):
+            m.forward = make(key, m, originals[m])
+        yield
+    finally:
+        for m in modules:
+            del m.forward
+
+
+def two_pass(model, source, target, seed, *, layers, tensors="kv", start=0, stop=99, heads=None, pooled=False, **how):
+    """The source's picture with the target's stored keys and values, each run alone in its own batch."""
+    text_tokens = 16 if model.spec.pipeline == "FluxPipeline" else None
+    sites = [(linears(model, letter)[i][1], i) for letter in tensors for i in layers]
+    widths = {m: (i, model.layers[i].heads) for m, i in sites}
+    if pooled:
+        module = model.denoiser.get_submodule(model.pooled_site)
+        sites.append((module, None))
+        widths[module] = (None, None)
+    modules = [m for m, _ in sites]
+    stored = {m: [] for m in modules}
+
+    def recording(key, m, original):
+        def forward(*args, **kwargs):
+            out = original(*args, **kwargs)
+            stored[m].append(out.clone())
+            return out
+
+        return forward
+
+    calls = dict.fromkeys(modules, 0)
+
+    def replaying(key, m, original):
+        def forward(*args, **kwargs):
+            out = original(*args, **kwargs).clone()
+            step = calls[m]
+            calls[m] += 1
+            if not start <= step < stop:
+                return out
+            there = stored[m][step]
+            index, n_heads = widths[m]
+            if index is None:
+                return there.clone()
+            width = out.shape[-1] // n_heads
+            tokens = text_tokens if text_tokens and "to_" in linears(model, "k")[index][0] else out.shape[1]
+            for h in range(n_heads) if heads is None else heads:
+                out[:, :tokens, h * width : (h + 1) * width] = there[:, :tokens, h * width : (h + 1) * width]
+            return out
+
+        return forward
+
+    with replaced_forward(modules, recording):
+        sample(model, [target], [seed], **how)
+    with replaced_forward(modules, replaying):
+        return sample(model, [source], [seed], **how)[0]
+
+
+def assert_patched(ours, reference, plain):
+    assert np.abs(ours - reference).max() <= TOLERANCE
+    assert np.abs(ours - plain).mean() > VISIBLE
+
+
+# --- exactness --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_are_those_found_by_name(models, name):
+    model = models(name)
+    assert [layer.key for layer in model.layers] == [n for n, _ in linears(model, "k")]
+    assert [layer.value for layer in model.layers] == [n for n, _ in linears(model, "v")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_patching_nothing_changes_no_bit(models, name):
+    model = models(name)
+    plain = sample(model, [SOURCE, TARGET], [7, 7])
+    with patched(model, [], 2):
+        nothing = sample(model, [SOURCE, TARGET], [7, 7])
+    with patched(model, [Patch(source=0, target=1, layers=())], 2):
+        no_layer = sample(model, [SOURCE, TARGET], [7, 7])
+    with patched(model, [Patch(source=0, target=1, layers=(0,), start=99)], 2):
+        never = sample(model, [SOURCE, TARGET], [7, 7])
+    for pictures in (nothing, no_layer, never):
+        np.testing.assert_array_equal(pictures, plain)
+    assert np.abs(plain[0] - plain[1]).mean() > VISIBLE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaving_the_block_restores_the_pipeline(models, name):
+    model = models(name)
+    every = tuple(range(len(model.layers)))
+    patch = Patch(source=0, target=1, layers=every, pooled=model.pooled_site is not None)
+    before = sample(model, [SOURCE, TARGET], [7, 7])
+    with patched(model, [patch], 2):
+        inside = sample(model, [SOURCE, TARGET], [7, 7])
+    np.testing.assert_array_equal(sample(model, [SOURCE, TARGET], [7, 7]), before)
+    with pytest.raises(RuntimeError, match="half-way"), patched(model, [patch], 2):
+        sample(model, [SOURCE, TARGET], [7, 7])
+        raise RuntimeError("half-way")
+    np.testing.assert_array_equal(sample(model, [SOURCE, TARGET], [7, 7]), before)
+    assert np.abs(inside[0] - before[0]).mean() > VISIBLE
+    np.testing.assert_array_equal(inside[1], before[1])  # the target row itself stays as it was
+    for module in model.denoiser.modules():
+        assert len(module._forward_hooks) == len(module._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_layers_and_pooled_give_the_target(models, name):
+    model = models(name)
+    every = tuple(range(len(model.layers)))
+    pooled = model.pooled_site is not None
+    with patched(model, [Patch(source=0, target=1, layers=every, pooled=pooled)], 2):
+        out = sample(model, [SOURCE, TARGET], [7, 7])
+    # Where the text stream evolves, its queries and its own outputs still start from the source's, but keys and
+    # values of every layer are the target's, so the image stream, and with it the picture, is the target's.
+    np.testing.assert_allclose(out[0], out[1], atol=TOLERANCE)
+    assert np.abs(out[0] - sample(model, [SOURCE, TARGET], [7, 7])[0]).mean() > VISIBLE
+
+
+# --- against the two-pass implementation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_single_layer_and_all(exact, name, guidance):
+    """One batch holds every choice of layers at once, all patched from one target row."""
+    model = exact(name)
+    n = len(model.layers)
+    choices = [(i,) for i in range(n)] + [tuple(range(n))]
+    last = len(choices)
+    patches = [Patch(source=row, target=last, layers=layers) for row, layers in enumerate(choices)]
+    with patched(model, patches, last + 1):
+        out = sample(model, [SOURCE] * last + [TARGET], [7] * (last + 1), guidance)
+    plain = sample(model, [SOURCE], [7], guidance)[0]
+    changes = []
+    for row, layers in enumerate(choices):
+        reference = two_pass(model, SOURCE, TARGET, 7, layers=layers, guidance=guidance)
+        assert np.abs(out[row] - reference).max() <= TOLERANCE, layers
+        changes.append(np.abs(out[row] - plain).mean())
+    assert changes[-1] > VISIBLE
+    assert np.median(changes) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_several_pairs_in_one_batch(exact, name, guidance):
+    model = exact(name)
+    every = tuple(range(len(model.layers)))
+    prompts, seeds = [TARGET, SOURCE, OTHER_TARGET, SOURCE, OTHER_SOURCE], [3, 3, 4, 3, 4]
+    patches = [
+        Patch(source=1, target=0, layers=every),
+        Patch(source=3, target=0, layers=every[:1]),
+        Patch(source=4, target=2, layers=every[1:]),
+    ]
+    with patched(model, patches, 5):
+        out = sample(model, prompts, seeds, guidance)
+    plain = sample(model, prompts, seeds, guidance)
+    for row, source, target, seed, layers in (
+        (1, SOURCE, TARGET, 3, every),
+        (3, SOURCE, TARGET, 3, every[:1]),
+        (4, OTHER_SOURCE, OTHER_TARGET, 4, every[1:]),
+    ):
+        reference = two_pass(model, source, target, seed, layers=layers, guidance=guidance)
+        assert np.abs(out[row] - reference).max() <= TOLERANCE
+        assert np.abs(out[row] - plain[row]).mean() > VISIBLE / 10
+    np.testing.assert_array_equal(out[[0, 2]], plain[[0, 2]])
+
+
+PARTS = [
+    {"start": 1},
+    {"start": 1, "stop": 2},
+    {"heads": (1,)},
+    {"heads": (1, 0)},
+    {"tensors": "k"},
+    {"tensors": "v"},
+]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_heads_and_tensors(exact, name, part):
+    model = exact(name)
+    every = tuple(range(len(model.layers)))
+    with patched(model, [Patch(source=0, target=1, layers=every, **part)], 2):
+        # Two calls in one block: the steps are counted anew in the second.
+        sample(model, [SOURCE, TARGET], [8, 8])
+        out = sample(model, [SOURCE, TARGET], [7, 7])[0]
+    assert_patched(out, two_pass(model, SOURCE, TARGET, 7, layers=every, **part), sample(model, [SOURCE], [7])[0])
+    with patched(model, [Patch(source=0, target=1, layers=every)], 2):
+        whole = sample(model, [SOURCE, TARGET], [7, 7])[0]
+    if set(part.get("heads", ())) != set(range(model.layers[0].heads)):
+        assert np.abs(out - whole).mean() > 10 * TOLERANCE  # a part is not the whole
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "ldm"])
+def test_pooled_alone_and_with_a_step_range(exact, name):
+    model = exact(name)
+    plain = sample(model, [SOURCE], [7])[0]
+    for part in ({}, {"start": 1, "stop": 2}):
+        with patched(model, [Patch(source=0, target=1, pooled=True, **part)], 2):
+            out = sample(model, [SOURCE, TARGET], [7, 7])[0]
+        reference = two_pass(model, SOURCE, TARGET, 7, layers=(), pooled=True, **part)
+        assert np.abs(out - reference).max() <= TOLERANCE
+        assert np.abs(out - plain).mean() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sdxl", "if", "sd3"])
+def test_negative_prompt_takes_part(exact, name):
+    model = exact(name)
+    every = tuple(range(len(model.layers)))
+    how = {"guidance": 4.0, "negative": "blue cloud"}
+    with patched(model, [Patch(source=0, target=1, layers=every)], 2):
+        out = sample(model, [SOURCE, TARGET], [7, 7], **how)[0]
+    assert_patched(out, two_pass(model, SOURCE, TARGET, 7, layers=every, **how), sample(model, [SOURCE], [7], **how)[0])
+
+
+def test_flux_single_blocks_leave_the_image_rows_alone(models):
+    model = models("flux")
+    layer = next(layer for layer in model.layers if layer.context)
+    key = model.denoiser.get_submodule(layer.key)
+    pairs = []
+    with patched(model, [Patch(source=0, target=1, layers=(layer.index,))], 2):
+        handle = key.register_forward_hook(lambda m, args, out: pairs.append((m.forward(*args), out)))
+        sample(model, [SOURCE, TARGET], [7, 7])
+        handle.remove()
+    for before, after in pairs:
+        assert torch.equal(after[0, :16], before[1, :16])
+        assert torch.equal(after[0, 16:], before[0, 16:])
+        assert torch.equal(after[1], before[1])
+        assert not torch.equal(before[0, 16:], before[1, 16:])
+
+
+def test_steps_count_noise_levels_not_calls(models):
+    """FLUX with true guidance calls its denoiser twice a step, and a second pipeline call starts at step 0 again."""
+    model = models("flux")
+    key = model.denoiser.get_submodule(model.layers[0].key)
+    copied = []
+    arguments = model.call_arguments([SOURCE, TARGET], steps=3, guidance=3.5, negative_prompt=None, true_cfg_scale=2.0)
+    arguments["negative_prompt"] = ["red stone", "blue cloud"]
+    with patched(model, [Patch(source=0, target=1, layers=(0,), start=1, stop=2)], 2):
+        handle = key.register_forward_hook(lambda m, args, out: copied.append(torch.equal(out[0], out[1])))
+        model.pipe(**arguments, output_type="latent")
+        model.pipe(**arguments, output_type="latent")
+        handle.remove()
+    assert copied == 2 * [False, False, True, True, False, False]
+
+
+def test_fused_projections_are_refused():
+    model = tiny.model("sd3")
+    model.denoiser.fuse_qkv_projections()
+    with pytest.raises(TextlocError, match="fused; call unfuse_qkv_projections"):
+        patched(model, [Patch(source=0, target=1, layers=(0,))], 2).__enter__()
+
+
+@pytest.mark.parametrize(("name", "modules"), [("sdxl", ["to_k", "to_v"]), ("sd3", ["add_k_proj", "add_v_proj"])])
+def test_lora_wrapped_layers(name, modules):
+    peft = pytest.importorskip("peft")
+    model = tiny.model(name)
+    model.pipe.to(torch.float64)
+    every = tuple(range(len(model.layers)))
+    with patched(model, [Patch(source=0, target=1, layers=every)], 2):
+        bare = sample(model, [SOURCE, TARGET], [7, 7])[0]
+    model.denoiser.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=modules))
+    with patched(model, [Patch(source=0, target=1, layers=every)], 2):
+        out = sample(model, [SOURCE, TARGET], [7, 7])[0]
+    assert_patched(out, two_pass(model, SOURCE, TARGET, 7, layers=every), sample(model, [SOURCE], [7])[0])
+    assert np.abs(out - bare).mean() > VISIBLE  # the adapter took part
+
+
+def test_outputs_held_by_others_are_not_written_to(models):
+    model = models("sd3")
+    layer = model.layers[0]
+    held = []
+    key = model.denoiser.get_submodule(layer.key)
+    handle = key.register_forward_hook(lambda m, args, out: held.append((out, out.clone())))
+    with patched(model, [Patch(source=0, target=1, layers=(0,))], 2):
+        sample(model, [SOURCE, TARGET], [7, 7])
+    handle.remove()
+    assert all(torch.equal(now, then) for now, then in held)
+
+
+def test_rows_that_share_steps_cost_one_copy(models):
+    """A sweep's rows are gathered at once: hooks on a layer do not grow in number with the rows patched."""
+    model = models("ldm")
+    patches = [Patch(source=i, target=9, layers=(0,)) for i in range(9)]
+    with patched(model, patches, 10):
+        assert len(model.denoiser.get_submodule(model.layers[0].key)._forward_hooks) == 1
+        hook = next(iter(model.denoiser.get_submodule(model.layers[0].key)._forward_hooks.values()))
+        assert len(hook.copies) == 1 and hook.copies[0].sources == list(range(9))
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patches", "message"),
+    [
+        ([Patch(source=0, target=2, layers=(0,))], "row 2 is out of range.*0 to 1"),
+        ([Patch(source=-1, target=1, layers=(0,))], "row -1 is out of range"),
+        ([Patch(source=0, target=0, layers=(0,))], "row 0 is both a target and a source"),
+        ([Patch(source=0, target=1, layers=(4,))], "layer 4 is out of range.*0 to 3"),
+        ([Patch(source=0, target=1, layers=(0,), heads=(2,))], "heads .* out of range.*0 to 1"),
+        ([Patch(source=0, target=1, layers=(0,), tensors="q")], "unknown tensors 'q'.*k, v, kv"),
+        ([Patch(source=0, target=1, layers=(0,), start=2, stop=1)], "steps 2 to 1"),
+        ([Patch(source=0, target=1, pooled=True)], "no pooled text embedding"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(models, patches, message):
+    model = models("ldm")
+    with pytest.raises(TextlocError, match=message), patched(model, patches, 2):
+        raise AssertionError("the block was entered")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.denoiser.modules())
+
+
+def test_two_targets_for_one_place(models):
+    model = models("ldm")
+    one = Patch(source=0, target=1, layers=(0, 1))
+    with pytest.raises(TextlocError, match="row 0 is patched from rows 1 and 2"):
+        patched(model, [one, Patch(source=0, target=2, layers=(1,))], 3).__enter__()
+    apart = [one, Patch(source=0, target=2, layers=(2,))]
+    with patched(model, apart, 3):
+        out = sample(model, [SOURCE, TARGET, OTHER_TARGET], [7] * 3)
+    with patched(model, [one], 3):
+        assert np.abs(out - sample(model, [SOURCE, TARGET, OTHER_TARGET], [7] * 3))[0].mean() > VISIBLE
+
+
+def test_a_batch_of_another_size_is_refused(models):
+    model = models("ldm")
+    with (
+        pytest.raises(TextlocError, match="made for 2 rows, but the denoiser got 6; allowed: 2 .* or 4"),
+        patched(model, [Patch(source=0, target=1, layers=(0,))], 2),
+    ):
+        sample(model, [SOURCE, TARGET, SOURCE], [7] * 3)
+
+
+def test_generate_carries_patches(models):
+    model = models("sd3")
+    patch = Patch(source=0, target=1, layers=(0, 1, 2))
+    made = generate(model, [SOURCE, TARGET], [7, 7], patches=[patch], batch_size=1)
+    with patched(model, [patch], 2):
+        expected = sample(model, [SOURCE, TARGET], [7, 7])
+    np.testing.assert_array_equal(made.images, np.rint(expected * 255).astype(np.uint8))

@@ -1,0 +1,121 @@
+"""``textloc``: a thin face on the package. Mistakes end in one line on stderr and exit status 2."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+
+from textloc_utils import prompts
+from textloc_utils.settings import TextlocError, check_writable, data_dir
+
+
+def _models(args) -> None:
+    from textloc_utils import models
+
+    rows = [models.describe(s) for s in models.registry().values()]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'name':<12} {'family':<22} {'pipeline':<28} {'parameters':>14} {'text layers':>11}")
+    for row in rows:
+        print(
+            f"{row['name']:<12} {row['family']:<22} {row['pipeline']:<28} "
+            f"{row['parameters']:>14,} {len(row['text_layers']):>11}"
+        )
+
+
+def _generate(args) -> None:
+    from textloc_utils import generate, models, ocr
+
+    folder = check_writable(args.out)
+    ocr.tesseract_version()  # before minutes of sampling, not after
+    for prompt in args.prompt:
+        prompts.quoted_text(prompt)
+    model = models.load(args.model, device=args.device, model_path=args.model_path)
+    seeds = [args.seed] * len(args.prompt)
+    bar = sys.stderr.isatty()
+    made = generate.generate(model, args.prompt, seeds, steps=args.steps, guidance=args.guidance, progress=bar)
+    rows = generate.save(folder, made, args.prompt, seeds, ocr.read(made.images))
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        for row in rows:
+            print(f"{folder / row['file']}  {row['ocr'] or '(no text found)'}  <- {row['prompt']}")
+
+
+def _train(args) -> None:
+    from textloc_utils.miniatures import card, training
+
+    given = {k: getattr(args, k) for k in ("samples", "seconds", "batch", "lr") if getattr(args, k) is not None}
+    budget = replace(training.Budget(), **given)
+    folder = check_writable(args.out or data_dir() / "runs" / args.name)
+    report = training.train(
+        args.name, folder, budget=budget, seed=args.seed, device=args.device, precision=args.precision
+    )
+    if report is not None:  # the main process
+        shipped = card.export(args.name, folder, check_writable(args.ship or data_dir() / "miniatures" / args.name))
+        print(json.dumps(shipped["trained"]))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="textloc", description="Where diffusion models keep the text they draw.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    models = commands.add_parser("models", help="list the models, their text layers and parameter shares")
+    models.add_argument("--json", action="store_true", help="print a list of objects")
+    models.set_defaults(run=_models)
+
+    generate = commands.add_parser("generate", help="draw pictures from prompts and read them by OCR")
+    generate.add_argument("model", metavar="MODEL", help="a name from `textloc models`")
+    generate.add_argument("prompt", metavar="PROMPT", nargs="+", help="a prompt, the text in double quotes")
+    generate.add_argument(
+        "--seed", type=int, default=42, help="seed of the noise, the same for every prompt (default: 42)"
+    )
+    generate.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG files and images.json")
+    generate.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    generate.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
+    generate.add_argument("--json", action="store_true", help="print what images.json holds")
+    _place(generate)
+    generate.add_argument("--model-path", metavar="DIR", help="a local folder or another repository of the same family")
+    generate.set_defaults(run=_generate)
+
+    train = commands.add_parser(
+        "train",
+        help="train a miniature from scratch; started again, it resumes",
+        description="Train a miniature from scratch. A killed run goes on where its last checkpoint was. Two processes "
+        "with one thread each: OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m textloc_utils.cli train NAME",
+    )
+    train.add_argument("name", metavar="NAME", help="a miniature, like sd3-mini")
+    train.add_argument("--out", metavar="DIR", help="folder of the run (default: data/runs/NAME)")
+    train.add_argument("--samples", type=int, help="stop after this many training pictures")
+    train.add_argument("--seconds", type=float, help="stop after this many seconds of denoiser training")
+    train.add_argument("--batch", type=int, help="pictures per step, over all processes")
+    train.add_argument("--lr", type=float, help="learning rate")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--ship", metavar="DIR", help="folder of the finished miniature (default: data/miniatures/NAME)")
+    train.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
+    _place(train)
+    train.set_defaults(run=_train)
+    return top
+
+
+def _place(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except TextlocError as error:
+        print(f"textloc: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Figures from pictures and tidy tables; every function returns a matplotlib Figure and reads nothing else."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+SOURCE, TARGET, QUIET = "#4878a8", "#c8553d", "#9a9a9a"
+
+
+def pictures(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int = 4, width: float = 9.0) -> Figure:
+    """A grid of uint8 pictures (H, W, 3) with a title each; pixels stay crisp."""
+    rows = -(-len(images) // columns)
+    height, across = images[0].shape[:2]
+    cell = width / columns
+    figure = Figure(figsize=(width, rows * (cell * height / across + 0.3)), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, title in zip(axes, images, titles, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def layer_scores(summary: pd.DataFrame) -> Figure:
+    """Target and source letters per patched site, with 95 % intervals (a table of ``localize.summarise``)."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axis = figure.subplots()
+    place = np.arange(len(summary))
+    for score, label, colour, shift in (
+        ("target_score", "target text", TARGET, -0.12),
+        ("source_score", "source text", SOURCE, 0.12),
+    ):
+        mean = summary[score].to_numpy()
+        error = np.abs(np.stack([mean - summary[f"{score}_low"], summary[f"{score}_high"] - mean]))
+        axis.errorbar(place + shift, mean, error, fmt="o", color=colour, capsize=2, markersize=4, label=label)
+    axis.set_xticks(place, summary.site.str.replace("layer ", ""), rotation=30, ha="right")
+    axis.set(xlabel="patched text layer", ylabel="text score", ylim=(-0.03, 1.03))
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    sns.despine(figure)
+    return figure
+
+
+def shares(table: pd.DataFrame) -> Figure:
+    """Key and value share of the denoiser per text layer; ``table`` has columns model, layer, share (0..1)."""
+    models = list(dict.fromkeys(table.model))
+    figure = Figure(figsize=(9, 1.9 * len(models)), layout="constrained")
+    for axis, model in zip(np.atleast_1d(figure.subplots(len(models), 1)), models, strict=True):
+        part = table[table.model == model]
+        axis.bar(part.layer, 100 * part.share, color=SOURCE, width=0.8)
+        axis.set_title(model, loc="left", fontsize=10)
+        axis.set_ylabel("% of denoiser")
+    axis.set_xlabel("text layer, in execution order")
+    sns.despine(figure)
+    return figure
+
+
+def training_curves(losses: Sequence[Sequence[float]], evaluations: pd.DataFrame) -> Figure:
+    """Loss and spelling against samples seen.
+
+    ``losses`` is rows of (samples, loss); ``evaluations`` has columns samples, characters, exact.
+    """
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    samples, loss = np.array(losses).T
+    left.plot(samples / 1000, loss, color=QUIET)
+    left.set(xlabel="thousand samples", ylabel="training loss", yscale="log")
+    seen = evaluations.samples / 1000
+    right.plot(seen, evaluations.characters, "o-", color=SOURCE, markersize=4, label="letters at their place")
+    right.plot(seen, evaluations.exact, "s-", color=TARGET, markersize=4, label="whole words")
+    right.set(xlabel="thousand samples", ylabel="share, held-out words", ylim=(-0.03, 1.03))
+    right.legend(frameon=False)
+    sns.despine(figure)
+    return figure
+
+
+def emergence(evaluations: pd.DataFrame) -> Figure:
+    """Target letters spelled when each text layer is patched, against samples seen (training log).
+
+    ``evaluations`` has columns samples and target (a list over layers).
+    """
+    effect = np.array(evaluations.target.tolist())
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    axis = figure.subplots()
+    sns.heatmap(
+        effect.T,
+        ax=axis,
+        vmin=0,
+        vmax=1,
+        cmap="rocket_r",
+        xticklabels=[f"{s / 1000:.0f}" for s in evaluations.samples],
+        cbar_kws={"label": "target letters"},
+    )
+    axis.set(xlabel="thousand samples", ylabel="text layer")
+    axis.invert_yaxis()
+    return figure
