@@ -1,0 +1,226 @@
+"""The project's files agree with each other, and training never meets what is held out."""
+
+import ast
+import os
+import random
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from PIL import ImageFont
+
+import textloc_utils
+from textloc_utils import prompts
+from textloc_utils.miniatures import scenes
+from textloc_utils.settings import ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def requirements() -> list[Requirement]:
+    """Everything that pyproject.toml asks for, extras included."""
+    return [Requirement(r) for group in (PROJECT["dependencies"], *EXTRAS.values()) for r in group]
+
+
+def pins() -> dict[str, str]:
+    """Canonical package name to pinned version, from constraints.txt."""
+    lines = (line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(len(r.specifier) == 1 and next(iter(r.specifier)).operator == "==" for r in found)
+    names = [canonicalize_name(r.name) for r in found]
+    assert len(names) == len(set(names)), "a package is pinned twice"
+    return {name: next(iter(r.specifier)).version for name, r in zip(names, found, strict=True)}
+
+
+# --- one set of packages ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
+def test_pin_lies_in_the_range(requirement):
+    pinned = pins().get(canonicalize_name(requirement.name))
+    assert pinned is not None, f"constraints.txt does not pin {requirement.name}"
+    assert requirement.specifier, f"{requirement.name} has no range"
+    assert requirement.specifier.contains(pinned), f"{pinned} is outside {requirement.specifier}"
+
+
+def test_no_pin_names_one_machine():
+    assert [f"{n}=={v}" for n, v in pins().items() if "+" in v] == []
+
+
+def test_this_environment_is_the_lock():
+    """What is installed here has the pinned version (a local label such as +cpu aside)."""
+    from importlib.metadata import version
+
+    installed = {r.name: version(r.name).partition("+")[0] for r in requirements()}
+    assert installed == {r.name: pins()[canonicalize_name(r.name)] for r in requirements()}
+
+
+def test_conda_installs_the_same_set():
+    conda = [d for d in ENVIRONMENT["dependencies"] if isinstance(d, str)]
+    (pip,) = (d["pip"] for d in ENVIRONMENT["dependencies"] if isinstance(d, dict))
+    # All other packages come through pyproject.toml, with the lock of `make setup`: nothing to drift apart.
+    options = [line for line in pip if not line.startswith("--extra-index-url")]
+    assert options == ["-c constraints.txt", f"-e .[{','.join(EXTRAS)}]"]
+    assert '-c constraints.txt -e ".[book,test]"' in (ROOT / "Makefile").read_text()
+    by_name = {Requirement(d).name: Requirement(d).specifier for d in conda}
+    assert set(by_name) == {"python", "pip", "tesseract"}
+    assert not by_name["tesseract"].contains("4.1") and by_name["tesseract"].contains("5.3")
+    assert by_name["python"] == SpecifierSet(PROJECT["requires-python"])
+
+
+def test_makefile_takes_the_same_pythons():
+    low, high = re.search(r"not (\(.+?\)) <= sys.version_info < (\(.+?\))", (ROOT / "Makefile").read_text()).groups()
+    as_range = ">={}.{},<{}.{}".format(*ast.literal_eval(low), *ast.literal_eval(high))
+    assert SpecifierSet(as_range) == SpecifierSet(PROJECT["requires-python"])
+
+
+# --- the project's face -------------------------------------------------------------------------------------------
+
+
+def test_readme_names_the_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert "make book" in readme and "make test" in readme
+
+
+def test_continuous_integration_runs_the_tests():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert re.search(r"^make test$", script.read_text(), re.MULTILINE)
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == textloc_utils.__version__
+    assert citation["license"] == PROJECT["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+def toc_files() -> list[str]:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    return [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
+
+
+def test_every_page_of_the_contents_exists():
+    missing = [f for f in toc_files() if not any((ROOT / (f + end)).is_file() for end in (".md", ".ipynb"))]
+    assert missing == []
+
+
+def test_every_notebook_is_in_the_contents():
+    notebooks = {f"notebooks/{p.stem}" for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert notebooks <= set(toc_files())
+
+
+def test_no_file_is_heavy():
+    """Counts what git tracks or would add."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    files = [ROOT / name for name in listing.split("\0") if name]
+    assert ROOT / "pyproject.toml" in files
+    assert [f.name for f in files if f.is_file() and f.stat().st_size > 16 * 2**20] == []
+
+
+def test_tesseract_is_ensured_or_named(tmp_path):
+    """Without Tesseract and a package manager the script says in one line what to install."""
+    script = ROOT / "scripts" / "ensure_tesseract.sh"
+    for tool in ("sed", "grep", "id"):
+        (tmp_path / tool).symlink_to(_which(tool))
+    bash = _which("bash")
+    run = subprocess.run([bash, script], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    (line,) = run.stderr.splitlines()
+    assert "tesseract-ocr" in line
+    here = subprocess.run([bash, script], capture_output=True, text=True)
+    assert (here.returncode, here.stdout, here.stderr) == (0, "", "")
+
+
+def _which(tool: str) -> str:
+    import shutil
+
+    found = shutil.which(tool)
+    assert found, f"{tool} is not on the PATH"
+    return found
+
+
+# --- what training never sees -------------------------------------------------------------------------------------
+
+
+def test_splits_are_disjoint():
+    train, held_out = prompts.words("train"), prompts.words("held-out")
+    assert len(held_out) >= 200 and len(train) > len(held_out)
+    assert set(train).isdisjoint(held_out)
+    assert all(re.fullmatch("[A-Z]{3,6}", word) for word in train + held_out)
+
+
+def test_training_scenes_hold_no_held_out_word():
+    held_out = set(prompts.words("held-out"))
+    rng = random.Random(0)
+    drawn = [scenes.random_scene(rng) for _ in range(20_000)]
+    texts = [scene.text for scene in drawn]
+    assert held_out.isdisjoint(texts)
+    # Both kinds of text occur, in every length, so that the line above had something to find.
+    train = set(prompts.words("train"))
+    words = sum(text in train for text in texts)
+    assert 0.45 < words / len(texts) < 0.55
+    assert {len(text) for text in texts} == {3, 4, 5, 6}
+    assert all(prompts.quoted_text(scenes.caption(scene, rng)) == scene.text for scene in drawn[:500])
+
+
+class PlantedRandom(random.Random):
+    """Draws the letters of the planted texts first, one text a call."""
+
+    def plant(self, *texts: str) -> "PlantedRandom":
+        self.planted = list(texts)
+        return self
+
+    def choices(self, population, *args, k=1, **kwargs):
+        return list(self.planted.pop(0))
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_random_strings_are_drawn_again_when_held_out(at):
+    word = prompts.words("held-out")[at]
+    rng = PlantedRandom(0).plant(word, word, "QXZJQ"[: len(word)])
+    assert prompts.random_string(rng, len(word)) == "QXZJQ"[: len(word)]
+    assert rng.planted == []
+
+
+def test_training_draws_one_typeface(monkeypatch):
+    opened = []
+    original = ImageFont.truetype
+
+    def record(path, *args, **kwargs):
+        opened.append(Path(path).name)
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(ImageFont, "truetype", record)
+    scenes.atlas.cache_clear()
+    rng = random.Random(1)
+    pictures = [scenes.render(scenes.random_scene(rng)) for _ in range(50)]
+    assert pictures[0].shape == (scenes.HEIGHT, scenes.WIDTH, 3)
+    assert set(opened) == {scenes.TYPEFACE}
+
+
+def test_no_training_code_names_another_typeface():
+    """The unseen typefaces are for later: nothing below ``miniatures`` hands one to the renderer."""
+    for path in (ROOT / "textloc_utils" / "miniatures").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith((".ttf", ".otf")):
+                assert node.value == scenes.TYPEFACE, path.name
+            if isinstance(node, ast.Call) and path.name != "scenes.py":
+                assert all(k.arg != "typeface" for k in node.keywords), f"{path.name}:{node.lineno}"
