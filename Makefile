@@ -1,13 +1,14 @@
 # make book   set up, execute the notebooks, build the site into _build/html
 # make test   set up, unit tests, then every notebook against its committed outputs from an empty result store
 # make setup  the virtual environment in .venv, and Tesseract
+# make benchmark   speed and memory, as ratios within one run
 # make lint, make clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup tesseract book test lint clean
+.PHONY: help setup tesseract book test benchmark lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,8 +34,8 @@ EXECUTED := $(NOTEBOOKS:notebooks/%.ipynb=_build/executed/%.stamp)
 INPUTS := $(shell find textloc_utils data -type f -not -path '*/__pycache__/*' -not -path 'data/results/*' \
   -not -path 'data/runs/*' -not -name README.md 2>/dev/null)
 
-# Two processes with a thread per core each are far slower than one thread each.
-JOBS := $(shell n=$(words $(NOTEBOOKS)); c=$(CORES); m=$$((n < c ? n : c)); echo $$((m < 1 ? 1 : m > 4 ? 4 : m)))
+# One process per core with one thread each: two processes with a thread per core each are many times slower.
+JOBS := $(shell echo $$(($(CORES) > 4 ? 4 : $(CORES))))
 export OMP_THREAD_LIMIT ?= $(CORES)
 export TQDM_DISABLE := 1
 export HF_HUB_OFFLINE ?= 1
@@ -101,11 +102,14 @@ book: setup $(EXECUTED)
 # --- checks ---------------------------------------------------------------------------------------------------
 
 test: setup
-	@OMP_NUM_THREADS=$(CORES) $(BIN)/python -m pytest -q tests
+	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests --ignore tests/benchmarks
 	@store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; \
-	  TEXTLOC_RESULTS="$$store" OMP_NUM_THREADS=$$(($(CORES) / $(JOBS))) OMP_THREAD_LIMIT=$$(($(CORES) / $(JOBS))) \
+	  TEXTLOC_RESULTS="$$store" OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 \
 	  $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile \
 	  --nbval-lax --nbval-cell-timeout=$(CELL_TIMEOUT) notebooks
+
+benchmark: setup
+	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -s tests/benchmarks
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -5,9 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 SOURCE, TARGET, QUIET = "#4878a8", "#c8553d", "#9a9a9a"
+
+
+def _figure(**options) -> Figure:
+    """A figure made by pyplot, so that notebooks know how to show it, and closed, so that they show it once."""
+    figure = plt.figure(layout="constrained", **options)
+    plt.close(figure)
+    return figure
 
 
 def pictures(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int = 4, width: float = 9.0) -> Figure:
@@ -15,7 +23,7 @@ def pictures(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: in
     rows = -(-len(images) // columns)
     height, across = images[0].shape[:2]
     cell = width / columns
-    figure = Figure(figsize=(width, rows * (cell * height / across + 0.3)), layout="constrained")
+    figure = _figure(figsize=(width, rows * (cell * height / across + 0.3)))
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -27,7 +35,7 @@ def pictures(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: in
 
 def layer_scores(summary: pd.DataFrame) -> Figure:
     """Target and source letters per patched site, with 95 % intervals (a table of ``localize.summarise``)."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = _figure(figsize=(9, 3.4))
     axis = figure.subplots()
     place = np.arange(len(summary))
     for score, label, colour, shift in (
@@ -47,7 +55,7 @@ def layer_scores(summary: pd.DataFrame) -> Figure:
 def shares(table: pd.DataFrame) -> Figure:
     """Key and value share of the denoiser per text layer; ``table`` has columns model, layer, share (0..1)."""
     models = list(dict.fromkeys(table.model))
-    figure = Figure(figsize=(9, 1.9 * len(models)), layout="constrained")
+    figure = _figure(figsize=(9, 1.9 * len(models)))
     for axis, model in zip(np.atleast_1d(figure.subplots(len(models), 1)), models, strict=True):
         part = table[table.model == model]
         axis.bar(part.layer, 100 * part.share, color=SOURCE, width=0.8)
@@ -63,7 +71,7 @@ def training_curves(losses: Sequence[Sequence[float]], evaluations: pd.DataFrame
 
     ``losses`` is rows of (samples, loss); ``evaluations`` has columns samples, characters, exact.
     """
-    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure = _figure(figsize=(9, 3))
     left, right = figure.subplots(1, 2)
     samples, loss = np.array(losses).T
     left.plot(samples / 1000, loss, color=QUIET)
@@ -83,7 +91,7 @@ def emergence(evaluations: pd.DataFrame) -> Figure:
     ``evaluations`` has columns samples and target (a list over layers).
     """
     effect = np.array(evaluations.target.tolist())
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    figure = _figure(figsize=(9, 2.8))
     axis = figure.subplots()
     sns.heatmap(
         effect.T,

@@ -19,7 +19,7 @@ def read(pictures: np.ndarray, lengths: tuple[int, ...] = (3, 4, 5, 6), slack: i
     """Best word of each picture, uint8 (n, H, W, 3) to n strings; "" where no text is found.
 
     Normalised cross-correlation of the picture, along its direction of largest colour variance in the middle
-    band, with the 26 letters; the word's length and place (the scenes' jitter and ``slack`` pixels more) are
+    band, with the 26 letters; the word's length and place (``slack`` pixels around the scenes' own) are
     the ones with the highest mean correlation.
     """
     x = torch.from_numpy(np.ascontiguousarray(pictures)).float()
@@ -35,15 +35,14 @@ def read(pictures: np.ndarray, lengths: tuple[int, ...] = (3, 4, 5, 6), slack: i
     variance = (F.conv2d(grey.square(), ones) / area - mean.square()).clamp_min(1.0)
     match = (dot / (variance * area).sqrt()).abs()  # (n, 26, H - h + 1, W - w + 1); light on dark or dark on light
     best, which = match.max(1)
-    reach_x, reach_y = scenes.JITTER_X + slack, scenes.JITTER_Y + slack
-    top = scenes.HEIGHT // 2 - h // 2
+    top, low, high = scenes.HEIGHT // 2 - h // 2, min(scenes.HEIGHTS), max(scenes.HEIGHTS)
     out, score = [""] * len(pictures), np.full(len(pictures), LEAST_MATCH)
     for n in lengths:
-        left = scenes.WIDTH // 2 - n * w // 2
-        for dy in range(-reach_y, reach_y + 1):
-            for dx in range(-reach_x, reach_x + 1):
-                columns = [left + dx + i * w for i in range(n)]
-                found = best[:, top + dy, columns].mean(1).numpy() + 0.01 * n
+        for dy in range(low - slack, high + slack + 1):
+            for dx in range(-slack, slack + 1):
+                columns = [scenes.LEFT + dx + i * w for i in range(n)]
+                # A longer word that matches as well is preferred, or every word would end at its clearest letters.
+                found = best[:, top + dy, columns].mean(1).numpy() + 0.02 * n
                 for row in np.flatnonzero(found > score):
                     score[row] = found[row]
                     out[row] = "".join(LETTERS[i] for i in which[row, top + dy, columns])

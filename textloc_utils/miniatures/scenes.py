@@ -1,8 +1,9 @@
 """Rendered scenes: a coloured wall, a coloured sign, a word; the captions name all three.
 
 A scene separates the text from the rest: the caption fixes colours, shape and text, the noise is left
-the sign's position. Letters are composed from an atlas of one bold monospace typeface (DejaVu Sans Mono
-Bold, carried by matplotlib), so that thousands of scenes a second can be drawn on one core.
+the height at which the sign hangs. Letters stand in fixed columns from the left, so that the place of a letter
+does not depend on the letters beside it. They are composed from an atlas of one bold monospace typeface (DejaVu
+Sans Mono Bold, carried by matplotlib), so that thousands of scenes a second can be drawn on one core.
 """
 
 import functools
@@ -20,8 +21,10 @@ from textloc_utils.prompts import COLOURS, LETTERS, SHAPES
 HEIGHT, WIDTH = 64, 128
 PITCH = 16  #: pixels from letter to letter
 CELL_HEIGHT = 24
-JITTER_X, JITTER_Y = 2, 4  #: the sign's centre moves by at most this many pixels
-MAX_LETTERS = 7
+LEFT = 16  #: first letter's column: every letter stands in a 16-pixel column of its own
+HEIGHTS = (-4, -2, 0, 2, 4)  #: where the noise may hang the sign, in pixels below the middle
+MAX_LETTERS = 6
+RUNS = "runs"
 TYPEFACE = "DejaVuSansMono-Bold.ttf"
 
 RGB = {
@@ -39,13 +42,12 @@ LIGHT = {"yellow", "orange", "white"}  #: signs that carry dark letters; the oth
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows; ``dx`` and ``dy`` move the sign's centre, in pixels."""
+    """What a picture shows; the sign with its text hangs ``dy`` pixels (one of HEIGHTS) below the middle."""
 
     wall: str
     sign: str
     shape: str
     text: str
-    dx: int = 0
     dy: int = 0
 
 
@@ -65,11 +67,11 @@ def atlas(typeface: str = TYPEFACE) -> np.ndarray:
 
 @functools.cache
 def _sign_mask(shape: str) -> np.ndarray:
-    """Coverage of a sign centred on a canvas with room for the jitter, (H + 2 JY, W + 2 JX)."""
+    """Coverage of a sign in the middle of a canvas with room above and below, (H + 2 max(HEIGHTS), W)."""
     scale = 4
-    h, w = HEIGHT + 2 * JITTER_Y, WIDTH + 2 * JITTER_X
+    h, w = HEIGHT + 2 * max(HEIGHTS), WIDTH
     cx, cy = w / 2, h / 2
-    half = {"sign": (59, 18), "plate": (60, 19), "banner": (w, 16)}[shape]
+    half = {"sign": (58, 18), "plate": (60, 19), "banner": (w, 16)}[shape]
     canvas = Image.new("L", (w * scale, h * scale))
     box = [(cx - half[0]) * scale, (cy - half[1]) * scale, (cx + half[0]) * scale - 1, (cy + half[1]) * scale - 1]
     draw = ImageDraw.Draw(canvas)
@@ -82,16 +84,14 @@ def _sign_mask(shape: str) -> np.ndarray:
 
 def text_box(scene: Scene) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the letters' cells in pixels."""
-    width = PITCH * len(scene.text)
-    left = WIDTH // 2 - width // 2 + scene.dx
     top = HEIGHT // 2 - CELL_HEIGHT // 2 + scene.dy
-    return left, top, left + width, top + CELL_HEIGHT
+    return LEFT, top, LEFT + PITCH * len(scene.text), top + CELL_HEIGHT
 
 
-def letters_region(letters: int = 6) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of all pixels where a word of up to ``letters`` letters can stand."""
-    half = PITCH * letters // 2 + JITTER_X, CELL_HEIGHT // 2 + JITTER_Y
-    return WIDTH // 2 - half[0], HEIGHT // 2 - half[1], WIDTH // 2 + half[0], HEIGHT // 2 + half[1]
+def letters_region() -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of all pixels where letters can stand."""
+    half = CELL_HEIGHT // 2 + max(HEIGHTS)
+    return LEFT, HEIGHT // 2 - half, LEFT + PITCH * MAX_LETTERS, HEIGHT // 2 + half
 
 
 def render(scene: Scene, typeface: str = TYPEFACE) -> np.ndarray:
@@ -100,8 +100,8 @@ def render(scene: Scene, typeface: str = TYPEFACE) -> np.ndarray:
         raise ValueError(f"a scene holds 1 to {MAX_LETTERS} letters, got {scene.text!r}")
     wall, sign = (np.array(RGB[c], np.float32) for c in (scene.wall, scene.sign))
     ink = np.array(RGB["black" if scene.sign in LIGHT else "white"], np.float32)
-    top, left = JITTER_Y - scene.dy, JITTER_X - scene.dx
-    mask = _sign_mask(scene.shape)[top : top + HEIGHT, left : left + WIDTH, None]
+    top = max(HEIGHTS) - scene.dy
+    mask = _sign_mask(scene.shape)[top : top + HEIGHT, :, None]
     picture = wall + (sign - wall) * mask
     letters = atlas(typeface)[[LETTERS.index(c) for c in scene.text]]
     strip = letters.transpose(1, 0, 2).reshape(CELL_HEIGHT, -1)[:, :, None]
@@ -119,20 +119,21 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return template.format(wall=scene.wall, sign=scene.sign, text=scene.text)
 
 
-def random_scene(rng: random.Random, lengths: tuple[int, ...] = (3, 4, 5, 6)) -> Scene:
-    """A training scene: a training word or a random string of 3 to 6 letters, half of each."""
+def random_scene(rng: random.Random, lengths: tuple[int | str, ...] = (3, 4, 5, 6)) -> Scene:
+    """A training scene of one of the ``lengths``: a training word or a random string, half of each.
+
+    The length ``RUNS`` stands for six letters in runs, AAAAAA, AAABBB or AABBCC, for the start of a curriculum.
+    """
     length = rng.choice(lengths)
-    known = rng.random() < 0.5
-    text = rng.choice(_words_by_length()[length]) if known else prompts.random_string(rng, length)
+    if length == RUNS:
+        run = rng.choice((6, 6, 3, 2))
+        text = "".join(letter * run for letter in rng.choices(LETTERS, k=6 // run))
+    elif rng.random() < 0.5:
+        text = rng.choice(_words_by_length()[length])
+    else:
+        text = prompts.random_string(rng, length)
     wall, sign = rng.sample(COLOURS, 2)
-    return Scene(
-        wall=wall,
-        sign=sign,
-        shape=rng.choice(SHAPES),
-        text=text,
-        dx=rng.randint(-JITTER_X, JITTER_X),
-        dy=rng.randint(-JITTER_Y, JITTER_Y),
-    )
+    return Scene(wall=wall, sign=sign, shape=rng.choice(SHAPES), text=text, dy=rng.choice(HEIGHTS))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from textloc_utils.miniatures import scenes
 from textloc_utils.miniatures.tokenizers import letter_tokenizer
 
 TOKENS = 22
+WIDTH = 96
 
 #: What the registry knows about the finished miniature (written to its textloc.json).
 SPEC = {
@@ -77,21 +78,23 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         feed_forward_proj="gated-gelu",
         relative_attention_max_distance=32,
     )
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=12,
+        attention_head_dim=32,
+        num_attention_heads=WIDTH // 32,
+        joint_attention_dim=128,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=128,
+        pos_embed_max_size=16,
+    )
+    initialise(transformer)
     return StableDiffusion3Pipeline(
         vae=vae,
-        transformer=SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=12,
-            attention_head_dim=32,
-            num_attention_heads=3,
-            joint_attention_dim=128,
-            caption_projection_dim=96,
-            pooled_projection_dim=128,
-            pos_embed_max_size=16,
-        ),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=CLIPTextModelWithProjection(clip),
         text_encoder_2=CLIPTextModelWithProjection(clip),
@@ -100,6 +103,37 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         tokenizer_2=clip_tokenizer,
         tokenizer_3=t5_tokenizer,
     )
+
+
+@torch.no_grad()
+def initialise(transformer: SD3Transformer2DModel) -> None:
+    """Start the denoiser as a copy of its input: adaLN-Zero (Peebles & Xie 2023) and matched ends.
+
+    The noise of a 2x2x16 patch fills two thirds of so narrow a residual stream, and at high noise most of the answer
+    is that noise. So the patch embedding is an isometry, orthogonal to the position embedding, the last projection is
+    its transpose, and every block begins switched off.
+    """
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            if "norm" in name:  # the modulations of the adaptive layer norms
+                torch.nn.init.zeros_(module.weight)
+            elif "transformer_blocks" in name:
+                torch.nn.init.xavier_uniform_(module.weight)
+            else:
+                continue
+            torch.nn.init.zeros_(module.bias)
+    embed, patch = transformer.pos_embed, transformer.config.patch_size
+    height, width = SPEC["height"] // 8, SPEC["width"] // 8
+    positions = embed.cropped_pos_embed(height, width)[0]
+    taken = torch.cat([torch.ones(1, positions.shape[1]), positions])
+    _, values, directions = torch.linalg.svd(taken)
+    free = directions[(values > 1e-3 * values[0]).sum() :]
+    channels, size = transformer.config.in_channels, transformer.config.in_channels * patch**2
+    ends = free[:size].T  # (width, patch numbers), orthonormal columns
+    embed.proj.weight.copy_(2 * ends.unflatten(1, (patch, patch, channels)).permute(0, 3, 1, 2))
+    embed.proj.bias.zero_()
+    transformer.proj_out.weight.copy_(0.6 * ends.T)
+    transformer.proj_out.bias.zero_()
 
 
 class Objective(torch.nn.Module):

@@ -1,0 +1,108 @@
+"""The command line, run as a user runs it: output, and one line with exit status 2 for every mistake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from textloc_utils import cli, prompts
+from textloc_utils.settings import data_dir
+
+HELLO = 'A red sign on a blue wall that says "HELLO".'
+
+
+def run(*arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "textloc_utils.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line of an error; asserts exit status 2 and nothing on stdout."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("textloc: ")
+    return err
+
+
+def test_generate_writes_what_it_prints(tmp_path):
+    words = ["HELLO", "WORLD"]
+    asked = [prompts.replace_text(HELLO, w) for w in words]
+    done = run("generate", "sd3-mini", *asked, "--seed", 7, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert rows == json.loads((tmp_path / "out" / "images.json").read_text())
+    assert [r["prompt"] for r in rows] == asked and {r["seed"] for r in rows} == {7}
+    assert all(set(r) == {"prompt", "seed", "file", "ocr"} for r in rows)
+    assert Image.open(tmp_path / "out" / rows[0]["file"]).size == (128, 64)
+    assert sorted(os.listdir(tmp_path / "out")) == ["000.png", "001.png", "images.json"]
+    assert done.stderr == ""
+
+
+def test_the_same_seed_draws_the_same_picture(tmp_path, capsys):
+    for name in ("a", "b"):
+        assert cli.main(["generate", "sd3-mini", HELLO, "--out", str(tmp_path / name), "--steps", "3"]) == 0
+    assert (tmp_path / "a/000.png").read_bytes() == (tmp_path / "b/000.png").read_bytes()
+
+
+def test_models_lists_what_the_book_needs(capsys):
+    assert cli.main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"sd3-mini", "sdxl", "if", "sd3"} <= rows.keys()
+    for row in rows.values():
+        assert {"name", "family", "pipeline", "parameters", "text_layers", "kv_share"} <= row.keys()
+        assert len(row["text_layers"]) == len(row["kv_share"])
+        assert all(part in row["prompt_template"] for part in ("{wall}", "{sign}", "{text}"))
+    trained = rows["sd3-mini"]["trained"]
+    assert trained["device"] and trained["samples"] > 0 and 0 < trained["spelling"]["exact"] <= 1
+
+
+@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["train"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0 and "usage: textloc" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert "known models" in fails(capsys, "generate", "sd4", HELLO, "--out", out)
+    assert "double quotes" in fails(capsys, "generate", "sd3-mini", "a sign", "--out", out)
+    long = prompts.replace_text(HELLO, "A" * 40)
+    assert "too long" in fails(capsys, "generate", "sd3-mini", long, "--out", out)
+    assert "at least 1" in fails(capsys, "generate", "sd3-mini", HELLO, "--steps", 0, "--out", out)
+    assert "known miniatures" in fails(capsys, "train", "sd4-mini", "--out", out)
+    (tmp_path / "file").touch()
+    assert "not a folder" in fails(capsys, "generate", "sd3-mini", HELLO, "--out", tmp_path / "file" / "out")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "CUDA" in fails(capsys, "generate", "sd3-mini", HELLO, "--device", "cuda", "--out", out)
+    assert "CUDA" in fails(capsys, "train", "sd3-mini", "--device", "cuda", "--out", out)
+    assert not out.exists()
+
+
+def test_missing_tesseract_is_named(tmp_path):
+    done = run("generate", "sd3-mini", HELLO, "--out", tmp_path / "out", PATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Tesseract" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+def test_damaged_weights_are_named(damage, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "data"
+    shutil.copytree(data_dir() / "miniatures" / "sd3-mini", copy / "miniatures" / "sd3-mini")
+    file = copy / "miniatures/sd3-mini/transformer/diffusion_pytorch_model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:1000])
+    monkeypatch.setenv("TEXTLOC_DATA", str(copy))
+    assert "transformer" in fails(capsys, "generate", "sd3-mini", HELLO, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,194 @@
+"""The reader: measured on rendered scenes, on strings that are no words, and on pictures without text."""
+
+import os
+import random
+
+import numpy as np
+import pytesseract
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import gaussian_filter
+
+from textloc_utils import ocr, prompts
+from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures.scenes import Scene
+from textloc_utils.settings import TextlocError
+
+PAIRS = [(wall, sign) for wall in prompts.COLOURS for sign in prompts.COLOURS if wall != sign]
+
+
+def draw(texts, seed=5):
+    """Scenes over all colour pairs, all shapes and all jitters, (n, H, W, 3)."""
+    rng = random.Random(seed)
+    pictures = []
+    for i, text in enumerate(texts):
+        wall, sign = PAIRS[i % len(PAIRS)]
+        shape = prompts.SHAPES[(i + i // len(PAIRS)) % len(prompts.SHAPES)]
+        dy = rng.choice(scenes.HEIGHTS)
+        pictures.append(scenes.render(Scene(wall=wall, sign=sign, shape=shape, text=text, dy=dy)))
+    return np.stack(pictures)
+
+
+def held_out(n, seed=5):
+    rng = random.Random(seed)
+    return [rng.choice(prompts.words("held-out")) for _ in range(n)]
+
+
+def degrade(pictures, blur, noise, seed=0):
+    soft = gaussian_filter(pictures.astype(float), (0, blur, blur, 0))
+    return np.clip(soft + np.random.default_rng(seed).normal(0, noise, pictures.shape), 0, 255).astype(np.uint8)
+
+
+def accuracy(read, texts):
+    return np.mean([a == b for a, b in zip(read, texts, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def words():
+    texts = held_out(224)
+    return draw(texts), texts
+
+
+def test_clean_words_of_every_colour_pair_and_shape(words):
+    pictures, texts = words
+    read = ocr.read(pictures)
+    assert accuracy(read, texts) >= 0.99, [(t, r) for t, r in zip(texts, read, strict=True) if t != r]
+
+
+def test_blurred_and_noisy_words(words):
+    pictures, texts = words
+    assert accuracy(ocr.read(degrade(pictures, 1.0, 12)), texts) >= 0.97
+
+
+def test_random_strings():
+    rng = random.Random(8)
+    texts = ["KGNKUH", *(prompts.random_string(rng, rng.choice((3, 4, 5, 6))) for _ in range(111))]
+    read = ocr.read(draw(texts))
+    assert read[0] == "KGNKUH"
+    assert accuracy(read, texts) >= 0.95, [(t, r) for t, r in zip(texts, read, strict=True) if t != r]
+
+
+def test_words_with_one_wrong_letter_are_not_corrected():
+    rng = random.Random(3)
+    originals, texts = [], []
+    while len(texts) < 112:
+        word = rng.choice(prompts.words("train")[:600])
+        at = rng.randrange(len(word))
+        text = word[:at] + rng.choice(prompts.LETTERS.replace(word[at], "")) + word[at + 1 :]
+        originals.append(word)
+        texts.append(text)
+    read = ocr.read(draw(texts))
+    credited = [(t, r) for t, r, o in zip(texts, read, originals, strict=True) if r == o]
+    assert len(credited) <= 2, credited  # lookalikes such as SIAY and STAY
+    assert accuracy(read, texts) >= 0.97
+
+
+def test_pictures_without_text_stay_in_their_place():
+    wall = np.full((64, 128, 3), scenes.RGB["green"], np.uint8)
+    empty = draw(["A"])[0].copy()
+    empty[12:52, 40:88] = scenes.RGB["orange"]  # a sign of one colour
+    noisy = degrade(wall[None], 1.0, 12)[0]
+    love, evol = draw(["LOVE", "EVOL"])
+    blanks = [wall, noisy, np.zeros_like(wall)]
+    read = ocr.read([wall, love, noisy, *blanks, evol, wall])
+    assert read == ["", "LOVE", "", "", "", "", "EVOL", ""]
+
+
+def test_a_page_on_which_tesseract_finds_nothing_keeps_its_place():
+    """Tesseract itself returns nothing for the middle page: pages are told apart by form feeds alone."""
+    blank = Image.new("L", (64, 64), 255)
+    love, evol = (ocr.preprocess(p) for p in draw(["LOVE", "EVOL"]))
+    assert ocr._tesseract([blank, love, blank, blank, evol, blank], ocr.LINE, prompts.LETTERS) == [
+        "", "LOVE", "", "", "EVOL", "",
+    ]  # fmt: skip
+    assert ocr._tesseract([blank], ocr.LINE, prompts.LETTERS) == [""]
+
+
+def test_batches_arrays_lists_and_pil_images_read_alike(words):
+    pictures, texts = words[0][:9], words[1][:9]
+    assert ocr.read(pictures, batch=4) == texts
+    assert ocr.read(list(pictures), batch=1) == texts
+    assert ocr.read([Image.fromarray(p) for p in pictures]) == texts
+    assert ocr.read([]) == []
+
+
+def test_ink_that_differs_in_hue_only_is_read():
+    """Red ink on a green sign of the same luminance: invisible in grey."""
+    picture = np.full((64, 128, 3), (200, 200, 200), np.uint8)
+    mask = scenes.render(Scene(wall="white", sign="black", shape="sign", text="HOUSE"))[:, :, 0] / 255.0
+    mask[:12], mask[-12:], mask[:, :8], mask[:, -8:] = 0, 0, 0, 0
+    green, red = np.array([0.0, 110, 0]), np.array([216.0, 0, 0])
+    picture[12:-12, 8:-8] = (green + (red - green) * mask[:, :, None])[12:-12, 8:-8]
+    grey = np.asarray(Image.fromarray(picture).convert("L"))[14:-14, 10:-10]
+    assert np.ptp(grey.astype(int)) < 8
+    assert ocr.read([picture]) == ["HOUSE"]
+
+
+def test_letters_restrict_the_reading():
+    (picture,) = draw(["LOVE"])
+    assert set(ocr.read([picture], letters="XYZ")[0]) <= set("XYZ")
+
+
+def test_a_tall_picture_is_read_whole():
+    page = Image.new("RGB", (512, 512), (90, 140, 200))
+    font = ImageFont.truetype(os.path.join(scenes.matplotlib.get_data_path(), "fonts/ttf", scenes.TYPEFACE), 60)
+    ImageDraw.Draw(page).text((40, 60), "GARDEN", (20, 20, 20), font)
+    assert ocr.read([page, draw(["LOVE"])[0]]) == ["GARDEN", "LOVE"]
+
+
+def test_version():
+    assert int(ocr.tesseract_version().split(".")[0]) >= 4
+
+
+def test_missing_tesseract_is_one_line_that_says_how_to_install_it(monkeypatch, words):
+    monkeypatch.setattr(pytesseract.pytesseract, "tesseract_cmd", "no-such-tesseract")
+    for call in (ocr.tesseract_version, lambda: ocr.read(words[0][:1])):
+        with pytest.raises(TextlocError) as error:
+            call()
+        message = str(error.value)
+        assert "\n" not in message and all(w in message for w in ("apt-get", "brew", "conda"))
+
+
+def test_missing_english_data_is_one_line(monkeypatch, words, tmp_path):
+    monkeypatch.setenv("TESSDATA_PREFIX", str(tmp_path))
+    with pytest.raises(TextlocError, match="tesseract failed") as error:
+        ocr.read(words[0][:1])
+    assert "\n" not in str(error.value)
+
+
+def test_the_thread_limit_is_set_for_the_child_alone(monkeypatch, words):
+    seen = []
+    original = pytesseract.image_to_string
+
+    def spy(*args, **kwargs):
+        seen.append(os.environ.get("OMP_THREAD_LIMIT"))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(pytesseract, "image_to_string", spy)
+    for before in (None, "7"):
+        monkeypatch.delenv("OMP_THREAD_LIMIT", raising=False)
+        if before:
+            monkeypatch.setenv("OMP_THREAD_LIMIT", before)
+        ocr.read(words[0][:1])
+        assert os.environ.get("OMP_THREAD_LIMIT") == before
+    assert seen == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [np.zeros((64, 128, 3))],
+        [np.zeros((64, 128), np.uint8)],
+        [np.zeros((3, 64, 128), np.uint8)],
+        [np.zeros((0, 128, 3), np.uint8)],
+    ],
+)
+def test_what_is_no_picture_is_refused(images):
+    with pytest.raises(TextlocError, match="uint8"):
+        ocr.read(images)
+
+
+@pytest.mark.parametrize("bad", [{"letters": "abc"}, {"letters": ""}, {"letters": "A -l x"}, {"batch": 0}])
+def test_bad_arguments(bad, words):
+    with pytest.raises(TextlocError):
+        ocr.read(words[0][:1], **bad)

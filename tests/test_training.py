@@ -1,0 +1,77 @@
+"""The trainer: resumable to the same weights after a kill, and its parts."""
+
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from textloc_utils.miniatures import training
+from textloc_utils.settings import TextlocError
+
+TINY = replace(
+    training.Budget(), samples=32, seconds=1e9, autoencoder_seconds=0.5, pool=16, batch=4, evaluations=0, lr=1e-3
+)
+RUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from textloc_utils.miniatures import training
+from tests.test_training import TINY
+training.train("sd3-mini", Path(sys.argv[1]), budget=replace(TINY, checkpoint_seconds=0), device="cpu")
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A run's folder with its autoencoder and encoded scenes, both of which are trained on the clock."""
+    folder = tmp_path_factory.mktemp("prepared")
+    training.prepare("sd3-mini", folder, TINY, seed=0, log=lambda line: None)
+    return folder
+
+
+def test_a_killed_run_resumes_to_the_same_weights(prepared, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    shutil.copytree(prepared, whole)
+    shutil.copytree(prepared, killed)
+    training.train("sd3-mini", whole, budget=TINY, device="cpu", log=lambda line: None)
+
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(killed)], cwd=root, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert (killed / "checkpoint.pt").exists() and not (killed / "pipeline").exists()
+
+    lines = []
+    training.train("sd3-mini", killed, budget=TINY, device="cpu", log=lines.append)
+    assert any(line.startswith("resumed at step") for line in lines)
+    for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder_3/model.safetensors"):
+        a, b = load_file(whole / "pipeline" / part), load_file(killed / "pipeline" / part)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_batches_depend_on_the_step_only(prepared):
+    pool = training.Pool(prepared)
+    (a, first), (b, second) = (pool.batch(6, (4, 6), random.Random("(0, 7, 0)")) for _ in range(2))
+    assert first == second and torch.equal(a, b)
+    assert a.shape == (6, 16, 8, 16)
+
+
+def test_learning_rate_warms_up_and_decays():
+    assert training.lr_factor(0.0, 0) < 0.02
+    assert training.lr_factor(0.3, 1000) == 1.0
+    assert training.lr_factor(0.8, 1000) == pytest.approx(0.5)
+
+
+def test_unknown_miniature_names_the_known_ones():
+    with pytest.raises(TextlocError, match="known miniatures: sd3-mini"):
+        training.recipe("sd4-mini")
