@@ -8,6 +8,17 @@ from dataclasses import replace
 from textloc_utils import prompts
 from textloc_utils.settings import TextlocError, check_writable, data_dir
 
+#: Options of ``textloc train`` that set the budget's fields of the same name.
+BUDGET = {
+    "samples": (int, "stop after this many training pictures"),
+    "seconds": (float, "stop after this many seconds of denoiser training"),
+    "autoencoder_seconds": (float, "time for the autoencoder, before"),
+    "pool": (int, "scenes encoded once, before"),
+    "batch": (int, "pictures per step, over all processes"),
+    "lr": (float, "learning rate"),
+    "evaluations": (int, "how often spelling and patch effects are measured"),
+}
+
 
 def _models(args) -> None:
     from textloc_utils import models
@@ -46,7 +57,9 @@ def _generate(args) -> None:
 def _train(args) -> None:
     from textloc_utils.miniatures import card, training
 
-    given = {k: getattr(args, k) for k in ("samples", "seconds", "batch", "lr") if getattr(args, k) is not None}
+    given = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
+    if wrong := [k for k, v in given.items() if v < 0 or (v == 0 and k != "evaluations")]:
+        raise TextlocError(f"--{wrong[0].replace('_', '-')} must be positive, got {given[wrong[0]]}")
     budget = replace(training.Budget(), **given)
     folder = check_writable(args.out or data_dir() / "runs" / args.name)
     report = training.train(
@@ -88,10 +101,8 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("name", metavar="NAME", help="a miniature, like sd3-mini")
     train.add_argument("--out", metavar="DIR", help="folder of the run (default: data/runs/NAME)")
-    train.add_argument("--samples", type=int, help="stop after this many training pictures")
-    train.add_argument("--seconds", type=float, help="stop after this many seconds of denoiser training")
-    train.add_argument("--batch", type=int, help="pictures per step, over all processes")
-    train.add_argument("--lr", type=float, help="learning rate")
+    for name, (kind, text) in BUDGET.items():
+        train.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--ship", metavar="DIR", help="folder of the finished miniature (default: data/miniatures/NAME)")
     train.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")

@@ -37,11 +37,12 @@ class Budget:
     """What a training run may spend; it stops at whichever of ``samples`` and ``seconds`` ends first.
 
     ``autoencoder_seconds`` and ``pool`` (scenes encoded once) come before the denoiser's ``seconds``.
-    ``curriculum`` lists (fraction of the budget, word lengths drawn from there on): letters in runs first, because a
-    text that is the same everywhere can be drawn before the model knows where to look for each letter.
+    ``curriculum`` lists (share of the budget, word lengths drawn from there on). Words of one length teach the shapes
+    of letters; then letters in runs teach which letter is which, since a text that is the same everywhere can be drawn
+    before the model knows where to look for each letter; places and lengths come last, and quickly.
     """
 
-    samples: int = 1_500_000
+    samples: int = 200_000
     seconds: float = 5400.0
     autoencoder_seconds: float = 600.0
     pool: int = 61_440
@@ -50,7 +51,12 @@ class Budget:
     ema: float = 0.9995
     evaluations: int = 14
     checkpoint_seconds: float = 120.0
-    curriculum: tuple = ((0.0, (scenes.RUNS,)), (0.1, (scenes.RUNS, 6)), (0.3, (3, 4, 5, 6)))
+    curriculum: tuple = (
+        (0.0, (6,)),
+        (0.32, (scenes.RUNS,)),
+        (0.4, (scenes.RUNS, 6)),
+        (0.57, (3, 4, 5, 6)),
+    )
 
 
 def recipe(name: str):
