@@ -12,7 +12,7 @@ import torch
 from textloc_utils import metrics, models, ocr, plots, prompts
 from textloc_utils.generate import generate
 from textloc_utils.miniatures.training import recipe, write_json
-from textloc_utils.settings import TextlocError
+from textloc_utils.settings import TextlocError, quiet_libraries
 
 WORDS = 200
 
@@ -43,6 +43,7 @@ def export(name: str, run: Path, destination: Path) -> dict:
     """
     if not (run / "pipeline" / "model_index.json").is_file():
         raise TextlocError(f"no finished pipeline in {run}; run `textloc train {name}` to the end first")
+    quiet_libraries()
     report = json.loads((run / "report.json").read_text())
     evaluations = json.loads((run / "evaluations.json").read_text())
     part = destination.with_name(destination.name + ".part")
@@ -70,7 +71,7 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
     spelled, budget, vae = known["trained"]["spelling"], report["budget"], report["autoencoder"]
     low, high = spelled["exact_interval"]
     curriculum = ", then ".join(
-        f"{'/'.join(map(str, lengths))} letters from {at:.0%} of the budget" for at, lengths in budget["curriculum"]
+        f"{' and '.join(map(str, lengths))} from {at:.0%} of the budget" for at, lengths in budget["curriculum"]
     )
     facts = {
         "data": "scenes rendered by this project: 8 wall and sign colours, 3 shapes, words and random strings of "
@@ -80,7 +81,7 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         f"torch {report['torch']}",
         "budget": f"{report['samples']:,} samples in {report['step']:,} steps of {budget['batch']}, "
         f"{report['seconds'] / 60:.0f} minutes; autoencoder {vae['seconds'] / 60:.0f} minutes, {vae['psnr_db']} dB",
-        "curriculum": curriculum,
+        "curriculum": "letters in a word: " + curriculum,
         "seed": report["seed"],
         "spelling": f"{spelled['words']} held-out words read by Tesseract: {spelled['exact']:.3f} exact "
         f"(95 % interval {low:.3f} to {high:.3f}), character error rate {spelled['cer']:.3f}",

@@ -42,7 +42,7 @@ class Budget:
     before the model knows where to look for each letter; places and lengths come last, and quickly.
     """
 
-    samples: int = 200_000
+    samples: int = 170_000
     seconds: float = 5400.0
     autoencoder_seconds: float = 600.0
     pool: int = 61_440
@@ -53,9 +53,9 @@ class Budget:
     checkpoint_seconds: float = 120.0
     curriculum: tuple = (
         (0.0, (6,)),
-        (0.32, (scenes.RUNS,)),
-        (0.4, (scenes.RUNS, 6)),
-        (0.57, (3, 4, 5, 6)),
+        (0.35, (scenes.RUNS,)),
+        (0.45, (scenes.RUNS, 6)),
+        (0.63, (3, 4, 5, 6)),
     )
 
 
