@@ -90,7 +90,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch)
 
 def test_missing_tesseract_is_named(tmp_path):
     done = run("generate", "sd3-mini", HELLO, "--out", tmp_path / "out", PATH=str(tmp_path))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Tesseract" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "install tesseract" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
