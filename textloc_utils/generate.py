@@ -28,6 +28,7 @@ class Generation:
 
     ``images`` is uint8 (n, height, width, 3), one per prompt. ``row_evaluations`` counts the rows that the denoiser
     was evaluated on (guidance counts twice), a cost that does not depend on the machine; ``seconds`` is wall time.
+    A second stage that enlarges the pictures has a denoiser of its own, which is not counted.
     """
 
     images: np.ndarray
@@ -80,7 +81,8 @@ def generate(
     Further keyword arguments go to the pipeline. Raises TextlocError for prompts and seeds that do not fit each
     other, prompts longer than the tokenizers take, and patches that cannot be carried out.
 
-    DeepFloyd IF gives its stage I pictures.
+    With a second stage (DeepFloyd IF) every picture is enlarged under its own prompt, the source prompt for a
+    patched row: patches hold in stage I only.
     """
     prompts, seeds = list(prompts), [int(s) for s in seeds]
     if not prompts or any(not isinstance(p, str) for p in prompts):
@@ -123,7 +125,12 @@ def generate(
 
 def _sample(model: Model, arguments: dict, generators: list[torch.Generator]) -> np.ndarray:
     """One pipeline call: uint8 (rows, height, width, 3)."""
-    pictures = model.pipe(**arguments, generator=generators, output_type="np").images
+    if model.stage2 is None:
+        pictures = model.pipe(**arguments, generator=generators, output_type="np").images
+    else:
+        small = model.pipe(**arguments, generator=generators, output_type="pt").images.clamp(-1, 1)
+        enlarge = model.stage2_arguments(arguments)
+        pictures = model.stage2(**enlarge, image=small, generator=generators, output_type="np").images
     return np.rint(np.clip(pictures, 0, 1) * 255).astype(np.uint8)
 
 

@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import textwrap
+from collections.abc import Container
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -54,6 +55,9 @@ class ModelSpec:
     """What is known about a model before it is loaded.
 
     ``source`` is a hub repository or a local folder; ``dtype`` holds on CUDA only (the CPU computes in float32).
+    ``height`` and ``width`` are the finished picture's. A model of two stages (DeepFloyd IF) names in ``stage1`` the
+    (height, width) of its first pictures, in ``stage2`` where the second pipeline is (a hub repository, or a folder
+    below a local ``source``) and in ``stage2_arguments`` what that pipeline is called with.
     ``paper_layers`` are the layers that the paper found. ``max_sequence_length`` is T5's prompt length in tokens
     where the pipeline takes one (Stable Diffusion 3, FLUX). ``trained`` tells a miniature's device, samples and
     spelling, ``text_box`` (left, top, right, bottom) the pixels where its letters can stand.
@@ -77,7 +81,9 @@ class ModelSpec:
     colours: tuple[str, ...] = COLOURS
     max_sequence_length: int | None = None
     miniature: bool = False
+    stage1: tuple[int, int] | None = None
     stage2: str | None = None
+    stage2_arguments: dict | None = None
     trained: dict | None = None
     text_box: tuple[int, int, int, int] | None = None
 
@@ -119,13 +125,14 @@ FULL_SIZE = {
             ADDED,
             "IFPipeline",
             "DeepFloyd/IF-I-XL-v1.0",
-            64,
+            256,
             50,
             7.0,
             variant="fp16",
             gated=True,
             licence="DeepFloyd IF License",
             paper_layers=(17,),
+            stage1=(64, 64),
             stage2="DeepFloyd/IF-II-L-v1.0",
         ),
         _full_size(
@@ -464,16 +471,22 @@ def read_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> DenoiserCall:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """A loaded pipeline, its denoiser and its text layers in execution order."""
+    """A loaded pipeline, its denoiser and its text layers in execution order.
+
+    ``stage2`` is the pipeline that enlarges the pictures, where there is one; its layers are not the model's.
+    """
 
     spec: ModelSpec
     pipe: DiffusionPipeline
     denoiser: nn.Module
     layers: tuple[TextLayer, ...]
     pooled_site: str | None
+    stage2: DiffusionPipeline | None = None
 
     @classmethod
-    def from_pipeline(cls, pipe: DiffusionPipeline, spec: ModelSpec | None = None) -> "Model":
+    def from_pipeline(
+        cls, pipe: DiffusionPipeline, spec: ModelSpec | None = None, stage2: DiffusionPipeline | None = None
+    ) -> "Model":
         """Wrap any diffusers pipeline of a known family; without a ``spec`` its defaults are the pipeline's own."""
         denoiser = getattr(pipe, "transformer", None)
         if denoiser is None:
@@ -481,7 +494,8 @@ class Model:
         layers = text_layers(denoiser)
         if spec is None:
             spec = _spec_of(pipe, family_of(layers))
-        return cls(spec=spec, pipe=pipe, denoiser=denoiser, layers=layers, pooled_site=pooled_site(denoiser))
+        site = pooled_site(denoiser)
+        return cls(spec=spec, pipe=pipe, denoiser=denoiser, layers=layers, pooled_site=site, stage2=stage2)
 
     @property
     def device(self) -> torch.device:
@@ -509,7 +523,8 @@ class Model:
     ) -> dict:
         """Keyword arguments of the pipeline's call; hides the differences between the pipeline classes."""
         out = {"prompt": list(prompts), "num_inference_steps": steps, "guidance_scale": guidance}
-        out |= {"height": self.spec.height, "width": self.spec.width} | other
+        height, width = self.spec.stage1 or (self.spec.height, self.spec.width)
+        out |= {"height": height, "width": width} | other
         takes = inspect.signature(type(self.pipe).__call__).parameters
         if "max_sequence_length" in takes and self.spec.max_sequence_length:
             out.setdefault("max_sequence_length", self.spec.max_sequence_length)
@@ -518,6 +533,12 @@ class Model:
                 raise TextlocError(f"{type(self.pipe).__name__} takes no negative prompt")
             out["negative_prompt"] = [negative_prompt] * len(prompts)
         return out
+
+    def stage2_arguments(self, arguments: dict) -> dict:
+        """Keyword arguments of stage II's call after a call of the pipeline with ``arguments``: the same prompts."""
+        prompts = {k: arguments[k] for k in ("prompt", "negative_prompt") if k in arguments}
+        size = {"height": self.spec.height, "width": self.spec.width}
+        return prompts | size | (self.spec.stage2_arguments or {})
 
 
 def _spec_of(pipe: DiffusionPipeline, family: str) -> ModelSpec:
@@ -614,10 +635,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _check_complete(folder: Path, pipe: DiffusionPipeline) -> None:
+def _check_complete(folder: Path, pipe: DiffusionPipeline, skip: Container[str] = ()) -> None:
     """Raise TextlocError for a tensor that no file holds: the libraries below would draw it at random."""
     for part, module in pipe.components.items():
-        if not isinstance(module, nn.Module):
+        if not isinstance(module, nn.Module) or part in skip:
             continue
         held = set()
         for file in _weight_files(folder / part):
@@ -666,14 +687,36 @@ def load(
     if chosen.miniature:
         _check_complete(Path(chosen.source), pipe)
     pipe.to(place, dtype)
-    return Model.from_pipeline(pipe, chosen)
+    stage2 = _load_stage2(chosen, pipe, local, dtype)
+    return Model.from_pipeline(pipe, chosen, stage2 and stage2.to(place, dtype))
+
+
+def _load_stage2(
+    chosen: ModelSpec, pipe: DiffusionPipeline, local: bool, dtype: torch.dtype
+) -> DiffusionPipeline | None:
+    """Stage II around stage I's text encoder. A local full-size model may come without one."""
+    source = chosen.stage2
+    if source is not None and local:
+        source = Path(chosen.source) / ("stage2" if _is_repository(source) else source)
+        if not chosen.miniature and not source.is_dir():
+            return None
+        check_folder(source)
+    if source is None:
+        return None
+    shared = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
+    stage2 = _from_pretrained(
+        replace(chosen, source=str(source), pipeline="IFSuperResolutionPipeline"), local, dtype, **shared
+    )
+    if chosen.miniature:
+        _check_complete(source, stage2, skip=shared)
+    return stage2
 
 
 def _is_repository(path: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
 
 
-def _from_pretrained(chosen: ModelSpec, local: bool, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_pretrained(chosen: ModelSpec, local: bool, dtype: torch.dtype, **components) -> DiffusionPipeline:
     quiet_libraries()
     takes = inspect.signature(getattr(diffusers, chosen.pipeline).__init__).parameters
     off = {"safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False}
@@ -686,6 +729,7 @@ def _from_pretrained(chosen: ModelSpec, local: bool, dtype: torch.dtype) -> Diff
             use_safetensors=True,
             local_files_only=local,
             **{k: v for k, v in off.items() if k in takes},
+            **components,
         )
     except Exception as error:
         # The libraries below raise a dozen unrelated classes here; the first line says which file or host it was.

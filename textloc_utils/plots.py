@@ -73,7 +73,7 @@ def training_curves(losses: Sequence[Sequence[float]], evaluations: pd.DataFrame
     """
     figure = _figure(figsize=(9, 3))
     left, right = figure.subplots(1, 2)
-    samples, loss = np.array(losses).T
+    samples, loss = np.reshape(losses, (-1, 2)).T
     left.plot(samples / 1000, loss, color=QUIET)
     left.set(xlabel="thousand samples", ylabel="training loss", yscale="log")
     seen = evaluations.samples / 1000

@@ -5,12 +5,31 @@ import time
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from textloc_utils.miniatures import scenes
 
 CROP = 48
+
+
+def build(channels: int, **config) -> AutoencoderKL:
+    """An untrained autoencoder: 8x smaller, ``channels`` deep, neither attention nor quantisation convolutions."""
+    return AutoencoderKL(
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        sample_size=64,
+        **config,
+    )
 
 
 def crop_batch(rng: random.Random, n: int) -> torch.Tensor:

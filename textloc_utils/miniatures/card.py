@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pandas as pd
-import torch
+from safetensors.torch import load_file, save_file
 
 from textloc_utils import metrics, models, ocr, plots, prompts
 from textloc_utils.generate import generate
@@ -49,11 +48,11 @@ def export(name: str, run: Path, destination: Path) -> dict:
     part = destination.with_name(destination.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(run / "pipeline", part)
-    pipe_class = getattr(diffusers, recipe(name).SPEC["pipeline"])
-    pipe = pipe_class.from_pretrained(run / "pipeline", dtype=torch.float32)
-    denoiser = "transformer" if hasattr(pipe, "transformer") else "unet"
-    shutil.rmtree(part / denoiser)
-    getattr(pipe, denoiser).half().save_pretrained(part / denoiser)
+    for file in part.rglob("diffusion_pytorch_model.safetensors"):
+        if file.parent.name in ("transformer", "unet"):
+            save_file({k: v.half() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    for file in part.rglob("config.json"):  # the library notes where a part was loaded from: a path of this machine
+        write_json(file, {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"})
     known = {**recipe(name).SPEC, "prompt_template": prompts.TEMPLATE, "colours": list(prompts.COLOURS)}
     known["trained"] = {"device": report["device"], "samples": report["samples"], "spelling": None}
     write_json(part / "textloc.json", known)
@@ -67,6 +66,13 @@ def export(name: str, run: Path, destination: Path) -> dict:
     return known
 
 
+def _spent(report: dict) -> str:
+    return (
+        f"{report['samples']:,} samples in {report['step']:,} steps of {report['budget']['batch']}, "
+        f"{report['seconds'] / 60:.0f} minutes"
+    )
+
+
 def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
     spelled, budget, vae = known["trained"]["spelling"], report["budget"], report["autoencoder"]
     low, high = spelled["exact_interval"]
@@ -75,12 +81,14 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
     )
     facts = {
         "data": "scenes rendered by this project: 8 wall and sign colours, 3 shapes, words and random strings of "
-        f"3 to 6 capitals in DejaVu Sans Mono Bold; {budget['pool']:,} scenes encoded once",
+        "3 to 6 capitals in DejaVu Sans Mono Bold; "
+        + (f"{budget['pool']:,} scenes encoded once" if vae else "drawn anew for every step"),
         "held out": f"{len(prompts.words('held-out'))} words, drawn in training neither as words nor as random strings",
         "device": f"{report['device']}, {report['processes']} process(es), {report['precision']}, "
         f"torch {report['torch']}",
-        "budget": f"{report['samples']:,} samples in {report['step']:,} steps of {budget['batch']}, "
-        f"{report['seconds'] / 60:.0f} minutes; autoencoder {vae['seconds'] / 60:.0f} minutes, {vae['psnr_db']} dB",
+        "budget": _spent(report)
+        + (f"; autoencoder {vae['seconds'] / 60:.0f} minutes, {vae['psnr_db']} dB" if vae else "")
+        + (f"; stage II {_spent(report['stage2'])}" if "stage2" in report else ""),
         "curriculum": "letters in a word: " + curriculum,
         "seed": report["seed"],
         "spelling": f"{spelled['words']} held-out words read by Tesseract: {spelled['exact']:.3f} exact "

@@ -18,11 +18,16 @@ LEAST_MATCH = 0.5  #: mean correlation with the best letters below which no text
 def read(pictures: np.ndarray, lengths: tuple[int, ...] = (3, 4, 5, 6), slack: int = 2) -> list[str]:
     """Best word of each picture, uint8 (n, H, W, 3) to n strings; "" where no text is found.
 
+    Pictures smaller than a scene (a first stage's) are enlarged to its size.
+
     Normalised cross-correlation of the picture, along its direction of largest colour variance in the middle
     band, with the 26 letters; the word's length and place (``slack`` pixels around the scenes' own) are
     the ones with the highest mean correlation.
     """
     x = torch.from_numpy(np.ascontiguousarray(pictures)).float()
+    if pictures.shape[1:3] != (scenes.HEIGHT, scenes.WIDTH):
+        size = (scenes.HEIGHT, scenes.WIDTH)
+        x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
     grey = _principal(x)[:, None]
     letters = torch.from_numpy(scenes.atlas()).float()[:, None]
     letters = letters - letters.mean((2, 3), keepdim=True)

@@ -11,9 +11,11 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures.autoencoder import build
+from textloc_utils.miniatures.encoders import TEXT_WIDTH, clip_config, t5_config
 from textloc_utils.miniatures.tokenizers import letter_tokenizer
 
 TOKENS = 22
@@ -33,51 +35,15 @@ SPEC = {
 
 
 def autoencoder() -> AutoencoderKL:
-    """The untrained autoencoder: 8x smaller, 16 channels, neither attention nor quantisation convolutions."""
-    return AutoencoderKL(
-        latent_channels=16,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-        sample_size=64,
-    )
+    """The untrained autoencoder: 8x smaller, 16 channels."""
+    return build(16, shift_factor=0.0)
 
 
 def pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """The whole pipeline with untrained text encoders and denoiser around a given autoencoder."""
     clip_tokenizer = letter_tokenizer(length=TOKENS, kind="clip")
     t5_tokenizer = letter_tokenizer(length=TOKENS, kind="t5")
-    clip = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer),
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        projection_dim=64,
-        hidden_act="gelu",
-        bos_token_id=clip_tokenizer.bos_token_id,
-        eos_token_id=clip_tokenizer.eos_token_id,
-        pad_token_id=clip_tokenizer.pad_token_id,
-    )
-    t5 = T5Config(
-        vocab_size=len(t5_tokenizer),
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        relative_attention_max_distance=32,
-    )
+    clip = clip_config(clip_tokenizer)
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -86,7 +52,7 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         num_layers=12,
         attention_head_dim=32,
         num_attention_heads=WIDTH // 32,
-        joint_attention_dim=128,
+        joint_attention_dim=TEXT_WIDTH,
         caption_projection_dim=WIDTH,
         pooled_projection_dim=128,
         pos_embed_max_size=16,
@@ -98,7 +64,7 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=CLIPTextModelWithProjection(clip),
         text_encoder_2=CLIPTextModelWithProjection(clip),
-        text_encoder_3=T5EncoderModel(t5),
+        text_encoder_3=T5EncoderModel(t5_config(t5_tokenizer)),
         tokenizer=clip_tokenizer,
         tokenizer_2=clip_tokenizer,
         tokenizer_3=t5_tokenizer,

@@ -17,17 +17,29 @@ def template_words() -> list[str]:
 def letter_tokenizer(*, length: int, kind: str) -> PreTrainedTokenizerFast:
     """A tokenizer that splits capitals into letters, padded and cut to ``length`` tokens.
 
-    ``kind`` is ``clip`` (start and end token around the prompt, padded with the end token as CLIP does)
-    or ``t5`` (end token only, padded with ``<pad>``). Words outside the templates become ``<unk>``.
+    ``kind`` is ``clip`` (start and end token around the prompt, padded with the end token as CLIP does), ``t5`` (end
+    token only, padded with ``<pad>``) or ``if`` (like ``t5``, for prompts that the pipeline has lower-cased: letters
+    are split off inside double quotes). Words outside the templates become ``<unk>``.
     """
-    special = {"clip": ["<|startoftext|>", "<|endoftext|>", "<unk>"], "t5": ["<pad>", "</s>", "<unk>"]}[kind]
-    vocabulary = {t: i for i, t in enumerate([*special, *LETTERS, *template_words()])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    t5 = ["<pad>", "</s>", "<unk>"]
+    special = {"clip": ["<|startoftext|>", "<|endoftext|>", "<unk>"], "t5": t5, "if": t5}[kind]
+    letters, words = LETTERS, template_words()
     # The article at a prompt's start is a word, not the letter A: lower-case it before letters are split off.
-    raw.normalizer = normalizers.Replace(Regex(r"^A "), "a ")
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(), pre_tokenizers.Split(Regex("[A-Z]"), "isolated")]
-    )
+    normalizer = normalizers.Replace(Regex(r"^A "), "a ")
+    split = pre_tokenizers.Split(Regex("[A-Z]"), "isolated")
+    if kind == "if":
+        # Outside the quotes an even number of quotation marks follows, inside an odd one. The article becomes "an",
+        # which no quoted letter can be.
+        letters, words = LETTERS.lower(), ["an" if w == "a" else w for w in words]
+        article = normalizers.Replace(Regex(r'\ba (?=(?:[^"]*"[^"]*")*[^"]*$)'), "an ")
+        normalizer = normalizers.Sequence([normalizers.Lowercase(), article])
+        split = pre_tokenizers.Split(Regex(r'[a-z](?=[^"]*"(?:[^"]*"[^"]*")*[^"]*$)'), "isolated")
+    vocabulary = {t: i for i, t in enumerate([*special, *letters, *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.normalizer = normalizer
+    steps = [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()]
+    # Only the whole prompt tells which letters stand in quotes.
+    raw.pre_tokenizer = pre_tokenizers.Sequence([split, *steps] if kind == "if" else [*steps, split])
     if kind == "clip":
         start, end = special[:2]
         raw.post_processor = processors.TemplateProcessing(

@@ -1,5 +1,8 @@
 """Train a miniature from scratch: autoencoder, a pool of encoded scenes, text encoders and denoiser.
 
+A recipe is a module with SPEC, ``pipeline``, ``Objective`` and ``tokenize``, and ``autoencoder`` unless it works on
+pixels. Its ``Stage2``, where it has one, is made from stage I's folder and offers the same.
+
 One command, ``textloc train NAME``, on one process or several (``accelerate launch``), CPU or CUDA, resumable
 after a kill at any point. Every random number is drawn from (seed, step, process), so that a resumed run sees
 what an uninterrupted one would have seen.
@@ -12,7 +15,7 @@ import random
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,7 @@ from textloc_utils.miniatures.evaluation import evaluate
 from textloc_utils.models import ModelSpec
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
-RECIPES = ("sd3-mini",)
+RECIPES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
 LENGTHS = (3, 4, 5, 6, scenes.RUNS)  #: what the pool holds, an equal share of each
 
 
@@ -36,7 +39,8 @@ LENGTHS = (3, 4, 5, 6, scenes.RUNS)  #: what the pool holds, an equal share of e
 class Budget:
     """What a training run may spend; it stops at whichever of ``samples`` and ``seconds`` ends first.
 
-    ``autoencoder_seconds`` and ``pool`` (scenes encoded once) come before the denoiser's ``seconds``.
+    ``autoencoder_seconds`` and ``pool`` (scenes encoded once) come before the denoiser's ``seconds``. A recipe of two
+    stages shares ``samples`` and ``seconds`` out.
     ``curriculum`` lists (share of the budget, word lengths drawn from there on). Words of one length teach the shapes
     of letters; then letters in runs teach which letter is which, since a text that is the same everywhere can be drawn
     before the model knows where to look for each letter; places and lengths come last, and quickly.
@@ -133,6 +137,16 @@ class Pool:
         return torch.stack(latents).float(), captions
 
 
+class Drawn:
+    """Scenes in pixels, drawn anew for every batch: what a recipe without an autoencoder learns from."""
+
+    def batch(self, n: int, lengths: tuple[int | str, ...], rng: random.Random, drop: float = 0.1):
+        """(pictures float32 (n, 3, H, W) in -1..1, captions), otherwise as ``Pool.batch``."""
+        known = [scenes.random_scene(rng, lengths) for _ in range(n)]
+        captions = ["" if rng.random() < drop else scenes.caption(s, rng) for s in known]
+        return autoencoder.to_tensor(np.stack([scenes.render(s) for s in known])), captions
+
+
 # --- the run -------------------------------------------------------------------------------------------------
 
 
@@ -142,8 +156,13 @@ def lr_factor(progress: float, step: int, warmup: int = 100) -> float:
 
 
 def prepare(name: str, folder: Path, budget: Budget, seed: int, device: str = "cpu", log=print) -> None:
-    """Train the autoencoder and encode the pool, each once; both are kept in the run's folder."""
+    """Train the autoencoder and encode the pool, each once; both are kept in the run's folder.
+
+    A recipe in pixel space has neither.
+    """
     rules = recipe(name)
+    if not hasattr(rules, "autoencoder"):
+        return
     vae_folder = folder / "vae"
     if not (vae_folder / "config.json").exists():
         torch.manual_seed(seed)
@@ -176,13 +195,13 @@ def train(
     Returns the training report, None in other processes than the main one.
 
     The EMA weights are evaluated ``budget.evaluations`` times, evenly over the budget, into
-    ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``.
+    ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``. A second stage follows in
+    ``folder/stage2``, is not evaluated by itself, and ends in ``folder/pipeline/stage2``.
     """
     quiet_libraries()
     if device == "cuda" and not torch.cuda.is_available():
         raise TextlocError("CUDA was asked for but no CUDA device is visible; use --device cpu")
     rules = recipe(name)
-    spec = ModelSpec(name=name, source=str(folder), miniature=True, **rules.SPEC)
     check_writable(folder).mkdir(parents=True, exist_ok=True)
     cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "auto":
@@ -192,11 +211,40 @@ def train(
     if main:
         prepare(name, folder, budget, seed, str(accelerator.device), log)
     accelerator.wait_for_everyone()
+    second = getattr(rules, "Stage2", None)
+    part = _part(budget, 1 - second.SHARE) if second else budget
+    report = _train_stage(name, rules, folder, part, seed, accelerator, precision, log)
+    if second:
+        rules, part = second(folder / "pipeline"), _part(budget, second.SHARE, evaluations=0)
+        stage2 = _train_stage(name, rules, folder / "stage2", part, seed, accelerator, precision, log)
+        if main:
+            report["stage2"] = stage2
+            write_json(folder / "report.json", report)
+            shutil.copytree(folder / "stage2" / "pipeline", folder / "pipeline" / "stage2")
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return report if main else None
 
-    pool = Pool(folder)
+
+def _part(budget: Budget, share: float, **other) -> Budget:
+    return replace(budget, samples=round(budget.samples * share), seconds=budget.seconds * share, **other)
+
+
+def _train_stage(
+    name: str, rules, folder: Path, budget: Budget, seed: int, accelerator: Accelerator, precision: str, log
+) -> dict:
+    """Train what one recipe (a module, or its Stage2) holds; the report of the main process is also in the folder."""
+    cpu, main = accelerator.device.type == "cpu", accelerator.is_main_process
+    spec = ModelSpec(name=name, source=str(folder), miniature=True, **rules.SPEC)
+    folder.mkdir(parents=True, exist_ok=True)
+    latent = hasattr(rules, "autoencoder")
+    pool = Pool(folder) if latent else Drawn()
     torch.manual_seed(seed)
-    vae = type(rules.autoencoder()).from_pretrained(folder / "vae").eval()
-    pipe = rules.pipeline(vae)
+    if latent:
+        vae = type(rules.autoencoder()).from_pretrained(folder / "vae").eval()
+        pipe = rules.pipeline(vae)
+    else:
+        pipe = rules.pipeline()
     pipe.set_progress_bar_config(disable=True)
     objective = rules.Objective(pipe).to(accelerator.device).train()
     parameters = objective.parameters()
@@ -312,7 +360,7 @@ def train(
         **{k: state[k] for k in ("step", "samples", "losses")},
         "seconds": round(state["seconds"]),
         "budget": asdict(budget),
-        "autoencoder": json.loads((folder / "vae" / "report.json").read_text()),
+        "autoencoder": json.loads((folder / "vae" / "report.json").read_text()) if latent else None,
     }
     if main:
         save()
@@ -325,5 +373,4 @@ def train(
         pipe.save_pretrained(part)
         part.rename(folder / "pipeline")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return report if main else None
+    return report

@@ -1,0 +1,97 @@
+"""Recipe of ``sdxl-mini``: SDXL's layout, narrowed.
+
+Two CLIP text encoders, pooled text and picture sizes added to the timestep, a 4-channel autoencoder that divides by
+8, and a U-Net of three resolutions: no attention at the first, transformers at the second, deeper ones at the third
+and in the middle.
+"""
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from textloc_utils.miniatures import scenes, unets
+from textloc_utils.miniatures.autoencoder import build
+from textloc_utils.miniatures.encoders import TEXT_WIDTH, clip_config
+from textloc_utils.miniatures.tokenizers import letter_tokenizer
+
+TOKENS = 22
+SIZE_WIDTH = 16  #: numbers per embedded size; there are six sizes
+
+#: What the registry knows about the finished miniature (written to its textloc.json).
+SPEC = {
+    "family": "cross-attention U-Net",
+    "pipeline": "StableDiffusionXLPipeline",
+    "steps": 20,
+    "guidance": 3.0,
+    "height": 64,
+    "width": 128,
+    "text_box": scenes.letters_region(),
+}
+
+
+def autoencoder() -> AutoencoderKL:
+    """The untrained autoencoder: 8x smaller, 4 channels."""
+    return build(4)
+
+
+def pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """The whole pipeline with untrained text encoders and denoiser around a given autoencoder."""
+    tokenizer = letter_tokenizer(length=TOKENS, kind="clip")
+    clip = clip_config(tokenizer)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 80, 80),
+        layers_per_block=2,
+        transformer_layers_per_block=[1, 1, 3],
+        norm_num_groups=8,
+        attention_head_dim=[2, 4, 4],  # the numbers of heads, whatever its name says
+        cross_attention_dim=TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=SIZE_WIDTH,
+        projection_class_embeddings_input_dim=clip.projection_dim + 6 * SIZE_WIDTH,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(clip),
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**unets.LATENTS),
+        # The empty prompt is encoded like any other, so that it may be given as a negative prompt too.
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+class Objective(unets.VelocityLoss):
+    """The velocity loss on latents (B, 4, h, w); trains both CLIPs and the denoiser."""
+
+    def __init__(self, pipe: StableDiffusionXLPipeline):
+        super().__init__(pipe.unet, pipe.scheduler)
+        self.clip, self.clip_2 = pipe.text_encoder, pipe.text_encoder_2
+        # The denoiser reads the last layer but one; only the second encoder's last layer feeds its pooled output.
+        unets.freeze(self.clip, f"layers.{self.clip.config.num_hidden_layers - 1}.", "final_layer_norm")
+
+    def condition(self, tokens: dict) -> dict:
+        """Embeddings (B, T, TEXT_WIDTH), pooled text and sizes (B, 6) of ``tokens`` {"clip": (B, T)}."""
+        ids = tokens["clip"]
+        first = self.clip(ids, output_hidden_states=True)
+        second = self.clip_2(ids, output_hidden_states=True)
+        # Original size, corner of the crop, wanted size, as the pipeline makes them for a whole picture.
+        size = (SPEC["height"], SPEC["width"])
+        sizes = torch.tensor([*size, 0, 0, *size], device=ids.device, dtype=torch.float32)
+        return {
+            "encoder_hidden_states": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
+            "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": sizes.expand(len(ids), -1)},
+        }
+
+
+def tokenize(pipe: StableDiffusionXLPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
+    """Token ids of captions, {"clip": (B, TOKENS)}."""
+    return {"clip": pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids}

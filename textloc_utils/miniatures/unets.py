@@ -1,0 +1,70 @@
+"""What the U-Net miniatures share: noise schedules, the velocity loss, and the smallest building blocks.
+
+Velocity prediction on a schedule that ends in pure noise (Salimans & Ho 2022; Lin et al. 2024): a flat wall lives in
+the lowest frequencies, and a model that never saw pure noise cannot draw a whole picture black or white.
+"""
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+STEPS = 1000
+
+#: Scheduler settings on latents and on pixels. Pixels repeat each other, so that letters stay readable in them at
+#: noise levels that hide everything in latents: their schedule is the noisier one.
+LATENTS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+PIXELS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True}
+for _settings in (LATENTS, PIXELS):
+    _settings |= {
+        "num_train_timesteps": STEPS,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+
+
+class VelocityLoss(nn.Module):
+    """The training loss of a U-Net pipeline as one module; subclasses hold the text encoders.
+
+    ``denoiser`` is laid out channels last, in which the CPU's convolutions are faster. It starts by answering zero.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler):
+        super().__init__()
+        self.denoiser = unet.to(memory_format=torch.channels_last)
+        # The signal's share of the variance at each timestep; not a weight, so not in the checkpoint.
+        self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)
+        nn.init.zeros_(unet.conv_out.weight)
+        nn.init.zeros_(unet.conv_out.bias)
+
+    def condition(self, tokens: dict) -> dict:
+        """The denoiser's keyword arguments that carry the text of ``tokens``."""
+        raise NotImplementedError
+
+    def diffuse(self, x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noise ``x`` (B, C, h, w): the noisy x, the velocity to predict, and the timesteps (B,).
+
+        Text can only be read from the prompt where noise hides it, so timesteps are drawn with a density that rises
+        linearly with the noise. All random numbers come from the CPU's ``generator``.
+        """
+        t = (STEPS * torch.rand(len(x), generator=generator).sqrt()).long().clamp_max(STEPS - 1).to(x.device)
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        signal = self.alphas[t].sqrt()[:, None, None, None]
+        spread = (1 - self.alphas[t]).sqrt()[:, None, None, None]
+        return signal * x + spread * noise, signal * noise - spread * x, t
+
+    def forward(self, latents: torch.Tensor, tokens: dict, generator: torch.Generator) -> torch.Tensor:
+        """Mean loss of latents (B, C, h, w) and what the recipe's ``tokenize`` made of their captions."""
+        noisy, velocity, t = self.diffuse(latents, generator)
+        guess = self.denoiser(noisy, t, **self.condition(tokens), return_dict=False)[0]
+        return (guess.float() - velocity).square().mean()
+
+
+def freeze(module: nn.Module, *names: str) -> None:
+    """Take parameters whose name holds one of ``names`` out of training: those that no pipeline reads.
+
+    Processes that train together wait for the gradient of every trained parameter.
+    """
+    for name, parameter in module.named_parameters():
+        if any(n in name for n in names):
+            parameter.requires_grad_(False)
