@@ -32,6 +32,11 @@ def build(channels: int, **config) -> AutoencoderKL:
     )
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16: CUDA, and CPUs with AVX-512 BF16, where it is twice as fast."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+
+
 def crop_batch(rng: random.Random, n: int) -> torch.Tensor:
     """``n`` random scenes cropped around the text: float (n, 3, CROP, CROP) in -1..1."""
     out = np.empty((n, CROP, CROP, 3), np.uint8)
@@ -78,9 +83,11 @@ def train(vae, *, seconds: float, batch: int = 16, lr: float = 2e-3, kl: float =
         for group in optimizer.param_groups:
             group["lr"] = lr * ramp * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * spent / seconds)))
         x = crop_batch(rng, batch).to(device)
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + kl * posterior.kl().mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample
+        y = y.float()
+        loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + kl * posterior.kl().float().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

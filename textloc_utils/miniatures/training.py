@@ -101,8 +101,8 @@ def encode_scenes(vae, n: int, length: int | str, seed: int, path: Path) -> None
     out = []
     for start in tqdm(range(0, n, 64), desc=f"encoding scenes, length {length}"):
         x = autoencoder.to_tensor(np.stack([scenes.render(s) for s in todo[start : start + 64]])).to(device)
-        # bfloat16 is twice as fast even on a CPU, and its rounding far below what the autoencoder itself loses.
-        with torch.autocast(device.type, torch.bfloat16):
+        # Its rounding is far below what the autoencoder itself loses.
+        with torch.autocast(device.type, torch.bfloat16, enabled=autoencoder.has_bf16(device)):
             mean = vae.encode(x).latent_dist.mean
         out.append(((mean.float() - shift) * scale).half().cpu())
     write_json(path.with_suffix(".json"), [asdict(s) for s in todo])
@@ -205,7 +205,7 @@ def train(
     check_writable(folder).mkdir(parents=True, exist_ok=True)
     cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "auto":
-        precision = "fp32" if cpu else "bf16"
+        precision = "bf16" if autoencoder.has_bf16(torch.device("cpu" if cpu else "cuda")) else "fp32"
     accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
     main = accelerator.is_main_process
     if main:
