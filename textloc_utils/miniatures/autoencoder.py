@@ -33,7 +33,11 @@ def build(channels: int, **config) -> AutoencoderKL:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16: CUDA, and CPUs with AVX-512 BF16, where it is twice as fast."""
+    """Whether a device multiplies in bfloat16: CUDA, and CPUs with AVX-512 BF16.
+
+    There it encodes pictures twice as fast and trains the denoiser of sd3-mini a fifth faster; the backward pass of
+    convolutions gains nothing, so the autoencoder is trained in float32.
+    """
     return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
@@ -83,11 +87,9 @@ def train(vae, *, seconds: float, batch: int = 16, lr: float = 2e-3, kl: float =
         for group in optimizer.param_groups:
             group["lr"] = lr * ramp * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * spent / seconds)))
         x = crop_batch(rng, batch).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-        y = y.float()
-        loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + kl * posterior.kl().float().mean()
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + kl * posterior.kl().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
