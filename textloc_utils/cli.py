@@ -105,7 +105,12 @@ def parser() -> argparse.ArgumentParser:
         train.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--ship", metavar="DIR", help="folder of the finished miniature (default: data/miniatures/NAME)")
-    train.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where the device computes in it")
+    train.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="auto: bf16 where the device computes in it",
+    )
     _place(train)
     train.set_defaults(run=_train)
     return top

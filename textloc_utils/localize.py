@@ -16,6 +16,7 @@ from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
 
+ROWS = 2  #: part of a stored unit's key: raised whenever its rows change
 PSNR_CAP = 60.0  #: dB; two identical pictures would be infinitely alike
 
 
@@ -74,6 +75,8 @@ def patch_pair(
             {
                 "model": model.spec.name,
                 "seed": pair.seed,
+                "wall": pair.wall,
+                "sign": pair.sign,
                 "source_text": pair.source_text,
                 "target_text": pair.target_text,
                 "site": site,
@@ -114,6 +117,7 @@ def sweep(
         inputs = {
             "model": model.spec.name,
             "weights": weights,
+            "rows": ROWS,
             "pair": asdict(pair),
             "sites": sites,
             "steps": steps or model.spec.steps,

@@ -52,6 +52,20 @@ def layer_scores(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+def scores_by_sign(table: pd.DataFrame) -> Figure:
+    """Mean target score per patched layer and sign colour (a table of ``localize.sweep``)."""
+    layers = table[table.site.str.startswith("layer ")]
+    means = layers.pivot_table("target_score", "sign", "site", sort=False)
+    figure = _figure(figsize=(9, 2.8))
+    axis = figure.subplots()
+    names = [site.removeprefix("layer ") for site in means.columns]
+    bar = {"label": "target score"}
+    sns.heatmap(means, ax=axis, vmin=0, vmax=1, cmap="rocket_r", xticklabels=names, cbar_kws=bar)
+    axis.set(xlabel="patched text layer", ylabel="sign")
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
 def shares(table: pd.DataFrame) -> Figure:
     """Key and value share of the denoiser per text layer; ``table`` has columns model, layer, share (0..1)."""
     models = list(dict.fromkeys(table.model))
