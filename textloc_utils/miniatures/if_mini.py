@@ -173,7 +173,7 @@ class Stage2:
 
 
 class Stage2Objective(VarianceLoss):
-    """Stage II's loss on pictures (B, 3, h, w); trains the denoiser only."""
+    """Stage II's loss on square parts of pictures (B, 3, h, w); trains the denoiser only."""
 
     def __init__(self, pipe: IFSuperResolutionPipeline, t5: T5EncoderModel):
         super().__init__(pipe, t5.requires_grad_(False))
@@ -183,6 +183,10 @@ class Stage2Objective(VarianceLoss):
         """Mean loss; ``tokens`` {"t5": (B, T), "mask": (B, T)}; noise on the CPU."""
         # The pipeline enlarges and noises the small picture in the same way.
         small = F.interpolate(F.avg_pool2d(pictures, 2), pictures.shape[-2:], mode="bilinear", align_corners=True)
+        # What to draw at a place hangs on its surroundings, so a part of the picture teaches as much for less.
+        side = pictures.shape[-2]
+        left = int(torch.randint(pictures.shape[-1] - side + 1, (), generator=generator))
+        pictures, small = pictures[..., left : left + side], small[..., left : left + side]
         level = torch.randint(LEVELS, (len(pictures),), generator=generator).to(pictures.device)
         small = self.noising.add_noise(small, torch.randn(small.shape, generator=generator).to(small.device), level)
         noisy, velocity, t = self.diffuse(pictures, generator)
