@@ -85,6 +85,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "CUDA" in fails(capsys, "generate", "sd3-mini", HELLO, "--device", "cuda", "--out", out)
     assert "CUDA" in fails(capsys, "train", "sd3-mini", "--device", "cuda", "--out", out)
+    assert "unknown device" in fails(capsys, "train", "sd3-mini", "--device", "gpu", "--out", out)
     assert not out.exists()
 
 

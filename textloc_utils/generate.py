@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from textloc_utils.models import Model, check_prompts, read_call
-from textloc_utils.patching import Patch, check_patches, patched
+from textloc_utils.patching import Patch, patched
 from textloc_utils.settings import TextlocError
 
 #: Rows per pipeline call where nothing else is asked for.
@@ -101,7 +101,6 @@ def generate(
     if batch_size < 1:
         raise TextlocError(f"batch size must be at least 1, got {batch_size}")
     if patches:
-        check_patches(model, patches, len(prompts))
         batch_size = len(prompts)
 
     starts = range(0, len(prompts), batch_size)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from textloc_utils.miniatures import autoencoder, scenes
 from textloc_utils.miniatures.evaluation import evaluate
-from textloc_utils.models import ModelSpec
+from textloc_utils.models import ModelSpec, pick_device
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
 RECIPES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
@@ -173,11 +173,13 @@ def prepare(name: str, folder: Path, budget: Budget, seed: int, device: str = "c
         vae.save_pretrained(part)
         write_json(part / "report.json", report)
         part.rename(vae_folder)
-    for length in LENGTHS:
-        path = folder / f"pool-{length}.safetensors"
-        if not path.exists():
-            vae = type(rules.autoencoder()).from_pretrained(vae_folder).to(device)
-            encode_scenes(vae, budget.pool // len(LENGTHS), length, seed, path)
+    paths = {length: folder / f"pool-{length}.safetensors" for length in LENGTHS}
+    missing = {length: path for length, path in paths.items() if not path.exists()}
+    if missing:
+        # Read back, so that a resumed run encodes with what an uninterrupted one does.
+        vae = type(rules.autoencoder()).from_pretrained(vae_folder).to(device)
+    for length, path in missing.items():
+        encode_scenes(vae, budget.pool // len(LENGTHS), length, seed, path)
 
 
 def train(
@@ -199,14 +201,12 @@ def train(
     ``folder/stage2``, is not evaluated by itself, and ends in ``folder/pipeline/stage2``.
     """
     quiet_libraries()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise TextlocError("CUDA was asked for but no CUDA device is visible; use --device cpu")
+    place = pick_device(device)
     rules = recipe(name)
     check_writable(folder).mkdir(parents=True, exist_ok=True)
-    cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "auto":
-        precision = "bf16" if autoencoder.has_bf16(torch.device("cpu" if cpu else "cuda")) else "fp32"
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+        precision = "bf16" if autoencoder.has_bf16(place) else "fp32"
+    accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
     main = accelerator.is_main_process
     if main:
         prepare(name, folder, budget, seed, str(accelerator.device), log)
