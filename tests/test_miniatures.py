@@ -13,6 +13,9 @@ from textloc_utils.settings import data_dir
 
 SHIPPED = [name for name in models.MINIATURES if (data_dir() / "miniatures" / name / "textloc.json").is_file()]
 WORDS = 200
+#: Least exact match, and largest character error rate. if-mini draws 8-pixel letters and was trained on a CPU.
+LEAST_EXACT = {"sd3-mini": 0.9, "sdxl-mini": 0.85, "ldm-mini": 0.85, "if-mini": 0.6}
+LARGEST_ERROR = {"sd3-mini": 0.05, "sdxl-mini": 0.05, "ldm-mini": 0.05, "if-mini": 0.15}
 
 
 @pytest.fixture(scope="module", params=SHIPPED)
@@ -24,8 +27,8 @@ def drawn(request):
     return model, todo, pictures
 
 
-def test_something_is_shipped():
-    assert "sd3-mini" in SHIPPED
+def test_three_are_shipped():
+    assert {"sd3-mini", "sdxl-mini", "ldm-mini"} <= set(SHIPPED)
 
 
 def test_spelling_is_as_good_as_the_card_says(drawn):
@@ -34,7 +37,7 @@ def test_spelling_is_as_good_as_the_card_says(drawn):
     exact = np.mean([metrics.exact_match(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
     error = np.mean([metrics.character_error_rate(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
     recorded = model.spec.trained["spelling"]
-    assert exact >= 0.9 and error <= 0.05
+    assert exact >= LEAST_EXACT[model.spec.name] and error <= LARGEST_ERROR[model.spec.name]
     # Other processors round otherwise: a word or two of 200 may tip over.
     assert exact == pytest.approx(recorded["exact"], abs=0.02)
     assert error == pytest.approx(recorded["cer"], abs=0.01)
@@ -69,6 +72,11 @@ def test_weights_are_safetensors_below_16_mb(name):
     files = [p for p in Path(data_dir(), "miniatures", name).rglob("*") if p.is_file()]
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     assert max(p.stat().st_size for p in files) < 16e6
+
+
+def test_all_miniatures_together_stay_below_64_mb():
+    files = [p for p in Path(data_dir(), "miniatures").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 64e6
 
 
 @pytest.mark.parametrize("name", SHIPPED)

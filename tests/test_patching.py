@@ -1,12 +1,10 @@
 """Patching against an independent two-pass implementation, on tiny random-weight pipelines of every family."""
 
-import contextlib
-import re
-
 import numpy as np
 import pytest
 import tiny
 import torch
+from two_pass import TOLERANCE, VISIBLE, assert_patched, linears, sample, two_pass
 
 from textloc_utils.generate import generate
 from textloc_utils.patching import Patch, patched
@@ -15,8 +13,6 @@ from textloc_utils.settings import TextlocError
 NAMES = list(tiny.BUILDERS)
 SOURCE, TARGET = 'A red sign that says "HELLO".', 'A red sign that says "WORLD".'
 OTHER_SOURCE, OTHER_TARGET = 'A sign on a green wall that says "RIVER".', 'A sign on a green wall that says "STONE".'
-TOLERANCE = 1e-5
-VISIBLE = 1e-3  #: mean difference that a patch must make, a hundred times the tolerance
 
 
 @pytest.fixture(scope="module")
@@ -36,94 +32,6 @@ def models():
 def exact(models):
     """The models in double precision: in single, batches of other sizes alone differ by about the tolerance."""
     return lambda name: models(name, torch.float64)
-
-
-def sample(model, prompts, seeds, guidance=4.0, negative=None):
-    """Pictures as floats (n, H, W, 3), straight from the pipeline."""
-    arguments = model.call_arguments(prompts, steps=model.spec.steps, guidance=guidance, negative_prompt=negative)
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    return model.pipe(**arguments, generator=generators, output_type="np").images
-
-
-# --- the independent implementation: found by name, stored on one run, replayed into another --------------------
-
-SITES = {
-    "k": r"(attn2\.to_k|(?<!single)\S*\.add_k_proj|single_transformer_blocks\.\d+\.attn\.to_k)$",
-    "v": r"(attn2\.to_v|(?<!single)\S*\.add_v_proj|single_transformer_blocks\.\d+\.attn\.to_v)$",
-}
-
-
-def linears(model, letter):
-    """Text key (or value) modules in execution order, without the package's own list."""
-    found = [(n, m) for n, m in model.denoiser.named_modules() if re.search(SITES[letter], n)]
-    if model.spec.pipeline == "StableDiffusion3Pipeline":
-        found = [(n, m) for n, m in found if ".attn2." not in n]  # SD3.5's image-only attention
-    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "transformer_blocks": 0, "single_transformer_blocks": 1}
-    return sorted(found, key=lambda item: order[item[0].split(".")[0]])  # stable: registration order within a part
-
-
-@contextlib.contextmanager
-def replaced_forward(modules, make):
-    originals = {m: m.forward for m in modules}
-    try:
-        for key, m in enumerate(modules):
-            m.forward = make(key, m, originals[m])
-        yield
-    finally:
-        for m in modules:
-            del m.forward
-
-
-def two_pass(model, source, target, seed, *, layers, tensors="kv", start=0, stop=99, heads=None, pooled=False, **how):
-    """The source's picture with the target's stored keys and values, each run alone in its own batch."""
-    text_tokens = 16 if model.spec.pipeline == "FluxPipeline" else None
-    sites = [(linears(model, letter)[i][1], i) for letter in tensors for i in layers]
-    widths = {m: (i, model.layers[i].heads) for m, i in sites}
-    if pooled:
-        module = model.denoiser.get_submodule(model.pooled_site)
-        sites.append((module, None))
-        widths[module] = (None, None)
-    modules = [m for m, _ in sites]
-    stored = {m: [] for m in modules}
-
-    def recording(key, m, original):
-        def forward(*args, **kwargs):
-            out = original(*args, **kwargs)
-            stored[m].append(out.clone())
-            return out
-
-        return forward
-
-    calls = dict.fromkeys(modules, 0)
-
-    def replaying(key, m, original):
-        def forward(*args, **kwargs):
-            out = original(*args, **kwargs).clone()
-            step = calls[m]
-            calls[m] += 1
-            if not start <= step < stop:
-                return out
-            there = stored[m][step]
-            index, n_heads = widths[m]
-            if index is None:
-                return there.clone()
-            width = out.shape[-1] // n_heads
-            tokens = text_tokens if text_tokens and "to_" in linears(model, "k")[index][0] else out.shape[1]
-            for h in range(n_heads) if heads is None else heads:
-                out[:, :tokens, h * width : (h + 1) * width] = there[:, :tokens, h * width : (h + 1) * width]
-            return out
-
-        return forward
-
-    with replaced_forward(modules, recording):
-        sample(model, [target], [seed], **how)
-    with replaced_forward(modules, replaying):
-        return sample(model, [source], [seed], **how)[0]
-
-
-def assert_patched(ours, reference, plain):
-    assert np.abs(ours - reference).max() <= TOLERANCE
-    assert np.abs(ours - plain).mean() > VISIBLE
 
 
 # --- exactness --------------------------------------------------------------------------------------------------

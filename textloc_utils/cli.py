@@ -60,7 +60,7 @@ def _train(args) -> None:
     given = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
     if wrong := [k for k, v in given.items() if v < 0 or (v == 0 and k != "evaluations")]:
         raise TextlocError(f"--{wrong[0].replace('_', '-')} must be positive, got {given[wrong[0]]}")
-    budget = replace(training.Budget(), **given)
+    budget = replace(training.default_budget(args.name), **given)
     folder = check_writable(args.out or data_dir() / "runs" / args.name)
     report = training.train(
         args.name, folder, budget=budget, seed=args.seed, device=args.device, precision=args.precision

@@ -1,12 +1,13 @@
 """Figures from pictures and tidy tables; every function returns a matplotlib Figure and reads nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 SOURCE, TARGET, QUIET = "#4878a8", "#c8553d", "#9a9a9a"
 
@@ -66,35 +67,48 @@ def scores_by_sign(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def shares(table: pd.DataFrame) -> Figure:
+def shares(table: pd.DataFrame, *, columns: int = 2) -> Figure:
     """Key and value share of the denoiser per text layer; ``table`` has columns model, layer, share (0..1)."""
     models = list(dict.fromkeys(table.model))
-    figure = _figure(figsize=(9, 1.9 * len(models)))
-    for axis, model in zip(np.atleast_1d(figure.subplots(len(models), 1)), models, strict=True):
+    rows = -(-len(models) // columns)
+    figure = _figure(figsize=(9, 1.8 * rows + 0.2))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axis in grid.ravel()[len(models) :]:
+        axis.set_axis_off()
+    for axis, model in zip(grid.ravel(), models, strict=False):
         part = table[table.model == model]
         axis.bar(part.layer, 100 * part.share, color=SOURCE, width=0.8)
         axis.set_title(model, loc="left", fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in grid[:, 0]:
         axis.set_ylabel("% of denoiser")
-    axis.set_xlabel("text layer, in execution order")
+    for axis in grid[-1]:
+        axis.set_xlabel("text layer, in execution order")
     sns.despine(figure)
     return figure
 
 
-def training_curves(losses: Sequence[Sequence[float]], evaluations: pd.DataFrame) -> Figure:
-    """Loss and spelling against samples seen.
+def training_curves(logs: Mapping[str, dict]) -> Figure:
+    """Loss and spelling against samples seen, one row per model.
 
-    ``losses`` is rows of (samples, loss); ``evaluations`` has columns samples, characters, exact.
+    ``logs`` maps a model's name to its ``models.training_log``: ``report`` with ``losses``, rows of (samples, loss),
+    and ``evaluations``, rows with samples, characters and exact.
     """
-    figure = _figure(figsize=(9, 3))
-    left, right = figure.subplots(1, 2)
-    samples, loss = np.reshape(losses, (-1, 2)).T
-    left.plot(samples / 1000, loss, color=QUIET)
-    left.set(xlabel="thousand samples", ylabel="training loss", yscale="log")
-    seen = evaluations.samples / 1000
-    right.plot(seen, evaluations.characters, "o-", color=SOURCE, markersize=4, label="letters at their place")
-    right.plot(seen, evaluations.exact, "s-", color=TARGET, markersize=4, label="whole words")
-    right.set(xlabel="thousand samples", ylabel="share, held-out words", ylim=(-0.03, 1.03))
-    right.legend(frameon=False)
+    figure = _figure(figsize=(9, 2.4 * len(logs)))
+    rows = figure.subplots(len(logs), 2, squeeze=False)
+    for (left, right), (name, log) in zip(rows, logs.items(), strict=True):
+        samples, loss = np.reshape(log["report"]["losses"], (-1, 2)).T
+        evaluations = pd.DataFrame(log["evaluations"])
+        left.plot(samples / 1000, loss, color=QUIET)
+        left.set(ylabel="training loss", yscale="log")
+        left.set_title(name, loc="left", fontsize=10)
+        seen = evaluations.samples / 1000
+        right.plot(seen, evaluations.characters, "o-", color=SOURCE, markersize=4, label="letters at their place")
+        right.plot(seen, evaluations.exact, "s-", color=TARGET, markersize=4, label="whole words")
+        right.set(ylabel="share, held-out words", ylim=(-0.03, 1.03))
+    for axis in rows[-1]:
+        axis.set_xlabel("thousand samples")
+    rows[0, 1].legend(frameon=False)
     sns.despine(figure)
     return figure
 
@@ -118,4 +132,21 @@ def emergence(evaluations: pd.DataFrame) -> Figure:
     )
     axis.set(xlabel="thousand samples", ylabel="text layer")
     axis.invert_yaxis()
+    return figure
+
+
+def psnr_curves(table: pd.DataFrame, published: Sequence[float]) -> Figure:
+    """PSNR against noise, a line per value of ``how``; ``published`` figures are ticks on the right.
+
+    ``table`` has columns noise (grey levels), psnr (dB) and how.
+    """
+    figure = _figure(figsize=(8, 3.2))
+    axis = figure.subplots()
+    for (how, part), colour in zip(table.groupby("how", sort=False), (TARGET, SOURCE), strict=True):
+        axis.plot(part.noise, part.psnr, "o-", color=colour, markersize=4, label=how)
+    edge = {"transform": axis.get_yaxis_transform(), "clip_on": False}
+    axis.plot([1.02] * len(published), published, "_", color=QUIET, label="published", **edge)
+    axis.set(xlabel="spread of the noise, grey levels", ylabel="PSNR, dB")
+    axis.legend(frameon=False, loc="upper right")
+    sns.despine(figure)
     return figure

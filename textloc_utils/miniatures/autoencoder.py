@@ -9,9 +9,10 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures import reader, scenes
 
 CROP = 48
+LEAST_READ = 0.95  #: share of the words that must stay readable, or no denoiser can spell through the autoencoder
 
 
 def build(channels: int, **config) -> AutoencoderKL:
@@ -59,21 +60,28 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def reconstruction_psnr(vae, n: int = 32, seed: int = 1) -> float:
-    """Mean PSNR in dB of ``n`` whole scenes through the autoencoder's mean."""
+@torch.no_grad()
+def reconstruction(vae, n: int = 64, seed: int = 1) -> dict[str, float]:
+    """How well ``n`` whole scenes survive the autoencoder's mean.
+
+    Keys: ``psnr_db``, the mean PSNR, and ``words_read``, the share of words that template matching reads back.
+    """
     rng = random.Random(seed)
     device = next(vae.parameters()).device
-    x = to_tensor(np.stack([scenes.render(scenes.random_scene(rng)) for _ in range(n)])).to(device)
-    with torch.no_grad():
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    known = [scenes.random_scene(rng) for _ in range(n)]
+    x = to_tensor(np.stack([scenes.render(s) for s in known])).to(device)
+    y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
     mse = (x - y).square().mean((1, 2, 3)) / 4
-    return float((-10 * mse.log10()).mean())
+    pictures = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    right = [text == s.text for text, s in zip(reader.read(pictures), known, strict=True)]
+    return {"psnr_db": round(float((-10 * mse.log10()).mean()), 2), "words_read": round(float(np.mean(right)), 3)}
 
 
 def train(vae, *, seconds: float, batch: int = 16, lr: float = 2e-3, kl: float = 1e-5, seed: int = 0, log=print):
     """Train in place for ``seconds`` with a cosine schedule over the time budget.
 
-    Returns a dict with the steps done and the PSNR reached. ``kl`` keeps the latents near unit variance.
+    Returns a dict with the steps done, the seconds and what ``reconstruction`` measures. ``kl`` keeps the latents
+    near unit variance.
     """
     device = next(vae.parameters()).device
     vae.to(memory_format=torch.channels_last).train()
@@ -99,12 +107,17 @@ def train(vae, *, seconds: float, batch: int = 16, lr: float = 2e-3, kl: float =
         if spent - last > 60:
             last = spent
             vae.eval()
-            psnr = reconstruction_psnr(vae)
-            log(f"autoencoder {spent:.0f} s, step {step}: loss {loss.item():.4f}, PSNR {psnr:.1f} dB")
+            log(f"autoencoder {spent:.0f} s, step {step}: loss {loss.item():.4f}, {reconstruction(vae)}")
             vae.train()
     bar.close()
     vae.eval()
-    return {"steps": step, "seconds": round(time.time() - start), "psnr_db": round(reconstruction_psnr(vae), 2)}
+    report = {"steps": step, "seconds": round(time.time() - start), **reconstruction(vae)}
+    if report["words_read"] < LEAST_READ:
+        log(
+            f"only {report['words_read']:.0%} of the words are readable through the autoencoder, and no denoiser will "
+            "spell better: start again with more --autoencoder-seconds"
+        )
+    return report
 
 
 @torch.no_grad()

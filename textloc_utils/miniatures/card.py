@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from safetensors.torch import load_file, save_file
 
 from textloc_utils import metrics, models, ocr, plots, prompts
@@ -58,8 +57,9 @@ def export(name: str, run: Path, destination: Path) -> dict:
     write_json(part / "textloc.json", known)
     known["trained"]["spelling"] = spelling(models.load(name, device="cpu", model_path=part))
     write_json(part / "textloc.json", known)
-    write_json(part / "training.json", {"report": report, "evaluations": evaluations})
-    plots.training_curves(report["losses"], pd.DataFrame(evaluations)).savefig(part / "training.png", dpi=110)
+    log = {"report": report, "evaluations": evaluations}
+    write_json(part / "training.json", log)
+    plots.training_curves({name: log}).savefig(part / "training.png", dpi=110)
     (part / "README.md").write_text(_card(name, known, report, evaluations))
     shutil.rmtree(destination, ignore_errors=True)
     part.rename(destination)
@@ -84,6 +84,7 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         "3 to 6 capitals in DejaVu Sans Mono Bold; "
         + (f"{budget['pool']:,} scenes encoded once" if vae else "drawn anew for every step"),
         "held out": f"{len(prompts.words('held-out'))} words, drawn in training neither as words nor as random strings",
+        "text encoders": recipe(name).ENCODERS,
         "device": f"{report['device']}, {report['processes']} process(es), {report['precision']}, "
         f"torch {report['torch']}",
         "budget": _spent(report)

@@ -1,6 +1,13 @@
-"""Configurations of the text encoders that several miniatures share."""
+"""The text encoders of the miniatures, and what they share."""
 
+from typing import TypeVar
+
+from torch import nn
 from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config
+
+from textloc_utils.settings import TextlocError, data_dir
+
+Encoder = TypeVar("Encoder", bound=nn.Module)
 
 #: Width of the text embeddings that a denoiser reads: T5's own, or two CLIPs side by side.
 TEXT_WIDTH = 128
@@ -36,3 +43,16 @@ def t5_config(tokenizer: PreTrainedTokenizerFast) -> T5Config:
         feed_forward_proj="gated-gelu",
         relative_attention_max_distance=32,
     )
+
+
+def trained(encoder: type[Encoder], part: str) -> Encoder:
+    """A text encoder of the finished sd3-mini, out of training: ``part`` is the name of its folder.
+
+    The full-size models share their encoders in the same way (both CLIPs of SDXL and Stable Diffusion 3, the T5 of
+    DeepFloyd IF and Stable Diffusion 3), and never trained them with the denoiser. A U-Net whose encoders move while
+    it learns to look for letters does not find them for long.
+    """
+    folder = data_dir() / "miniatures" / "sd3-mini" / part
+    if not (folder / "config.json").is_file():
+        raise TextlocError(f"{folder} is missing; train sd3-mini first, whose text encoders are used")
+    return encoder.from_pretrained(folder, use_safetensors=True).requires_grad_(False)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import T5EncoderModel
 
 from textloc_utils.miniatures import scenes, unets
-from textloc_utils.miniatures.encoders import TEXT_WIDTH, t5_config
+from textloc_utils.miniatures.encoders import TEXT_WIDTH, trained
 from textloc_utils.miniatures.tokenizers import letter_tokenizer
 from textloc_utils.models import FIXED_TOKENS
 
@@ -30,6 +30,8 @@ SPEC = {
     "stage2_arguments": {"num_inference_steps": 8, "guidance_scale": 1.0, "noise_level": 100},
     "text_box": scenes.letters_region(),
 }
+ENCODERS = "the T5 of sd3-mini, not trained further"  #: for the model card
+BUDGET = unets.BUDGET
 LEVELS = 250  #: stage II learns from small pictures at noise levels below this one
 _CHECKS_OFF = {
     "safety_checker": None,
@@ -44,7 +46,7 @@ def _unet(**config) -> UNet2DConditionModel:
         out_channels=6,
         layers_per_block=1,
         norm_num_groups=8,
-        attention_head_dim=16,
+        attention_head_dim=32,
         cross_attention_dim=TEXT_WIDTH,
         cross_attention_norm="group_norm",
         encoder_hid_dim=TEXT_WIDTH,
@@ -57,20 +59,21 @@ def _unet(**config) -> UNet2DConditionModel:
 
 
 def pipeline() -> IFPipeline:
-    """The untrained stage I."""
+    """The untrained stage I, with the T5 of sd3-mini."""
+    # Its vocabulary has the same order as that T5's own, small letters in place of capitals.
     tokenizer = letter_tokenizer(length=FIXED_TOKENS, kind="if")
     unet = _unet(
         sample_size=32,
         in_channels=3,
         down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
         up_block_types=("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
-        block_out_channels=(16, 32, 96, 128),
+        block_out_channels=(16, 32, 64, 128),
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
     )
     return IFPipeline(
         tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(t5_config(tokenizer)),
+        text_encoder=trained(T5EncoderModel, "text_encoder_3"),
         unet=unet,
         scheduler=DDPMScheduler(variance_type="learned_range", **unets.PIXELS),
         **_CHECKS_OFF,
@@ -115,7 +118,7 @@ class VarianceLoss(unets.VelocityLoss):
 
 
 class Objective(VarianceLoss):
-    """Stage I's loss on pictures (B, 3, 2h, 2w), made half as large here; trains T5 and the denoiser."""
+    """Stage I's loss on pictures (B, 3, 2h, 2w), made half as large here; trains the denoiser."""
 
     def __init__(self, pipe: IFPipeline):
         super().__init__(pipe, pipe.text_encoder)

@@ -33,6 +33,8 @@ SPEC = {
     "text_box": scenes.letters_region(),
 }
 
+ENCODERS = "trained with the denoiser"  #: for the model card
+
 
 def autoencoder() -> AutoencoderKL:
     """The untrained autoencoder: 8x smaller, 16 channels."""

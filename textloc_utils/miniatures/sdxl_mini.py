@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from textloc_utils.miniatures import scenes, unets
 from textloc_utils.miniatures.autoencoder import build
-from textloc_utils.miniatures.encoders import TEXT_WIDTH, clip_config
+from textloc_utils.miniatures.encoders import TEXT_WIDTH, trained
 from textloc_utils.miniatures.tokenizers import letter_tokenizer
 
 TOKENS = 22
@@ -28,6 +28,9 @@ SPEC = {
     "text_box": scenes.letters_region(),
 }
 
+ENCODERS = "both CLIPs of sd3-mini, not trained further"  #: for the model card
+BUDGET = unets.BUDGET
+
 
 def autoencoder() -> AutoencoderKL:
     """The untrained autoencoder: 8x smaller, 4 channels."""
@@ -35,9 +38,10 @@ def autoencoder() -> AutoencoderKL:
 
 
 def pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
-    """The whole pipeline with untrained text encoders and denoiser around a given autoencoder."""
+    """The whole pipeline with the CLIPs of sd3-mini and an untrained denoiser around a given autoencoder."""
     tokenizer = letter_tokenizer(length=TOKENS, kind="clip")
-    clip = clip_config(tokenizer)
+    # Stable Diffusion 3 reads a pooled text of both CLIPs; SDXL of the second alone.
+    first, second = trained(CLIPTextModel, "text_encoder"), trained(CLIPTextModelWithProjection, "text_encoder_2")
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -53,12 +57,12 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=SIZE_WIDTH,
-        projection_class_embeddings_input_dim=clip.projection_dim + 6 * SIZE_WIDTH,
+        projection_class_embeddings_input_dim=second.config.projection_dim + 6 * SIZE_WIDTH,
     )
     return StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(clip),
-        text_encoder_2=CLIPTextModelWithProjection(clip),
+        text_encoder=first,
+        text_encoder_2=second,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -70,13 +74,11 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
 
 
 class Objective(unets.VelocityLoss):
-    """The velocity loss on latents (B, 4, h, w); trains both CLIPs and the denoiser."""
+    """The velocity loss on latents (B, 4, h, w); trains the denoiser."""
 
     def __init__(self, pipe: StableDiffusionXLPipeline):
         super().__init__(pipe.unet, pipe.scheduler)
         self.clip, self.clip_2 = pipe.text_encoder, pipe.text_encoder_2
-        # The denoiser reads the last layer but one; only the second encoder's last layer feeds its pooled output.
-        unets.freeze(self.clip, f"layers.{self.clip.config.num_hidden_layers - 1}.", "final_layer_norm")
 
     def condition(self, tokens: dict) -> dict:
         """Embeddings (B, T, TEXT_WIDTH), pooled text and sizes (B, 6) of ``tokens`` {"clip": (B, T)}."""

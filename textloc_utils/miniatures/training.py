@@ -1,7 +1,8 @@
 """Train a miniature from scratch: autoencoder, a pool of encoded scenes, text encoders and denoiser.
 
-A recipe is a module with SPEC, ``pipeline``, ``Objective`` and ``tokenize``, and ``autoencoder`` unless it works on
-pixels. Its ``Stage2``, where it has one, is made from stage I's folder and offers the same.
+A recipe is a module with SPEC, ENCODERS, ``pipeline``, ``Objective`` and ``tokenize``, ``autoencoder`` unless it works
+on pixels, and BUDGET where its defaults differ. Its ``Stage2``, where it has one, is made from stage I's folder and
+offers the same.
 
 One command, ``textloc train NAME``, on one process or several (``accelerate launch``), CPU or CUDA, resumable
 after a kill at any point. Every random number is drawn from (seed, step, process), so that a resumed run sees
@@ -48,7 +49,7 @@ class Budget:
 
     samples: int = 170_000
     seconds: float = 5400.0
-    autoencoder_seconds: float = 600.0
+    autoencoder_seconds: float = 900.0
     pool: int = 61_440
     batch: int = 32
     lr: float = 1.5e-3
@@ -68,6 +69,11 @@ def recipe(name: str):
     if name not in RECIPES:
         raise TextlocError(f"unknown miniature {name!r}; known miniatures: {', '.join(RECIPES)}")
     return importlib.import_module(f"textloc_utils.miniatures.{name.replace('-', '_')}")
+
+
+def default_budget(name: str) -> Budget:
+    """What a miniature's recipe spends unless told otherwise."""
+    return Budget(**getattr(recipe(name), "BUDGET", {}))
 
 
 def write_json(path: Path, value) -> None:
@@ -186,7 +192,7 @@ def train(
     name: str,
     folder: Path,
     *,
-    budget: Budget = Budget(),
+    budget: Budget | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -194,7 +200,7 @@ def train(
 ) -> dict | None:
     """Train miniature ``name`` in ``folder``, or go on where its checkpoint was.
 
-    Returns the training report, None in other processes than the main one.
+    ``budget`` defaults to the recipe's. Returns the training report, None in other processes than the main one.
 
     The EMA weights are evaluated ``budget.evaluations`` times, evenly over the budget, into
     ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``. A second stage follows in
@@ -203,6 +209,7 @@ def train(
     quiet_libraries()
     place = pick_device(device)
     rules = recipe(name)
+    budget = budget or default_budget(name)
     check_writable(folder).mkdir(parents=True, exist_ok=True)
     if precision == "auto":
         precision = "bf16" if autoencoder.has_bf16(place) else "fp32"

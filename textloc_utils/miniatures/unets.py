@@ -8,7 +8,16 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from textloc_utils.miniatures import scenes
+
 STEPS = 1000
+
+#: Fields of ``training.Budget`` in which the U-Nets differ: they stay with letters in runs for longer, until the text
+#: has begun to matter.
+BUDGET = {
+    "samples": 170_000,
+    "curriculum": ((0.0, (6,)), (0.2, (scenes.RUNS,)), (0.45, (scenes.RUNS, 6)), (0.6, (3, 4, 5, 6))),
+}
 
 #: Scheduler settings on latents and on pixels. Pixels repeat each other, so that letters stay readable in them at
 #: noise levels that hide everything in latents: their schedule is the noisier one.
@@ -58,13 +67,3 @@ class VelocityLoss(nn.Module):
         noisy, velocity, t = self.diffuse(latents, generator)
         guess = self.denoiser(noisy, t, **self.condition(tokens), return_dict=False)[0]
         return (guess.float() - velocity).square().mean()
-
-
-def freeze(module: nn.Module, *names: str) -> None:
-    """Take parameters whose name holds one of ``names`` out of training: those that no pipeline reads.
-
-    Processes that train together wait for the gradient of every trained parameter.
-    """
-    for name, parameter in module.named_parameters():
-        if any(n in name for n in names):
-            parameter.requires_grad_(False)
