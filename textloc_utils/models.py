@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -464,6 +464,26 @@ def read_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> DenoiserCall:
     return DenoiserCall(
         rows=sample.shape[0], timestep=given["timestep"], tokens=given["encoder_hidden_states"].shape[1]
     )
+
+
+def select_rows(denoiser: nn.Module, args: tuple, kwargs: dict, pictures: Sequence[int], texts: Sequence[int]) -> dict:
+    """The arguments of a denoiser's call for other rows: row i takes the noisy picture of the call's row
+    ``pictures[i]``, and everything else that comes per row (texts, pooled texts, timesteps, sizes) of ``texts[i]``.
+    """
+    given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
+    given.pop("self")
+    sample = "sample" if "sample" in given else "hidden_states"
+    batch = given[sample].shape[0]
+
+    def pick(value):
+        if isinstance(value, dict):
+            return {name: pick(part) for name, part in value.items()}
+        per_row = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch
+        return value[list(texts)] if per_row else value
+
+    # FLUX gives places of tokens, which all rows share.
+    out = {name: value if name in ("img_ids", "txt_ids") else pick(value) for name, value in given.items()}
+    return out | {sample: given[sample][list(pictures)]}
 
 
 # --- loaded models ----------------------------------------------------------------------------------------------

@@ -1,0 +1,167 @@
+"""Cheap depths of localization: what a patch changes in one denoiser evaluation, without drawing pictures.
+
+At a noise level of the source's own run, let v be the denoiser's guided answer to the source's noisy picture under
+the source prompt, v' its answer to the same picture under the target prompt, and v(l) under the source prompt with
+layer l patched. The one-step effect of layer l is
+
+    e(l) = <v(l) - v, v' - v> / |v' - v|^2
+
+0 where the patch does nothing, 1 where it does all that the target prompt does. Attribution patching (Syed et al.
+2023) takes the first-order estimate of every layer's effect from one backward pass.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from textloc_utils.generate import counted
+from textloc_utils.models import TEXT_FIRST, Model, check_prompts, read_call, select_rows
+from textloc_utils.patching import Patch, patched
+from textloc_utils.prompts import Pair
+from textloc_utils.settings import TextlocError
+
+DEPTHS = ("one-step", "attribution")
+LEVELS = (0.0, 0.2, 0.4)  #: shares of the steps that are done
+
+
+class _EnoughError(Exception):
+    """Ends a pipeline call whose remaining steps nobody needs."""
+
+
+def effects(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    depth: str = "one-step",
+    levels: Sequence[float] = LEVELS,
+    steps: int | None = None,
+) -> pd.DataFrame:
+    """The effect of every text layer alone, for every pair and noise level.
+
+    ``levels`` are shares of the steps done when the source's noisy picture is taken, 0 <= level < 1. One row per pair,
+    level and layer; columns model, seed, depth, level, layer, effect, and row_evaluations, the pair's denoiser rows
+    divided by its rows here, so that the column's sum is the cost. A backward pass counts as two evaluations of its
+    rows. Raises TextlocError for an unknown depth or a level out of range.
+    """
+    if depth not in DEPTHS:
+        raise TextlocError(f"unknown depth {depth!r}; allowed: {', '.join(DEPTHS)}")
+    if not levels or any(not 0 <= level < 1 for level in levels):
+        raise TextlocError(f"levels must be shares of the steps, 0 <= level < 1, got {tuple(levels)}")
+    steps = steps or model.spec.steps
+    at = {int(level * steps): level for level in levels}
+    rows = []
+    for pair in pairs:
+        check_prompts(model, [pair.source, pair.target])
+        with counted(model) as counter:
+            found, backward = _pair(model, pair, at, steps, depth)
+        cost = counter.rows + 2 * backward
+        for step, values in found.items():
+            for layer, effect in enumerate(values):
+                rows.append(
+                    {
+                        "model": model.spec.name,
+                        "seed": pair.seed,
+                        "depth": depth,
+                        "level": at[step],
+                        "layer": layer,
+                        "effect": effect,
+                        "row_evaluations": cost / (len(at) * len(model.layers)),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str) -> tuple[dict, int]:
+    """Run the source up to the last level and probe the denoiser on the way: effects per step, rows of backward."""
+    found, backward, state = {}, [0], {"step": 0, "inside": False}
+    probe = _one_step if depth == "one-step" else _attribution
+
+    def after(denoiser, args, kwargs, output):
+        if state["inside"]:
+            return
+        if state["step"] in at:
+            state["inside"] = True
+            try:
+                found[state["step"]], rows = probe(model, args, kwargs)
+            finally:
+                state["inside"] = False
+            backward[0] += rows
+        state["step"] += 1
+        if state["step"] > max(at):
+            raise _EnoughError
+
+    handle = model.denoiser.register_forward_hook(after, with_kwargs=True)
+    arguments = model.call_arguments(
+        [pair.source, pair.target], steps=steps, guidance=model.spec.guidance, negative_prompt=None
+    )
+    generators = [torch.Generator("cpu").manual_seed(pair.seed) for _ in range(2)]
+    try:
+        with contextlib.suppress(_EnoughError):
+            model.pipe(**arguments, generator=generators)
+    finally:
+        handle.remove()
+    return found, backward[0]
+
+
+def _call(model: Model, args: tuple, kwargs: dict, texts: list[int]) -> torch.Tensor:
+    """The guided answer to the source's noisy picture under other texts, 0 the source's and 1 the target's.
+
+    The call under way holds [source, target], or [negative, negative, source, target] under guidance.
+    """
+    batch = read_call(model.denoiser, args, kwargs).rows
+    halves = range(0, batch, 2)
+    pictures = [half for half in halves for _ in texts]
+    rows = [half + text for half in halves for text in texts]
+    given = select_rows(model.denoiser, args, kwargs, pictures, rows)
+    out = model.denoiser(**given | {"return_dict": False})[0].float()
+    # A learned variance stands behind the answer's channels.
+    out = out[:, : (given["sample"] if "sample" in given else given["hidden_states"]).shape[1]]
+    if batch == 2:
+        return out
+    negative, prompt = out.chunk(2)
+    return negative + model.spec.guidance * (prompt - negative)
+
+
+def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
+    """One evaluation of the target, the source, and the source patched at every layer."""
+    layers = range(len(model.layers))
+    patches = [Patch(source=2 + i, target=0, layers=(i,)) for i in layers]
+    with patched(model, patches, 2 + len(layers)):
+        answers = _call(model, args, kwargs, [1, 0] + [0] * len(layers)).flatten(1).double()
+    direction = answers[0] - answers[1]
+    return ((answers[2:] - answers[1]) @ direction / direction.square().sum()).tolist(), 0
+
+
+@torch.enable_grad()
+def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
+    """The gradient of the source's answer along the target's, times the change of each layer's keys and values."""
+    outputs, added, handles = {}, {}, []
+
+    def listen(name):
+        def hook(module, inputs, output):
+            outputs[name] = output.detach()
+            added[name] = torch.zeros_like(output, requires_grad=True)
+            return output + added[name]
+
+        return hook
+
+    names = [(layer, name) for layer in model.layers for name in (layer.key, layer.value)]
+    try:
+        for _, name in names:
+            handles.append(model.denoiser.get_submodule(name).register_forward_hook(listen(name)))
+        target, source = _call(model, args, kwargs, [1, 0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    direction = (target - source).detach()
+    gradients = torch.autograd.grad((source * direction).sum() / direction.square().sum(), list(added.values()))
+    gradients = dict(zip(added, gradients, strict=True))
+    tokens = read_call(model.denoiser, args, kwargs).tokens
+    values = [0.0] * len(model.layers)
+    for layer, name in names:
+        rows = slice(None, tokens if layer.context == TEXT_FIRST else None)
+        change = outputs[name][0::2, rows] - outputs[name][1::2, rows]
+        values[layer.index] += float((gradients[name][1::2, rows].double() * change.double()).sum())
+    return values, len(outputs[names[0][1]])
