@@ -55,4 +55,8 @@ def trained(encoder: type[Encoder], part: str) -> Encoder:
     folder = data_dir() / "miniatures" / "sd3-mini" / part
     if not (folder / "config.json").is_file():
         raise TextlocError(f"{folder} is missing; train sd3-mini first, whose text encoders are used")
-    return encoder.from_pretrained(folder, use_safetensors=True).requires_grad_(False)
+    found = encoder.from_pretrained(folder, use_safetensors=True)
+    # A class that reads another one's file would keep that file's names for its tensors when it is saved.
+    own = encoder(found.config)
+    own.load_state_dict(found.state_dict())
+    return own.requires_grad_(False)
