@@ -49,8 +49,8 @@ def trained(encoder: type[Encoder], part: str) -> Encoder:
     """A text encoder of the finished sd3-mini, out of training: ``part`` is the name of its folder.
 
     The full-size models share their encoders in the same way (both CLIPs of SDXL and Stable Diffusion 3, the T5 of
-    DeepFloyd IF and Stable Diffusion 3), and never trained them with the denoiser. A U-Net whose encoders move while
-    it learns to look for letters does not find them for long.
+    DeepFloyd IF and Stable Diffusion 3), and never trained them with the denoiser. With encoders trained along,
+    sdxl-mini had not begun to read letters after 100,000 pictures; it did 12,000 pictures after taking these.
     """
     folder = data_dir() / "miniatures" / "sd3-mini" / part
     if not (folder / "config.json").is_file():
