@@ -28,7 +28,9 @@ EXPECTED = {
 }
 UNETS = ("sdxl-mini", "if-mini", "ldm-mini")
 PROMPT = 'A red sign on a blue wall that says "HELLO".'
-TINY = replace(training.Budget(), samples=8, seconds=1e9, autoencoder_seconds=0.5, pool=10, batch=2, evaluations=0)
+TINY = training.Budget(
+    samples=8, seconds=1e9, autoencoder_seconds=0.5, encoder_steps=2, pool=10, batch=2, evaluations=0
+)
 
 
 def build(name):
@@ -217,6 +219,22 @@ def test_every_caption_fits_and_is_known_to_if():
     assert not (ours["t5"] == pipe.tokenizer.unk_token_id).any()
     letters = pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer('a sign that says "a".').input_ids)
     assert letters == ["an", "sign", "that", "says", '"', "a", '"', ".", "</s>"]
+
+
+def test_a_t5_learns_the_places_of_letters_from_text():
+    """Without this, its embeddings of the letters are the same at every place, and nothing can be spelled from them."""
+    rules, pipe = build("if-mini")
+    tokens = rules.tokenize(pipe, [PROMPT.replace("HELLO", "AAAAAA")])
+    first = tokens["t5"][0].tolist().index(pipe.tokenizer.convert_tokens_to_ids("a"))
+
+    def apart():  # between equal letters, as a share of their size
+        found = pipe.text_encoder(tokens["t5"], attention_mask=tokens["mask"])[0][0, first : first + 6]
+        return ((found - found.mean(0)).norm() / found.norm()).item()
+
+    before = apart()
+    assert rules.pretrain(pipe, 0, 250) > 0.98
+    assert apart() > max(0.4, 2 * before)
+    assert not any(p.requires_grad for p in pipe.text_encoder.parameters())
 
 
 def test_prompts_that_are_too_long():

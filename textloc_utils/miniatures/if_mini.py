@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import T5EncoderModel
 
 from textloc_utils.miniatures import scenes, unets
-from textloc_utils.miniatures.encoders import TEXT_WIDTH, trained
+from textloc_utils.miniatures.encoders import TEXT_WIDTH, pretrain_on_places, t5_config
 from textloc_utils.miniatures.tokenizers import letter_tokenizer
 from textloc_utils.models import FIXED_TOKENS
 
@@ -30,7 +30,8 @@ SPEC = {
     "stage2_arguments": {"num_inference_steps": 8, "guidance_scale": 1.0, "noise_level": 100},
     "text_box": scenes.letters_region(),
 }
-ENCODERS = "the T5 of sd3-mini, not trained further"  #: for the model card
+#: For the model card.
+ENCODERS = "a T5 trained beforehand on captions alone: which letter a token is, and its place in the word"
 BUDGET = unets.BUDGET
 LEVELS = 250  #: stage II learns from small pictures at noise levels below this one
 _CHECKS_OFF = {
@@ -59,8 +60,7 @@ def _unet(**config) -> UNet2DConditionModel:
 
 
 def pipeline() -> IFPipeline:
-    """The untrained stage I, with the T5 of sd3-mini."""
-    # Its vocabulary has the same order as that T5's own, small letters in place of capitals.
+    """The untrained stage I, its T5 out of training."""
     tokenizer = letter_tokenizer(length=FIXED_TOKENS, kind="if")
     unet = _unet(
         sample_size=32,
@@ -73,11 +73,16 @@ def pipeline() -> IFPipeline:
     )
     return IFPipeline(
         tokenizer=tokenizer,
-        text_encoder=trained(T5EncoderModel, "text_encoder_3"),
+        text_encoder=T5EncoderModel(t5_config(tokenizer)).requires_grad_(False),
         unet=unet,
         scheduler=DDPMScheduler(variance_type="learned_range", **unets.PIXELS),
         **_CHECKS_OFF,
     )
+
+
+def pretrain(pipe: IFPipeline, seed: int, steps: int) -> float:
+    """Teach the T5 from captions alone, before the denoiser: see :func:`.encoders.pretrain_on_places`."""
+    return pretrain_on_places(pipe.text_encoder, pipe.tokenizer, seed, steps)
 
 
 class VarianceLoss(unets.VelocityLoss):

@@ -1,7 +1,7 @@
 """Train a miniature from scratch: autoencoder, a pool of encoded scenes, text encoders and denoiser.
 
 A recipe is a module with SPEC, ENCODERS, ``pipeline``, ``Objective`` and ``tokenize``, ``autoencoder`` unless it works
-on pixels, and BUDGET where its defaults differ. Its ``Stage2``, where it has one, is made from stage I's folder and
+on pixels, ``pretrain`` where its text encoder learns before the denoiser, and BUDGET where its defaults differ. Its ``Stage2``, where it has one, is made from stage I's folder and
 offers the same.
 
 One command, ``textloc train NAME``, on one process or several (``accelerate launch``), CPU or CUDA, resumable
@@ -40,7 +40,8 @@ LENGTHS = (3, 4, 5, 6, scenes.RUNS)  #: what the pool holds, an equal share of e
 class Budget:
     """What a training run may spend; it stops at whichever of ``samples`` and ``seconds`` ends first.
 
-    ``autoencoder_seconds`` and ``pool`` (scenes encoded once) come before the denoiser's ``seconds``. A recipe of two
+    ``autoencoder_seconds``, ``pool`` (scenes encoded once) and ``encoder_steps`` (where the text encoder learns first)
+    come before the denoiser's ``seconds``. A recipe of two
     stages shares ``samples`` and ``seconds`` out.
     ``curriculum`` lists (share of the budget, word lengths drawn from there on). Words of one length teach the shapes
     of letters; then letters in runs teach which letter is which, since a text that is the same everywhere can be drawn
@@ -50,6 +51,7 @@ class Budget:
     samples: int = 170_000
     seconds: float = 5400.0
     autoencoder_seconds: float = 900.0
+    encoder_steps: int = 400
     pool: int = 61_440
     batch: int = 32
     lr: float = 1.5e-3
@@ -253,12 +255,16 @@ def _train_stage(
     else:
         pipe = rules.pipeline()
     pipe.set_progress_bar_config(disable=True)
+    checkpoint = folder / "checkpoint.pt"
+    if hasattr(rules, "pretrain") and not checkpoint.exists():
+        right = rules.pretrain(pipe, seed, budget.encoder_steps)  # in every process, with the same outcome
+        if main:
+            log(f"text encoder: {right:.3f} of the letters' places named rightly")
     objective = rules.Objective(pipe).to(accelerator.device).train()
     parameters = objective.parameters()
     optimiser = torch.optim.AdamW(parameters, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     ema = EMAModel(objective.parameters(), decay=budget.ema, use_ema_warmup=True, power=0.75, foreach=True)
     state = {"step": 0, "samples": 0, "seconds": 0.0, "losses": [], "evaluated": 0}
-    checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         objective.load_state_dict(saved["objective"])
