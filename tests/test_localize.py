@@ -1,10 +1,20 @@
-"""The sweep: its rows, its resumption, and a known effect on the shipped miniature."""
+"""The sweep: its rows, its resumption, and a known effect on the shipped miniature. The searches and their rule."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
 import pytest
 
 from textloc_utils import localize, models, prompts
+from textloc_utils.localize import Site
 from textloc_utils.results import Store
-from textloc_utils.settings import TextlocError
+from textloc_utils.settings import ROOT, TextlocError
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +23,7 @@ def model():
 
 
 def test_rows_of_one_pair(model):
-    sites = {"nothing": ((), False), "layer 3": ((3,), False)}
+    sites = {"nothing": Site(), "layer 3": Site(layers=(3,))}
     pictures, rows = localize.patch_pair(model, prompts.make_pairs(1)[0], sites, steps=2)
     assert pictures.shape == (4, 64, 128, 3)
     assert [r["site"] for r in rows] == ["source", "target", "nothing", "layer 3"]
@@ -24,7 +34,7 @@ def test_rows_of_one_pair(model):
 
 def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
     pairs, store = prompts.make_pairs(3), Store(tmp_path)
-    sites = {"layer 0": ((0,), False)}
+    sites = {"layer 0": Site(layers=(0,))}
     first = localize.sweep(model, pairs[:2], sites=sites, steps=1, store=store)
     done = []
     original = localize.patch_pair
@@ -38,7 +48,7 @@ def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
 
 def test_the_known_effect(model):
     """Every layer together turns the source's word into the target's; the unpatched source keeps its own."""
-    sites = {"all layers + pooled": (tuple(range(len(model.layers))), True)}
+    sites = {"all layers + pooled": Site(layers=tuple(range(len(model.layers))), pooled=True)}
     table = localize.sweep(model, prompts.make_pairs(6, same_length=True), sites=sites)
     score = localize.summarise(table).set_index("site")
     assert score.target_score["all layers + pooled"] > 0.8
@@ -51,4 +61,168 @@ def test_a_sweep_without_pairs_or_beyond_the_layers_is_refused(model):
     with pytest.raises(TextlocError, match="at least one pair"):
         localize.sweep(model, [])
     with pytest.raises(TextlocError, match="0 to 11"):
-        localize.patch_pair(model, prompts.make_pairs(1)[0], {"x": ((12,), False)})
+        localize.patch_pair(model, prompts.make_pairs(1)[0], {"x": Site(layers=(12,))})
+
+
+# --- the selection rule, on tables whose answer is known ---------------------------------------------------------
+
+
+def table_of(effects: dict[str, list[float]], floor=0.1):
+    """A sweep's table of pairs 0, 1, ... with these text effects."""
+    rows = [
+        {"seed": seed, "site": site, "target_score": floor + e, "floor": floor, "row_evaluations": 1.0}
+        for site, values in effects.items()
+        for seed, e in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def drawn_as(effect_of):
+    """Stands for drawing: ``effect_of`` says what patching a set of layers brings. Also returns a list of costs."""
+
+    def drawn(model, group, *, sites=None, source=True, **options):
+        sites = localize.single_layers(model) if sites is None else sites
+        found = {n: [effect_of(set(s.layers)) * (1 + 0.01 * (p.seed % 3)) for p in group] for n, s in sites.items()}
+        table = table_of(found)
+        table["seed"] = [pair.seed for _ in found for pair in group]
+        asked.append(len(table))
+        return table
+
+    asked = []
+    return drawn, asked
+
+
+def additive(alone):
+    return lambda layers: sum(alone.get(i, 0.0) for i in layers)
+
+
+def overlapping(layers):
+    """Layers 0 and 1 do the same; layer 2 does the rest."""
+    return 0.5 * bool({0, 1} & layers) + 0.4 * (2 in layers)
+
+
+@pytest.mark.parametrize(
+    ("effect_of", "wanted"),
+    [
+        (additive({2: 0.8}), (2,)),
+        (additive({4: 0.5, 5: 0.3}), (4, 5)),
+        (additive({1: 0.3, 7: 0.3, 9: 0.25}), (1, 7, 9)),
+        (additive({3: 0.64, 6: 0.05, 8: 0.09}), (3, 8)),  # together 0.94 of all three
+        (overlapping, (0, 2)),
+    ],
+)
+@pytest.mark.parametrize("how", ["exhaustive", "budgeted"])
+def test_searches_find_the_fewest_layers_that_suffice(model, monkeypatch, how, effect_of, wanted):
+    drawn, asked = drawn_as(effect_of)
+    monkeypatch.setattr(localize, "sweep", drawn)
+    screen = pd.DataFrame(
+        [
+            {"seed": s, "layer": i, "effect": effect_of({i}), "depth": "one-step", "row_evaluations": 1.0}
+            for s in range(6)
+            for i in range(len(model.layers))
+        ]
+    )
+    monkeypatch.setattr(localize, "cheap", lambda *a, **k: screen)
+    found = localize.search(model, prompts.make_pairs(30), how=how, budget=1.0)
+    assert found.layers in (wanted, (1, 2) if 0 in wanted else wanted)
+    assert found.reached.mean >= 0.9 and found.confidence > 0.9
+    assert found.share == pytest.approx(sum(models.describe("sd3-mini")["kv_share"][i] for i in found.layers))
+    assert found.row_evaluations == sum(asked) + (len(screen) if how == "budgeted" else 0)
+    if how == "budgeted":
+        assert sum(asked) < 30 * len(model.layers) / 2
+
+
+def test_a_wrong_screen_is_put_right_by_drawing(model, monkeypatch):
+    """One-step effects that point elsewhere: leading sets fall short, and more layers are taken in."""
+    monkeypatch.setattr(localize, "sweep", drawn_as(additive({7: 0.8}))[0])
+    rows = [
+        {"seed": s, "layer": i, "effect": float(i == 2), "depth": "one-step", "row_evaluations": 1.0}
+        for s in range(6)
+        for i in range(12)
+    ]
+    monkeypatch.setattr(localize, "cheap", lambda *a, **k: pd.DataFrame(rows))
+    assert localize.search(model, prompts.make_pairs(20), budget=1.0).layers == (7,)
+
+
+def test_a_pair_s_effect_starts_at_its_own_floor():
+    effects = localize.text_effects(table_of({"layer 0": [0.0, 0.4], "all layers": [0.8, 0.8]}, floor=0.15))
+    assert effects.loc[0, "layer 0"] == 0 and effects.loc[1, "all layers"] == pytest.approx(0.8)
+    values = localize.reached(effects, "layer 0")
+    assert values[0] == pytest.approx(0.25) and values[1:].min() == 0 and values[1:].max() == pytest.approx(0.5)
+    with pytest.raises(TextlocError, match="nothing to localize"):
+        localize.reached(effects * 0, "layer 0")
+
+
+def test_rank_agreement():
+    rng = np.random.default_rng(0)
+    a = pd.DataFrame(np.arange(8.0) + 0.1 * rng.standard_normal((20, 8)))
+    same = localize.rank_agreement(a, a**3, resamples=200)
+    assert same.mean == pytest.approx(1.0) and same.low > 0.9 and same.n == 20
+    assert localize.rank_agreement(a, -a, resamples=50).mean == pytest.approx(-1.0)
+    assert localize.rank_agreement(a, a * 0, resamples=5).mean == 0.0
+
+
+def test_a_bad_search_is_refused_before_any_model_runs(model):
+    pairs = prompts.make_pairs(2)
+    for wrong, said in (({"how": "guess"}, "exhaustive"), ({"share": 1.5}, "not above 1"), ({"budget": 0}, "budget")):
+        with pytest.raises(TextlocError, match=said):
+            localize.search(model, pairs, **wrong)
+
+
+def test_small_batches_give_the_same_pictures(model):
+    pair = prompts.make_pairs(1)[0]
+    sites = localize.joint([(i,) for i in range(4)])
+    one, rows = localize.patch_pair(model, pair, sites, steps=2)
+    several, more = localize.patch_pair(model, pair, sites, steps=2, batch_size=3)
+    np.testing.assert_allclose(one.astype(int), several, atol=1)
+    assert [r["site"] for r in more] == [r["site"] for r in rows] == ["source", "target", *sites]
+    assert sum(r["row_evaluations"] for r in rows) == 6 * 4
+    assert sum(r["row_evaluations"] for r in more) == pytest.approx((6 + 2) * 4)  # the target is drawn three times
+    without, rows = localize.patch_pair(model, pair, sites, steps=2, source=False)
+    np.testing.assert_allclose(without.astype(int), one[1:], atol=1)
+    assert rows[0]["site"] == "target" and "ssim_outside" not in rows[0]
+
+
+# --- killed, and shared out over processes ----------------------------------------------------------------------
+
+COMMAND = ["-m", "textloc_utils.cli", "localize", "sd3-mini", "--search", "exhaustive", "--preset", "smoke", "--pairs", "3", "--json"]
+
+
+def units(folder):
+    return sorted(folder.glob("units/sweep/*.jsonl"))
+
+
+def environment(folder) -> dict:
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT"), "1")
+    return {**os.environ, **threads, "TEXTLOC_RESULTS": str(folder), "PYTHONPATH": str(ROOT)}
+
+
+def answer(text: str) -> dict:
+    found = json.loads(text[text.index("{") :])
+    assert found.pop("seconds") > 0
+    return found
+
+
+def test_killed_and_started_again_gives_the_same_table_as_two_processes(tmp_path):
+    """One run is killed in mid-sweep and taken up again; the other is shared out over two processes."""
+    killed, shared = tmp_path / "killed", tmp_path / "shared"
+    run = subprocess.Popen([sys.executable, *COMMAND], env=environment(killed), stdout=subprocess.DEVNULL)
+    while not units(killed):
+        time.sleep(0.05)
+        assert run.poll() is None
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    kept = {path: path.stat().st_mtime_ns for path in units(killed)}
+    assert 1 <= len(kept) < 3
+    again = subprocess.run([sys.executable, *COMMAND], env=environment(killed), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())  # nothing is done twice
+    # accelerate's launcher starts processes as torchrun does.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *COMMAND]
+    both = subprocess.run(launcher, env=environment(shared), capture_output=True, text=True)
+    assert both.returncode == 0, both.stderr
+    assert answer(again.stdout) == answer(both.stdout)
+    assert [p.name for p in units(killed)] == [p.name for p in units(shared)]
+    assert Store(killed).table("sweep").equals(Store(shared).table("sweep"))
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from textloc_utils import prompts
-from textloc_utils.settings import TextlocError, check_writable, data_dir
+from textloc_utils.settings import PRESETS, TextlocError, check_writable, data_dir, preset
 
 #: Options of ``textloc train`` that set the budget's fields of the same name.
 BUDGET = {
@@ -54,6 +55,53 @@ def _generate(args) -> None:
             print(f"{folder / row['file']}  {row['ocr'] or '(no text found)'}  <- {row['prompt']}")
 
 
+def _localize(args) -> None:
+    from textloc_utils import localize, models, ocr
+
+    work = preset(args.preset)
+    pairs = args.pairs or work.pairs
+    if args.prompts in prompts.SETS:
+        chosen = prompts.make_pairs(pairs, args.seed, template=prompts.SETS[args.prompts])
+    else:
+        chosen = prompts.load_pairs(args.prompts, pairs, args.seed)
+    ocr.tesseract_version()
+    model = models.load(args.model, device=_process_device(args.device), model_path=args.model_path)
+    found = localize.search(
+        model,
+        chosen,
+        how=args.search,
+        share=args.share,
+        budget=args.budget,
+        steps=work.steps,
+        progress=sys.stderr.isatty() and _rank() == 0,
+    )
+    if _rank():
+        return
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    for layer, effect in enumerate(found.effects):
+        mark = "*" if layer in found.layers else " "
+        print(f"{mark} {layer:>3}  {effect:6.2f}  {'#' * round(40 * max(0.0, effect))}")
+    print(f"layers {' '.join(map(str, found.layers))}: {found.share:.2%} of the denoiser's parameters")
+    if found.score is not None:
+        print(f"target text score {found.score}")
+    print(f"share of the effect of all layers {found.reached}; confidence {found.confidence:.2f}")
+    print(f"{found.row_evaluations:,} denoiser row evaluations, {found.seconds:.0f} s")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _process_device(device: str) -> str:
+    """Each process of a launch takes the accelerator of its own rank."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local and device in ("auto", "cuda") and torch.cuda.is_available() else device
+
+
 def _train(args) -> None:
     from textloc_utils.miniatures import card, training
 
@@ -92,6 +140,43 @@ def parser() -> argparse.ArgumentParser:
     _place(generate)
     generate.add_argument("--model-path", metavar="DIR", help="a local folder or another repository of the same family")
     generate.set_defaults(run=_generate)
+
+    localize = commands.add_parser(
+        "localize",
+        help="find the layers that hold the text",
+        description="Find the layers that hold the text. Results are kept pair by pair: a killed run goes on where it "
+        "was. Several processes or GPUs share the pairs out: accelerate launch -m textloc_utils.cli localize MODEL",
+    )
+    localize.add_argument("model", metavar="MODEL", help="a name from `textloc models`")
+    localize.add_argument(
+        "--search",
+        default="budgeted",
+        choices=["exhaustive", "budgeted", "one-step", "attribution"],
+        help="exhaustive draws every layer for every pair; budgeted finds the set for a fraction of that; one-step and "
+        "attribution draw no picture (default: budgeted)",
+    )
+    localize.add_argument("--preset", default="book", choices=PRESETS, help="how many pairs and steps (default: book)")
+    localize.add_argument("--pairs", type=int, metavar="N", help="number of pairs (default: the preset's)")
+    localize.add_argument(
+        "--prompts",
+        default="book",
+        metavar="SET",
+        help=f"{', '.join(prompts.SETS)}, or a text file with one prompt in each line (default: book)",
+    )
+    localize.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
+    localize.add_argument(
+        "--share",
+        type=float,
+        default=0.9,
+        help="of the all-layer patch's effect that the set must reach (default: 0.9)",
+    )
+    localize.add_argument(
+        "--budget", type=float, default=0.1, help="of the exhaustive sweep's cost, for --search budgeted (default: 0.1)"
+    )
+    localize.add_argument("--json", action="store_true", help="print an object")
+    _place(localize)
+    localize.add_argument("--model-path", metavar="DIR", help="a local folder or another repository of the same family")
+    localize.set_defaults(run=_localize)
 
     train = commands.add_parser(
         "train",

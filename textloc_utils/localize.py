@@ -1,23 +1,74 @@
-"""Which layers hold the text: patch each text layer alone, and read what the picture says (paper, section 3)."""
+"""Which layers hold the text: patch text layers, read what the picture says, choose the fewest that suffice.
+
+The **text effect** of a patch on a pair is its target score (``metrics.text_score``) less the pair's floor, the score
+that the source's own text has against the target's: two words share letters by chance, and a picture that kept its
+text has an effect of 0. A set of layers **reaches** the share r of the all-layer patch's effect when its mean effect
+over the pairs is r times that one's.
+
+**Selection rule.** Layers are put in the order of their effects alone; the first set of leading layers that reaches
+``share`` (0.9) is taken; then every layer of it, the weakest first, is left out if the others still reach it.
+"""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from tqdm.auto import tqdm
 
-from textloc_utils import metrics, ocr
-from textloc_utils.generate import generate
+from textloc_utils import metrics, ocr, onestep
+from textloc_utils.generate import BATCH_FULL_SIZE, BATCH_MINIATURE, generate
+from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, check_layers
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
 
-ROWS = 2  #: part of a stored unit's key: raised whenever its rows change
+ROWS = 3  #: part of a stored unit's key: raised whenever its rows change
 PSNR_CAP = 60.0  #: dB; two identical pictures would be infinitely alike
+SHARE = 0.9  #: of the all-layer patch's text effect
+SEARCHES = ("exhaustive", "budgeted", *onestep.DEPTHS)
+RESAMPLES = 2000
+SCREEN, FIRST, GROWTH = 6, 8, 1.5  #: budgeted: pairs that are screened, pairs of the first round, growth by round
+
+
+# --- the sweep ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A place to patch: what a ``patching.Patch`` has besides its rows."""
+
+    layers: tuple[int, ...] = ()
+    pooled: bool = False
+    start: int = 0
+    stop: int | None = None
+    heads: tuple[int, ...] | None = None
+    tensors: str = "kv"
+
+
+def name_of(layers: Sequence[int]) -> str:
+    """The name of the site that patches these layers together, as in "layer 3" or "layers 3 5"."""
+    return f"layer{'s' * (len(layers) > 1)} " + " ".join(map(str, layers))
+
+
+def joint(sets: Sequence[Sequence[int]]) -> dict[str, Site]:
+    """The sites that patch sets of layers, by name."""
+    return {name_of(layers): Site(layers=tuple(layers)) for layers in sets}
+
+
+def single_layers(model: Model) -> dict[str, Site]:
+    """The sites of a sweep: each text layer alone, all layers, the pooled text where there is one, and everything."""
+    every = tuple(range(len(model.layers)))
+    sites = joint([(i,) for i in every]) | {"all layers": Site(layers=every)}
+    if model.pooled_site is not None:
+        sites |= {"pooled": Site(pooled=True), "all layers + pooled": Site(layers=every, pooled=True)}
+    return sites
 
 
 def fingerprint(model: Model) -> str:
@@ -27,15 +78,6 @@ def fingerprint(model: Model) -> str:
         digest.update(name.encode())
         digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def single_layers(model: Model) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """The sites of a sweep, name to (layers, pooled): each layer alone, all layers, the pooled text, and everything."""
-    every = tuple(range(len(model.layers)))
-    sites = {f"layer {i}": ((i,), False) for i in every} | {"all layers": (every, False)}
-    if model.pooled_site is not None:
-        sites |= {"pooled": ((), True), "all layers + pooled": (every, True)}
-    return sites
 
 
 def outside_text(model: Model, height: int, width: int) -> np.ndarray:
@@ -48,49 +90,69 @@ def outside_text(model: Model, height: int, width: int) -> np.ndarray:
 
 
 def patch_pair(
-    model: Model, pair: Pair, sites: dict[str, tuple[tuple[int, ...], bool]], *, steps: int | None = None
+    model: Model,
+    pair: Pair,
+    sites: dict[str, Site],
+    *,
+    steps: int | None = None,
+    source: bool = True,
+    batch_size: int | None = None,
 ) -> tuple[np.ndarray, list[dict]]:
-    """Draw one pair: the source, the target, and the source patched at each site, all in one batch.
+    """Draw one pair: the source, the target, and the source patched at each site, ``batch_size`` rows at a time.
 
-    Returns the pictures, uint8 (2 + sites, H, W, 3), and one row per picture: site, layers (indices joined by
-    spaces), pooled, read (by OCR), target_score and source_score (``metrics.text_score``, 0..1), exact (spells
-    the target), ssim_outside and psnr_outside (to the plain source, outside the text box; PSNR capped at 60 dB).
+    One target row serves all patched rows of a batch; every batch draws it again. ``source=False`` leaves out the plain
+    source, and with it the columns that compare with it. Returns the pictures, uint8 (pictures, H, W, 3), and one row
+    per picture: site, layers (indices joined by spaces), pooled, read (by OCR), target_score and source_score
+    (``metrics.text_score``, 0..1), floor (the source's text against the target's), exact (spells the target),
+    ssim_outside and psnr_outside (to the plain source, outside the text box; PSNR capped at 60 dB), row_evaluations
+    (the pair's, evenly over its pictures); for a miniature also the colours wall_read and sign_read.
     """
-    for layers, _ in sites.values():
-        check_layers(model, layers)
-    prompts = [pair.source, pair.target] + [pair.source] * len(sites)
-    patches = [
-        Patch(source=2 + i, target=1, layers=layers, pooled=pooled) for i, (layers, pooled) in enumerate(sites.values())
-    ]
-    made = generate(model, prompts, [pair.seed] * len(prompts), patches=patches, steps=steps)
-    pictures = made.images
-    mask = outside_text(model, *pictures.shape[1:3])
-    source = np.broadcast_to(pictures[:1], pictures.shape)
-    ssim = metrics.ssim(pictures, source, mask)
-    psnr = metrics.psnr(pictures, source, mask, cap=PSNR_CAP)
-    names = {"source": ((), False), "target": ((), False), **sites}
-    rows = []
-    for i, ((site, (layers, pooled)), text) in enumerate(zip(names.items(), ocr.read(pictures), strict=True)):
-        rows.append(
-            {
-                "model": model.spec.name,
-                "seed": pair.seed,
-                "wall": pair.wall,
-                "sign": pair.sign,
-                "source_text": pair.source_text,
-                "target_text": pair.target_text,
-                "site": site,
-                "layers": " ".join(map(str, layers)),
-                "pooled": pooled,
-                "read": text,
-                "target_score": metrics.text_score(text, pair.target_text),
-                "source_score": metrics.text_score(text, pair.source_text),
-                "exact": metrics.exact_match(text, pair.target_text),
-                "ssim_outside": float(ssim[i]),
-                "psnr_outside": float(psnr[i]),
-                "row_evaluations": made.row_evaluations // len(prompts),
-            }
+    for site in sites.values():
+        check_layers(model, site.layers)
+    size = batch_size or (BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE)
+    todo = ([Site()] if source else []) + list(sites.values())
+    room = max(1, size - 1)
+    drawn, cost = [], 0
+    for start in range(0, max(1, len(todo)), room):
+        part = todo[start : start + room]
+        patches = [Patch(source=1 + i, target=0, **vars(site)) for i, site in enumerate(part) if site != Site()]
+        rows = 1 + len(part)
+        made = generate(
+            model, [pair.target] + [pair.source] * len(part), [pair.seed] * rows, patches=patches, steps=steps
         )
+        drawn += list(made.images[1:] if start else made.images)
+        cost += made.row_evaluations
+    pictures = np.stack([*drawn[1:2], drawn[0], *drawn[2:]] if source else drawn)
+    names = ({"source": Site()} if source else {}) | {"target": Site()} | sites
+    rows = [
+        {
+            "model": model.spec.name,
+            "seed": pair.seed,
+            **{k: getattr(pair, k) for k in ("wall", "sign", "target_wall", "target_sign")},
+            "source_text": pair.source_text,
+            "target_text": pair.target_text,
+            "site": name,
+            "layers": " ".join(map(str, site.layers)),
+            "pooled": site.pooled,
+            "read": text,
+            "target_score": metrics.text_score(text, pair.target_text),
+            "source_score": metrics.text_score(text, pair.source_text),
+            "floor": metrics.text_score(pair.source_text, pair.target_text),
+            "exact": metrics.exact_match(text, pair.target_text),
+            "row_evaluations": cost / len(pictures),
+        }
+        for (name, site), text in zip(names.items(), ocr.read(pictures), strict=True)
+    ]
+    if source:
+        mask = outside_text(model, *pictures.shape[1:3])
+        plain = np.broadcast_to(pictures[:1], pictures.shape)
+        ssim = metrics.ssim(pictures, plain, mask)
+        psnr = metrics.psnr(pictures, plain, mask, cap=PSNR_CAP)
+        for row, a, b in zip(rows, ssim, psnr, strict=True):
+            row |= {"ssim_outside": float(a), "psnr_outside": float(b)}
+    if model.spec.miniature:
+        for row, picture in zip(rows, pictures, strict=True):
+            row["wall_read"], row["sign_read"] = scenes.read_colours(picture)
     return pictures, rows
 
 
@@ -98,33 +160,89 @@ def sweep(
     model: Model,
     pairs: Sequence[Pair],
     *,
-    sites: dict[str, tuple[tuple[int, ...], bool]] | None = None,
+    sites: dict[str, Site] | None = None,
+    steps: int | None = None,
+    source: bool = True,
+    store: Store | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Patch every site (default: :func:`single_layers`) in every pair; one row per pair and picture.
+
+    Columns as :func:`patch_pair`. Each pair is a unit of the store, so that a killed sweep goes on where it was, and
+    processes started together (``accelerate launch``) share the pairs out; each of them returns the whole table.
+    """
+    sites = single_layers(model) if sites is None else sites
+    inputs = {
+        "rows": ROWS,
+        "sites": {name: asdict(site) for name, site in sites.items()},
+        "source": source,
+        "guidance": model.spec.guidance,
+    }
+    return _units(
+        "sweep",
+        model,
+        pairs,
+        inputs,
+        steps,
+        lambda pair: patch_pair(model, pair, sites, steps=steps, source=source)[1],
+        store,
+        progress,
+    )
+
+
+def cheap(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    depth: str = "one-step",
     steps: int | None = None,
     store: Store | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Patch every site (default: :func:`single_layers`) in every pair; one row per pair and site.
+    """The table of :func:`onestep.effects`, pair by pair in the store as :func:`sweep`'s."""
+    if depth not in onestep.DEPTHS:
+        raise TextlocError(f"unknown depth {depth!r}; allowed: {', '.join(onestep.DEPTHS)}")
+    inputs = {"rows": ROWS, "depth": depth, "levels": onestep.LEVELS, "guidance": model.spec.guidance}
 
-    Columns as :func:`patch_pair`. Each pair is a unit of the store, so that a killed sweep goes on where it was.
-    """
+    def compute(pair: Pair) -> pd.DataFrame:
+        return onestep.effects(model, [pair], depth=depth, steps=steps)
+
+    return _units("effects", model, pairs, inputs, steps, compute, store, progress)
+
+
+def _units(
+    kind: str,
+    model: Model,
+    pairs: Sequence[Pair],
+    inputs: dict,
+    steps: int | None,
+    compute: Callable[[Pair], pd.DataFrame | list[dict]],
+    store: Store | None,
+    progress: bool,
+) -> pd.DataFrame:
+    """One stored unit per pair, shared out over the processes; every process returns all of them, in order."""
     if not pairs:
-        raise TextlocError("a sweep needs at least one pair of prompts")
-    sites = single_layers(model) if sites is None else sites
+        raise TextlocError("localization needs at least one pair of prompts")
     store = Store() if store is None else store
-    weights = fingerprint(model)
-    tables = []
-    for pair in tqdm(pairs, desc=f"{model.spec.name}: pairs", unit="pair", disable=not progress):
-        inputs = {
-            "model": model.spec.name,
-            "weights": weights,
-            "rows": ROWS,
-            "pair": asdict(pair),
-            "sites": sites,
-            "steps": steps or model.spec.steps,
-            "guidance": model.spec.guidance,
-        }
-        tables.append(store.unit("sweep", inputs, lambda pair=pair: patch_pair(model, pair, sites, steps=steps)[1]))
-    return pd.concat(tables, ignore_index=True)
+    inputs = inputs | {"model": model.spec.name, "weights": fingerprint(model), "steps": steps or model.spec.steps}
+
+    def unit(pair: Pair) -> pd.DataFrame:
+        return store.unit(kind, inputs | {"pair": asdict(pair)}, lambda: compute(pair))
+
+    def bar(todo):
+        return tqdm(todo, desc=f"{model.spec.name}: pairs", unit="pair", disable=not progress)
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=model.device.type == "cpu")
+        for pair in bar(pairs[state.process_index :: state.num_processes]):
+            unit(pair)
+        state.wait_for_everyone()
+    return pd.concat([unit(pair) for pair in bar(pairs)], ignore_index=True)
+
+
+# --- what a table says ----------------------------------------------------------------------------------------
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -141,3 +259,293 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
         rows.append(row | {"n": len(part)})
     return pd.DataFrame(rows)
+
+
+def text_effects(table: pd.DataFrame) -> pd.DataFrame:
+    """Text effects of a sweep's table: one row per pair (its seed), one column per site, NaN where not drawn."""
+    return table.assign(effect=table.target_score - table.floor).pivot(index="seed", columns="site", values="effect")
+
+
+def reached(effects: pd.DataFrame, site: str, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Share of the all-layer patch's effect that a site reaches: the estimate, then ``resamples`` bootstrap values.
+
+    Pairs are resampled whole; a pair counts where the site was drawn.
+    """
+    both = effects[[site, "all layers"]].dropna().to_numpy()
+    if both.mean(0)[1] <= 0:
+        raise TextlocError("patching all layers brings no target text: there is nothing to localize in this model")
+    rows = np.random.default_rng(seed).integers(len(both), size=(resamples, len(both)))
+    means = np.concatenate([both.mean(0)[None], both[rows].mean(1)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(means[:, 1] > 0, means[:, 0] / means[:, 1], 0.0)
+
+
+def rank_agreement(a: pd.DataFrame, b: pd.DataFrame, *, resamples: int = RESAMPLES, seed: int = 0) -> metrics.Interval:
+    """Spearman correlation over layers of the mean effects in two tables (pairs x layers), pairs resampled in each."""
+    rng = np.random.default_rng(seed)
+    a, b = a.to_numpy(), b.to_numpy()
+
+    def once(x, y) -> float:
+        # Constant effects have no ranks to agree on.
+        return (
+            float(stats.spearmanr(x.mean(0), y.mean(0)).statistic) if np.ptp(x.mean(0)) and np.ptp(y.mean(0)) else 0.0
+        )
+
+    values = [once(*(x[rng.integers(len(x), size=len(x))] for x in (a, b))) for _ in range(resamples)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return metrics.Interval(once(a, b), float(low), float(high), min(len(a), len(b)))
+
+
+def layer_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Effects of single layers, pairs x layers, from a sweep's table or from one of :func:`cheap`."""
+    if "depth" in table:
+        return table.pivot_table("effect", "seed", "layer", aggfunc="mean")
+    effects = text_effects(table)
+    names = [s for s in effects if s.startswith("layer ")]
+    return effects[sorted(names, key=lambda s: int(s.split()[1]))]
+
+
+# --- the searches ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    ``layers`` is the set, ``effects`` the mean effect of each layer alone (text effects, or one-step ones), ``score``
+    the set's mean target score (None where nothing was drawn), ``reached`` the share of the all-layer patch's effect,
+    ``confidence`` the share of bootstrap resamples of the pairs in which the same set comes out of those compared,
+    ``share`` its part of the denoiser's parameters (key and value maps), ``row_evaluations`` the cost, units that were
+    already stored included, and ``seconds`` the wall time of this run.
+    """
+
+    model: str
+    search: str
+    layers: tuple[int, ...]
+    effects: tuple[float, ...]
+    score: metrics.Interval | None
+    reached: metrics.Interval
+    confidence: float
+    share: float
+    pairs: int
+    row_evaluations: int
+    seconds: float
+
+
+def search(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    how: str = "budgeted",
+    share: float = SHARE,
+    budget: float = 0.1,
+    steps: int | None = None,
+    store: Store | None = None,
+    progress: bool = False,
+) -> Found:
+    """Find the layers that hold the text, by one of SEARCHES.
+
+    ``exhaustive``: :func:`sweep` and the selection rule. ``one-step`` and ``attribution``: the fewest layers whose
+    effects (:func:`cheap`, averaged over noise levels) add up to ``share`` of all layers'; no picture is drawn.
+    ``budgeted``: layers in the order of their one-step effects on a few pairs, then leading sets drawn on ever more
+    pairs, the ones dropped early that surely fall short or are surely larger than needed; it ends when one set is left
+    or the next round would cost more than ``budget`` times the exhaustive sweep over the same pairs (the screen and one
+    round are always done).
+    """
+    if how not in SEARCHES:
+        raise TextlocError(f"unknown search {how!r}; allowed: {', '.join(SEARCHES)}")
+    if not 0 < share <= 1:
+        raise TextlocError(f"the share to reach must lie above 0 and not above 1, got {share}")
+    if not 0 < budget <= 1:
+        raise TextlocError(
+            f"the budget is a share of the exhaustive sweep's cost, above 0 and not above 1, got {budget}"
+        )
+    began = time.perf_counter()
+    options = {"steps": steps, "store": store, "progress": progress}
+    if how == "exhaustive":
+        found = _exhaustive(model, pairs, share, options)
+    elif how == "budgeted":
+        found = _budgeted(model, pairs, share, budget, options)
+    else:
+        found = _cheap_only(model, pairs, share, how, options)
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+class _Drawn:
+    """Sets of layers drawn so far on some pairs; draws only what is missing."""
+
+    def __init__(self, model: Model, options: dict, table: pd.DataFrame | None = None):
+        self.model, self.options, self.table = model, options, table
+        self.rows = 0.0 if table is None else table.row_evaluations.sum()
+
+    def ask(self, sets: Sequence[tuple[int, ...]], pairs: Sequence[Pair]) -> None:
+        """Draw the sets, and all layers, on those of the pairs on which they are missing."""
+        sites = joint(sets) | {"all layers": Site(layers=tuple(range(len(self.model.layers))))}
+        groups: dict[tuple[str, ...], list[Pair]] = {}
+        known = set() if self.table is None else set(zip(self.table.seed, self.table.site, strict=True))
+        for pair in pairs:
+            missing = tuple(name for name in sites if (pair.seed, name) not in known)
+            groups.setdefault(missing, []).append(pair)
+        for missing, group in groups.items():
+            if missing:
+                chosen = {name: sites[name] for name in missing}
+                new = sweep(self.model, group, sites=chosen, source=False, **self.options)
+                self.rows += new.row_evaluations.sum()
+                new = new[new.site != "target"]
+                self.table = new if self.table is None else pd.concat([self.table, new], ignore_index=True)
+
+    @property
+    def effects(self) -> pd.DataFrame:
+        return text_effects(self.table[~self.table.site.isin(["source", "target"])])
+
+    def reached(self, layers: Sequence[int]) -> np.ndarray:
+        return reached(self.effects, name_of(layers))
+
+    def score(self, layers: Sequence[int]) -> metrics.Interval:
+        return metrics.bootstrap(self.table[self.table.site == name_of(layers)].target_score)
+
+
+def _exhaustive(model: Model, pairs: Sequence[Pair], share: float, options: dict) -> Found:
+    drawn = _Drawn(model, options, sweep(model, pairs, **options))
+    effects = layer_table(drawn.table).mean().to_numpy()
+    order = _order(effects)
+    for n in range(1, len(order) + 1):
+        chosen = tuple(sorted(order[:n]))
+        drawn.ask([chosen], pairs)
+        if drawn.reached(chosen)[0] >= share:
+            break
+    for layer in reversed(order):
+        fewer = tuple(i for i in chosen if i != layer)
+        if layer in chosen and fewer:
+            drawn.ask([fewer], pairs)
+            if drawn.reached(fewer)[0] >= share:
+                chosen = fewer
+    return _found(model, "exhaustive", chosen, effects, drawn, share, len(pairs), drawn.rows)
+
+
+def _budgeted(model: Model, pairs: Sequence[Pair], share: float, budget: float, options: dict) -> Found:
+    steps = options["steps"] or model.spec.steps
+    guided = 2 if model.spec.guidance > 1 else 1
+    limit = budget * len(pairs) * (len(single_layers(model)) + 2) * steps * guided
+    screened = cheap(model, pairs[:SCREEN], **options)
+    effects = layer_table(screened).mean().to_numpy()
+    order, spent = _order(effects), screened.row_evaluations.sum()
+    part = np.cumsum(np.maximum(effects[order], 0)) / max(np.maximum(effects, 0).sum(), 1e-12)
+    leading = min(len(order), int(np.searchsorted(part, 0.98)) + 1)
+    drawn = _Drawn(model, options)
+    chosen, seen = (), 0
+    while True:
+        # Leading sets at first; then the set that was found, against itself with one layer left out.
+        if not chosen:
+            sets = [tuple(sorted(order[:n])) for n in range(1, leading + 1)]
+        else:
+            sets = [tuple(i for i in chosen if i != layer) for layer in reversed(order) if layer in chosen] + [chosen]
+        best, seen = _race(drawn, sets, pairs, share, limit - spent, steps * guided, seen)
+        if best is None and leading < len(order):  # even the largest falls short
+            leading = min(len(order), 2 * leading)
+            continue
+        best = sets[-1] if best is None else best
+        if best == chosen or len(best) == 1:
+            return _found(model, "budgeted", best, effects, drawn, share, seen, spent + drawn.rows)
+        chosen = best
+
+
+def _race(
+    drawn: _Drawn,
+    sets: list[tuple[int, ...]],
+    pairs: Sequence[Pair],
+    share: float,
+    limit: float,
+    row_cost: int,
+    seen: int,
+) -> tuple[tuple[int, ...] | None, int]:
+    """The smallest of the sets that reaches the share, None if none does, and the number of pairs it was drawn on."""
+    alive, n = list(sets), max(seen, min(FIRST, len(pairs)))
+    while True:
+        drawn.ask(alive, pairs[:n])
+        values = {s: drawn.reached(s) for s in alive}
+        bounds = {s: np.percentile(values[s][1:], [2.5, 97.5]) for s in alive}
+        sure = [s for s in alive if bounds[s][0] >= share]
+        most = min(map(len, sure), default=len(sets[-1]))
+        alive = [s for s in alive if bounds[s][1] >= share and (len(s) < most or s in sure[:1] or not sure)]
+        more = min(len(pairs), int(np.ceil(n * GROWTH)))
+        cost = (more - n) * (len(alive) + 2) * row_cost
+        if len(alive) <= 1 and (not alive or alive[0] in sure) or more == n or drawn.rows + cost > limit:
+            good = [s for s in alive if values[s][0] >= share]
+            return (min(good, key=len) if good else None), n
+        n = more
+
+
+def _cheap_only(model: Model, pairs: Sequence[Pair], share: float, how: str, options: dict) -> Found:
+    table = cheap(model, pairs, depth=how, **options)
+    layers = layer_table(table)
+    values = np.maximum(layers.to_numpy(), 0)
+
+    def choose(mean: np.ndarray) -> tuple[int, ...]:
+        order = _order(mean)
+        part = np.cumsum(mean[order]) / max(mean.sum(), 1e-12)
+        return tuple(sorted(order[: int(np.searchsorted(part, share - 1e-9)) + 1]))
+
+    chosen = choose(values.mean(0))
+    rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    means = values[rows].mean(1)
+    part = means[:, chosen].sum(1) / np.maximum(means.sum(1), 1e-12)
+    estimate = values.mean(0)[list(chosen)].sum() / max(values.mean(0).sum(), 1e-12)
+    return Found(
+        model=model.spec.name,
+        search=how,
+        layers=chosen,
+        effects=tuple(layers.mean().tolist()),
+        score=None,
+        reached=metrics.Interval(float(estimate), *map(float, np.percentile(part, [2.5, 97.5])), len(pairs)),
+        confidence=float(np.mean([choose(mean) == chosen for mean in means])),
+        share=parameter_share(model, chosen),
+        pairs=len(pairs),
+        row_evaluations=round(table.row_evaluations.sum()),
+        seconds=0.0,
+    )
+
+
+def _order(effects: np.ndarray) -> list[int]:
+    """Layers by effect, the strongest first."""
+    return [int(i) for i in np.argsort(-np.asarray(effects), kind="stable")]
+
+
+def parameter_share(model: Model, layers: Sequence[int]) -> float:
+    """Part of the denoiser's parameters that the key and value maps of these layers hold."""
+    total = sum(p.numel() for p in model.denoiser.parameters())
+    maps = {name for i in layers for name in (model.layers[i].key, model.layers[i].value)}
+    return sum(p.numel() for name in maps for p in model.denoiser.get_submodule(name).parameters()) / total
+
+
+def _found(
+    model: Model,
+    how: str,
+    layers: tuple[int, ...],
+    effects: np.ndarray,
+    drawn: _Drawn,
+    share: float,
+    pairs: int,
+    rows: float,
+) -> Found:
+    compared = {tuple(map(int, s.split()[1:])) for s in drawn.effects if s.startswith("layer")}
+    values = {s: drawn.reached(s)[1:] for s in compared}
+    own = values[layers]
+    # The same set comes out where it reaches the share and no smaller one does.
+    smaller = [v >= share for s, v in values.items() if len(s) < len(layers)]
+    same = (own >= share) & ~np.any(smaller, axis=0) if smaller else own >= share
+    return Found(
+        model=model.spec.name,
+        search=how,
+        layers=layers,
+        effects=tuple(float(e) for e in effects),
+        score=drawn.score(layers),
+        reached=metrics.Interval(
+            float(drawn.reached(layers)[0]), *map(float, np.percentile(own, [2.5, 97.5])), len(drawn.effects)
+        ),
+        confidence=float(np.mean(same)),
+        share=parameter_share(model, layers),
+        pairs=pairs,
+        row_evaluations=round(rows),
+        seconds=0.0,
+    )

@@ -7,7 +7,9 @@ capitals A to Z. Held-out words never occur in training, neither as words nor as
 import functools
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -21,7 +23,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TEMPLATE = 'A {sign} sign on a {wall} wall that says "{text}".'
 #: GlyphControl's SimpleBench template: the noise decides about wall and sign.
 SIMPLE_TEMPLATE = 'A sign that says "{text}".'
-#: All templates of training; the ones with colours hold the same number of words before the quote.
+#: All templates of training that name the colours; they hold the same number of words before the quote.
 TEMPLATES = {
     "sign": (TEMPLATE, 'A {wall} wall with a {sign} sign that reads "{text}".'),
     "plate": (
@@ -33,13 +35,21 @@ TEMPLATES = {
         'A {wall} wall with a {sign} banner that reads "{text}".',
     ),
 }
+#: What ``make_pairs`` takes as ``template``: GlyphControl's two benchmarks in this project's words, one template
+#: (SimpleBench) or varied ones (CreativeBench), and the book's own.
+SETS = {
+    "book": (TEMPLATE,),
+    "simple": (SIMPLE_TEMPLATE,),
+    "creative": tuple(t for group in TEMPLATES.values() for t in group),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """A source prompt (gives everything but the text) and a target prompt (gives the text).
 
-    ``wall``, ``sign`` and ``shape`` describe the source; ``seed`` draws the one noise that both share.
+    ``wall``, ``sign`` and ``shape`` describe the source, ``target_wall`` and ``target_sign`` the target where its
+    colours differ; empty where a prompt leaves them open. ``seed`` draws the one noise that both share.
     """
 
     source: str
@@ -50,6 +60,8 @@ class Pair:
     sign: str
     shape: str
     seed: int
+    target_wall: str = ""
+    target_sign: str = ""
 
 
 @functools.cache
@@ -95,35 +107,76 @@ def replace_text(prompt: str, text: str) -> str:
     return prompt[: at.start() + 1] + text + prompt[at.end() - 1 :]
 
 
-def make_pairs(n: int, seed: int = 42, *, template: str = TEMPLATE, same_length: bool = False) -> list[Pair]:
+def make_pairs(
+    n: int,
+    seed: int = 42,
+    *,
+    template: str | Sequence[str] = TEMPLATE,
+    same_length: bool = False,
+    other_colours: bool = False,
+) -> list[Pair]:
     """``n`` pairs of prompts that differ in the text only, over the held-out words.
 
-    Colours run through all ordered (wall, sign) combinations; source and target words share no letter at
-    the same place, so that a letter read back belongs to one of them. ``same_length`` asks for words of
-    equal length. The mild insults are left to the safety chapter.
+    ``template`` is one template or several, taken in turn (see SETS). Colours run through all ordered (wall, sign)
+    combinations; source and target words share no letter at the same place, so that a letter read back belongs to one
+    of them. ``same_length`` asks for words of equal length; with ``other_colours`` the target's wall and sign have
+    other colours than the source's, too. The mild insults are left to the safety chapter.
     """
+    if n < 1:
+        raise TextlocError(f"at least one pair is needed, got {n}")
+    templates = (template,) if isinstance(template, str) else tuple(template)
     pool, rng, colours = _test_words(), random.Random(seed), _colour_pairs()
     rng.shuffle(colours)
-    shape = next((s for s in SHAPES if f" {s}" in template), "sign")
     pairs = []
     while len(pairs) < n:
         source, target = rng.sample(pool, 2)
         if any(a == b for a, b in zip(source, target, strict=False)) or (same_length and len(source) != len(target)):
             continue
+        chosen = templates[len(pairs) % len(templates)]
         wall, sign = colours[len(pairs) % len(colours)]
         fill = {"wall": wall, "sign": sign}
+        other = fill
+        if other_colours:
+            other = dict(zip(fill, rng.sample([c for c in COLOURS if c not in (wall, sign)], 2), strict=True))
         pairs.append(
             Pair(
-                source=template.format(text=source, **fill),
-                target=template.format(text=target, **fill),
+                source=chosen.format(text=source, **fill),
+                target=chosen.format(text=target, **other),
                 source_text=source,
                 target_text=target,
-                wall=wall,
-                sign=sign,
-                shape=shape,
+                wall=wall if "{wall}" in chosen else "",
+                sign=sign if "{sign}" in chosen else "",
+                shape=next((s for s in SHAPES if f" {s}" in chosen), "sign"),
                 seed=seed + len(pairs),
+                target_wall=other["wall"] if other_colours else "",
+                target_sign=other["sign"] if other_colours else "",
             )
         )
+    return pairs
+
+
+def load_pairs(path: str | Path, n: int, seed: int = 42) -> list[Pair]:
+    """``n`` pairs from a text file of prompts, one in each line with its text in double quotes.
+
+    Such are GlyphControl's SimpleBench and CreativeBench with their words filled in. Each source prompt is paired with
+    the same prompt saying another line's text. Raises TextlocError for a file that cannot be read, a line without one
+    quoted text, or fewer than two different texts.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextlocError(f"cannot read prompts from {path}: {error}") from None
+    texts = [quoted_text(line) for line in lines]
+    if len(set(texts)) < 2:
+        raise TextlocError(f"{path} needs at least two different quoted texts, one prompt in each line")
+    if not 1 <= n <= len(lines):
+        raise TextlocError(f"{path} holds {len(lines)} prompts; asked for {n} pairs")
+    rng, pairs = random.Random(seed), []
+    for i in rng.sample(range(len(lines)), n):
+        target = rng.choice([t for t in texts if t != texts[i]])
+        made = {"source": lines[i], "target": replace_text(lines[i], target), "source_text": texts[i]}
+        empty = {"wall": "", "sign": "", "shape": ""}
+        pairs.append(Pair(**made, **empty, target_text=target, seed=seed + len(pairs)))
     return pairs
 
 

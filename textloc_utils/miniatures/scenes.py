@@ -110,6 +110,20 @@ def render(scene: Scene, typeface: str = TYPEFACE) -> np.ndarray:
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
+def read_colours(picture: np.ndarray) -> tuple[str, str]:
+    """Names of the colours of wall and sign in a drawn picture, uint8 (HEIGHT, WIDTH, 3): the nearest in the palette.
+
+    The wall is read along the top edge, the sign left of the first letter, where its own colour shows at every height
+    it can hang at.
+    """
+    palette = np.array([RGB[c] for c in COLOURS], float)
+
+    def nearest(pixels: np.ndarray) -> str:
+        return COLOURS[int(np.linalg.norm(palette - np.median(pixels.reshape(-1, 3), axis=0), axis=1).argmin())]
+
+    return nearest(picture[:4]), nearest(picture[HEIGHT // 2 - 8 : HEIGHT // 2 + 8, 9 : LEFT - 2])
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """One of the templates that fit the scene; sometimes SimpleBench's, which leaves the colours open."""
     if scene.shape == "sign" and rng.random() < 0.15:

@@ -1,8 +1,8 @@
 """Train a miniature from scratch: autoencoder, a pool of encoded scenes, text encoders and denoiser.
 
 A recipe is a module with SPEC, ENCODERS, ``pipeline``, ``Objective`` and ``tokenize``, ``autoencoder`` unless it works
-on pixels, ``pretrain`` where its text encoder learns before the denoiser, and BUDGET where its defaults differ. Its ``Stage2``, where it has one, is made from stage I's folder and
-offers the same.
+on pixels, ``pretrain`` where its text encoder learns before the denoiser, and BUDGET where its defaults differ. Its
+``Stage2``, where it has one, is made from stage I's folder and offers the same.
 
 One command, ``textloc train NAME``, on one process or several (``accelerate launch``), CPU or CUDA, resumable
 after a kill at any point. Every random number is drawn from (seed, step, process), so that a resumed run sees
