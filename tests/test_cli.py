@@ -65,7 +65,7 @@ def test_models_lists_what_the_book_needs(capsys):
     assert trained["device"] and trained["samples"] > 0 and 0 < trained["spelling"]["exact"] <= 1
 
 
-@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["train"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -87,6 +87,30 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch)
     assert "CUDA" in fails(capsys, "train", "sd3-mini", "--device", "cuda", "--out", out)
     assert "unknown device" in fails(capsys, "train", "sd3-mini", "--device", "gpu", "--out", out)
     assert not out.exists()
+
+
+def test_bad_input_of_a_localization_is_one_line(tmp_path, capsys):
+    prompt_file = tmp_path / "prompts.txt"
+    prompt_file.write_text('A sign that says "ONE".\nA sign without.\n')
+    for arguments, said in (
+        (["sd4"], "known models"),
+        (["sd3-mini", "--pairs", 0], "at least one pair"),
+        (["sd3-mini", "--prompts", tmp_path / "none.txt"], "cannot read"),
+        (["sd3-mini", "--prompts", prompt_file], "double quotes"),
+        (["sd3-mini", "--share", 2], "not above 1"),
+        (["sd3-mini", "--budget", 0], "budget"),
+    ):
+        assert said in fails(capsys, "localize", *arguments)
+
+
+def test_localize_prints_what_scripts_need(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path))
+    assert (
+        cli.main(["localize", "sd3-mini", "--search", "one-step", "--preset", "smoke", "--pairs", "2", "--json"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert {"layers", "effects", "score", "share", "pairs", "row_evaluations", "seconds"} <= found.keys()
+    assert len(found["effects"]) == 12 and set(found["layers"]) <= set(range(12)) and found["pairs"] == 2
 
 
 def test_missing_tesseract_is_named(tmp_path):

@@ -183,9 +183,34 @@ def test_small_batches_give_the_same_pictures(model):
     assert rows[0]["site"] == "target" and "ssim_outside" not in rows[0]
 
 
+def test_a_published_search_is_taken_for_the_same_pairs_only(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
+    pairs, options = prompts.make_pairs(2), {"steps": 1, "store": Store(tmp_path / "units")}
+    found, table = localize.published(model, pairs, "one-step", **options)
+    assert not list(tmp_path.glob("results/*.csv"))
+    localize.publish(model, pairs, found, **options)
+    monkeypatch.setattr(localize, "search", lambda *a, **k: pytest.fail("was done again"))
+    again, same = localize.published(model, pairs, "one-step", **options)
+    assert again == found and same.equals(table) and list(table.effect) == list(found.effects)
+    with pytest.raises(pytest.fail.Exception):
+        localize.published(model, prompts.make_pairs(3), "one-step", **options)
+
+
 # --- killed, and shared out over processes ----------------------------------------------------------------------
 
-COMMAND = ["-m", "textloc_utils.cli", "localize", "sd3-mini", "--search", "exhaustive", "--preset", "smoke", "--pairs", "3", "--json"]
+COMMAND = [
+    "-m",
+    "textloc_utils.cli",
+    "localize",
+    "sd3-mini",
+    "--search",
+    "exhaustive",
+    "--preset",
+    "smoke",
+    "--pairs",
+    "3",
+    "--json",
+]
 
 
 def units(folder):

@@ -79,6 +79,34 @@ def test_pairs_differ_in_the_text_only():
         assert {pair.source_text, pair.target_text} <= set(prompts.words("held-out"))
 
 
+def test_sets_of_pairs():
+    simple = prompts.make_pairs(3, template=prompts.SETS["simple"])
+    assert all(p.source.startswith("A sign that says") and p.wall == p.sign == "" for p in simple)
+    creative = prompts.make_pairs(12, template=prompts.SETS["creative"])
+    assert {p.shape for p in creative} == set(prompts.SHAPES)
+    for pair in prompts.make_pairs(20, other_colours=True):
+        assert len({pair.wall, pair.sign, pair.target_wall, pair.target_sign}) == 4
+        assert f"A {pair.target_sign} sign on a {pair.target_wall} wall" in pair.target
+
+
+def test_pairs_from_a_file_of_prompts(tmp_path):
+    path = tmp_path / "bench.txt"
+    path.write_text('A poster that reads "ONE".\n\nThe word "TWO" on a cake.\nA mug with "SIX" on it.\n')
+    pairs = prompts.load_pairs(path, 3)
+    assert {p.source_text for p in pairs} == {"ONE", "TWO", "SIX"}
+    for pair in pairs:
+        assert pair.source_text != pair.target_text
+        assert prompts.replace_text(pair.source, pair.target_text) == pair.target
+    with pytest.raises(prompts.TextlocError, match="holds 3 prompts"):
+        prompts.load_pairs(path, 4)
+
+
+def test_colours_are_read_from_scenes():
+    rng = random.Random(5)
+    for scene in (scenes.random_scene(rng) for _ in range(60)):
+        assert scenes.read_colours(scenes.render(scene)) == (scene.wall, scene.sign)
+
+
 @pytest.mark.parametrize("prompt", ["no text here", 'empty ""', 'two "A" and "B"'])
 def test_a_prompt_without_one_quoted_text_is_refused(prompt):
     with pytest.raises(prompts.TextlocError, match="exactly one text in double quotes"):

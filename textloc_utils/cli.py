@@ -59,7 +59,7 @@ def _localize(args) -> None:
     from textloc_utils import localize, models, ocr
 
     work = preset(args.preset)
-    pairs = args.pairs or work.pairs
+    pairs = work.pairs if args.pairs is None else args.pairs
     if args.prompts in prompts.SETS:
         chosen = prompts.make_pairs(pairs, args.seed, template=prompts.SETS[args.prompts])
     else:
@@ -77,6 +77,8 @@ def _localize(args) -> None:
     )
     if _rank():
         return
+    if args.publish:
+        localize.publish(model, chosen, found, steps=work.steps)
     if args.json:
         print(json.dumps(asdict(found), indent=1))
         return
@@ -174,6 +176,11 @@ def parser() -> argparse.ArgumentParser:
         "--budget", type=float, default=0.1, help="of the exhaustive sweep's cost, for --search budgeted (default: 0.1)"
     )
     localize.add_argument("--json", action="store_true", help="print an object")
+    localize.add_argument(
+        "--publish",
+        action="store_true",
+        help="write the outcome to the data folder, where the book's notebooks find it",
+    )
     _place(localize)
     localize.add_argument("--model-path", metavar="DIR", help="a local folder or another repository of the same family")
     localize.set_defaults(run=_localize)

@@ -27,7 +27,7 @@ from textloc_utils.models import Model, check_layers
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
-from textloc_utils.settings import TextlocError
+from textloc_utils.settings import TextlocError, data_dir
 
 ROWS = 3  #: part of a stored unit's key: raised whenever its rows change
 PSNR_CAP = 60.0  #: dB; two identical pictures would be infinitely alike
@@ -549,3 +549,56 @@ def _found(
         row_evaluations=round(rows),
         seconds=0.0,
     )
+
+
+# --- what the project publishes ---------------------------------------------------------------------------------
+
+
+def publish(model: Model, pairs: Sequence[Pair], found: Found, *, steps: int | None = None, **options) -> None:
+    """Write a search's outcome to the package's data, as ``results/localize_MODEL_SEARCH.csv`` with its provenance.
+
+    The table holds the sweep's rows after an exhaustive search, else one row per layer with its effect.
+    """
+    table = _outcome(model, pairs, found, steps, options)
+    about = {"found": asdict(found), "key": _published_key(model, pairs, steps)}
+    Store(data_dir() / "results").publish(_published_name(model, found.search), table, about)
+
+
+def published(
+    model: Model, pairs: Sequence[Pair], how: str, *, steps: int | None = None, **options
+) -> tuple[Found, pd.DataFrame]:
+    """A search's outcome and its table (see :func:`publish`).
+
+    The published one where it is of the same weights, pairs and steps; otherwise the search is done now.
+    """
+    try:
+        table = Store(data_dir() / "results").load_published(_published_name(model, how))
+    except TextlocError:
+        table = None
+    if table is None or table.attrs["provenance"]["key"] != _published_key(model, pairs, steps):
+        found = search(model, pairs, how=how, steps=steps, **options)
+        return found, _outcome(model, pairs, found, steps, options)
+    told = table.attrs["provenance"]["found"]
+    intervals = {name: told[name] and metrics.Interval(**told[name]) for name in ("score", "reached")}
+    return Found(**told | intervals | {name: tuple(told[name]) for name in ("layers", "effects")}), table
+
+
+def _outcome(model: Model, pairs: Sequence[Pair], found: Found, steps: int | None, options: dict) -> pd.DataFrame:
+    if found.search == "exhaustive":
+        return sweep(model, pairs, steps=steps, **options)
+    return pd.DataFrame({"layer": range(len(found.effects)), "effect": found.effects})
+
+
+def _published_name(model: Model, how: str) -> str:
+    return f"localize_{model.spec.name}_{how}"
+
+
+def _published_key(model: Model, pairs: Sequence[Pair], steps: int | None) -> dict:
+    text = repr([asdict(pair) for pair in pairs])
+    return {
+        "rows": ROWS,
+        "weights": fingerprint(model),
+        "pairs": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "steps": steps or model.spec.steps,
+        "guidance": model.spec.guidance,
+    }

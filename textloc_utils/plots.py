@@ -53,6 +53,26 @@ def layer_scores(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+def effects_by_model(tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Sequence[int]]) -> Figure:
+    """Text effect of each layer alone, one row per model, with 95 % intervals; the chosen layers are marked.
+
+    ``tables`` maps a model's name to a table with columns layer, mean, low and high.
+    """
+    figure = _figure(figsize=(9, 1.7 * len(tables) + 0.3))
+    axes = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        colours = [TARGET if layer in chosen[name] else SOURCE for layer in table.layer]
+        axis.bar(table.layer, table["mean"], color=colours, width=0.8)
+        error = np.abs(np.stack([table["mean"] - table.low, table.high - table["mean"]]))
+        axis.errorbar(table.layer, table["mean"], error, fmt="none", ecolor=QUIET, elinewidth=1)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set(ylabel="text effect", ylim=(min(-0.05, table.low.min()), 1.0))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlabel("patched text layer, in execution order")
+    sns.despine(figure)
+    return figure
+
+
 def scores_by_sign(table: pd.DataFrame) -> Figure:
     """Mean target score per patched layer and sign colour (a table of ``localize.sweep``)."""
     layers = table[table.site.str.startswith("layer ")]

@@ -52,13 +52,19 @@ class VelocityLoss(nn.Module):
         """The denoiser's keyword arguments that carry the text of ``tokens``."""
         raise NotImplementedError
 
+    def timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """``n`` timesteps to learn from, on the CPU.
+
+        Text can only be read from the prompt where noise hides it, so their density rises linearly with the noise.
+        """
+        return (STEPS * torch.rand(n, generator=generator).sqrt()).long().clamp_max(STEPS - 1)
+
     def diffuse(self, x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noise ``x`` (B, C, h, w): the noisy x, the velocity to predict, and the timesteps (B,).
 
-        Text can only be read from the prompt where noise hides it, so timesteps are drawn with a density that rises
-        linearly with the noise. All random numbers come from the CPU's ``generator``.
+        All random numbers come from the CPU's ``generator``.
         """
-        t = (STEPS * torch.rand(len(x), generator=generator).sqrt()).long().clamp_max(STEPS - 1).to(x.device)
+        t = self.timesteps(len(x), generator).to(x.device)
         noise = torch.randn(x.shape, generator=generator).to(x.device)
         signal = self.alphas[t].sqrt()[:, None, None, None]
         spread = (1 - self.alphas[t]).sqrt()[:, None, None, None]
