@@ -67,9 +67,9 @@ def test_batches_depend_on_the_step_only(prepared):
 
 
 def test_learning_rate_warms_up_and_decays():
-    assert training.lr_factor(0.0, 0) < 0.02
-    assert training.lr_factor(0.3, 1000) == 1.0
-    assert training.lr_factor(0.8, 1000) == pytest.approx(0.5)
+    assert training.lr_factor(0.0, 0, 0.4) < 0.02
+    assert training.lr_factor(0.3, 1000, 0.4) == 1.0
+    assert training.lr_factor(0.8, 1000, 0.4) == pytest.approx(0.5)
 
 
 def test_unknown_miniature_names_the_known_ones():

@@ -43,6 +43,7 @@ class Budget:
     ``autoencoder_seconds``, ``pool`` (scenes encoded once) and ``encoder_steps`` (where the text encoder learns first)
     come before the denoiser's ``seconds``. A recipe of two
     stages shares ``samples`` and ``seconds`` out.
+    The learning rate ``lr`` falls linearly over the last share ``decay`` of the budget.
     ``curriculum`` lists (share of the budget, word lengths drawn from there on). Words of one length teach the shapes
     of letters; then letters in runs teach which letter is which, since a text that is the same everywhere can be drawn
     before the model knows where to look for each letter; places and lengths come last, and quickly.
@@ -55,6 +56,7 @@ class Budget:
     pool: int = 61_440
     batch: int = 32
     lr: float = 1.5e-3
+    decay: float = 0.4
     ema: float = 0.9995
     evaluations: int = 14
     checkpoint_seconds: float = 120.0
@@ -158,9 +160,9 @@ class Drawn:
 # --- the run -------------------------------------------------------------------------------------------------
 
 
-def lr_factor(progress: float, step: int, warmup: int = 100) -> float:
-    """Linear warm-up by steps, constant, then a linear decay over the last 40 % of the budget."""
-    return min(1.0, (step + 1) / warmup) * min(1.0, max(0.02, (1 - progress) / 0.4))
+def lr_factor(progress: float, step: int, decay: float, warmup: int = 100) -> float:
+    """Linear warm-up by steps, constant, then a linear decay over the last share ``decay`` of the budget."""
+    return min(1.0, (step + 1) / warmup) * min(1.0, max(0.02, (1 - progress) / decay))
 
 
 def prepare(name: str, folder: Path, budget: Budget, seed: int, device: str = "cpu", log=print) -> None:
@@ -331,7 +333,7 @@ def _train_stage(
             break
         lengths = [words for at, words in budget.curriculum if progress >= at][-1]
         for group in optimiser.param_groups:
-            group["lr"] = budget.lr * lr_factor(progress, state["step"])
+            group["lr"] = budget.lr * lr_factor(progress, state["step"], budget.decay)
         key = (seed, state["step"], rank)
         latents, captions = pool.batch(local, lengths, random.Random(str(key)))
         tokens = {k: v.to(accelerator.device) for k, v in rules.tokenize(pipe, captions).items()}
