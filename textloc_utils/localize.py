@@ -305,6 +305,22 @@ def layer_table(table: pd.DataFrame) -> pd.DataFrame:
     return effects[sorted(names, key=lambda s: int(s.split()[1]))]
 
 
+def carried(table: pd.DataFrame) -> pd.DataFrame:
+    """What each layer carries, from a sweep of pairs whose target has other colours, too (``make_pairs``).
+
+    One row per site; columns site, text (mean text effect), wall and sign (share of pictures whose colour is the
+    target's when the site is patched), n.
+    """
+    seen = table[~table.site.isin(["source", "target"])]
+    seen = seen.assign(
+        text=seen.target_score - seen.floor,
+        wall=(seen.wall_read == seen.target_wall).astype(float),
+        sign=(seen.sign_read == seen.target_sign).astype(float),
+    )
+    groups = seen.groupby("site", sort=False)
+    return groups[["text", "wall", "sign"]].mean().assign(n=groups.size()).reset_index()
+
+
 # --- the searches ---------------------------------------------------------------------------------------------
 
 

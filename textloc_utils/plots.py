@@ -73,6 +73,41 @@ def effects_by_model(tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Se
     return figure
 
 
+def carried(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """What each layer carries, one heat map per model (tables of ``localize.carried``)."""
+    figure = _figure(figsize=(9, 1.5 * len(tables) + 0.3))
+    axes = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        layers = table[table.site.str.match(r"layer \d+$")]
+        numbers = layers.site.str.removeprefix("layer ")
+        values = layers[["text", "wall", "sign"]].to_numpy().T
+        bar = {"label": "share changed"}
+        sns.heatmap(values, ax=axis, vmin=0, vmax=1, cmap="rocket_r", xticklabels=numbers, cbar_kws=bar)
+        axis.set_yticklabels(["text", "wall", "sign"], rotation=0)
+        axis.set_title(name, loc="left", fontsize=10)
+    axes[-1].set_xlabel("patched text layer")
+    return figure
+
+
+def windows(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Text effect of patches that start late, and of patches that stop early, one panel per model.
+
+    ``tables`` maps a model's name to a table with columns kind ("from step", "until step"), step, mean, low and high.
+    """
+    figure = _figure(figsize=(9, 2.6))
+    axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        for (kind, part), colour in zip(table.groupby("kind", sort=False), (TARGET, SOURCE), strict=False):
+            error = np.abs(np.stack([part["mean"] - part.low, part.high - part["mean"]]))
+            axis.errorbar(part.step, part["mean"], error, fmt="o-", color=colour, capsize=2, markersize=4, label=kind)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel("step")
+    axes[0].set(ylabel="text effect", ylim=(-0.05, 1.05))
+    axes[-1].legend(frameon=False)
+    sns.despine(figure)
+    return figure
+
+
 def scores_by_sign(table: pd.DataFrame) -> Figure:
     """Mean target score per patched layer and sign colour (a table of ``localize.sweep``)."""
     layers = table[table.site.str.startswith("layer ")]

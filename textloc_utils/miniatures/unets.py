@@ -12,13 +12,13 @@ from textloc_utils.miniatures import scenes
 
 STEPS = 1000
 
-#: Fields of ``training.Budget`` in which the U-Nets differ: more pictures, and letters in runs until the text has begun
-#: to matter, which took 10,000 to 30,000 pictures of runs. Which letter stands where is learned long before letters of
-#: like shape (D and O, E and C) are told apart; that is what the last third is for.
+#: Fields of ``training.Budget`` in which the U-Nets on latents differ: more pictures, and letters in runs until the
+#: text has begun to matter, which took 10,000 to 30,000 pictures of runs. Which letter stands where is learned long
+#: before letters of like shape (D and O, E and C) are told apart; that is what the second half is for.
 BUDGET = {
-    "samples": 260_000,
-    "seconds": 7200.0,
-    "curriculum": ((0.0, (6,)), (0.15, (scenes.RUNS,)), (0.35, (scenes.RUNS, 6)), (0.5, (3, 4, 5, 6))),
+    "samples": 320_000,
+    "seconds": 10_800.0,
+    "curriculum": ((0.0, (6,)), (0.1, (scenes.RUNS,)), (0.17, (scenes.RUNS, 6)), (0.34, (3, 4, 5, 6))),
 }
 
 #: Scheduler settings on latents and on pixels. Pixels repeat each other, so that letters stay readable in them at

@@ -1,0 +1,55 @@
+"""A sweep's time per picture against plain sampling at the same batch, in one run, and its memory against its steps."""
+
+import resource
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+from textloc_utils import localize, models, prompts
+from textloc_utils.generate import generate
+from textloc_utils.patching import Patch
+
+SHIPPED = [name for name, spec in models.registry().items() if spec.miniature]
+REPEATS, STEPS = 5, 8
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_patched_picture_costs_hardly_more_than_a_plain_one(name):
+    model, pair = models.load(name, device="cpu"), prompts.make_pairs(1)[0]
+    sites = localize.single_layers(model)
+    asked = [pair.source, pair.target] + [pair.source] * len(sites)
+    seeds = [pair.seed] * len(asked)
+    patches = [Patch(source=2 + i, target=1, **vars(site)) for i, site in enumerate(sites.values())]
+    times = {"plain": [], "patched": []}
+    for i in range(REPEATS + 1):
+        for kind, chosen in (("plain", []), ("patched", patches)):
+            made = generate(model, asked, seeds, patches=chosen, steps=STEPS, batch_size=len(asked))
+            if i:  # the first round warms up
+                times[kind].append(made.seconds)
+    # Neighbouring runs share what else the machine does.
+    ratio = statistics.median(b / a for a, b in zip(times["plain"], times["patched"], strict=True))
+    print(f"\n{name}: {len(asked)} pictures, patched against plain {ratio:.3f}")
+    assert ratio <= 1.1
+
+
+def peak(name: str, steps: int) -> int:
+    """Peak resident kilobytes of a process that patches every layer of one pair at so many steps."""
+    ran = subprocess.run([sys.executable, __file__, name, str(steps)], check=True, stdout=subprocess.PIPE, text=True)
+    return int(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", SHIPPED)
+def test_memory_does_not_grow_with_steps(name):
+    few, many = peak(name, 4), peak(name, 40)
+    print(f"\n{name}: {few / 1024:.0f} MiB at 4 steps, {many / 1024:.0f} MiB at 40")
+    assert many <= 1.05 * few
+
+
+if __name__ == "__main__":
+    loaded = models.load(sys.argv[1], device="cpu")
+    localize.patch_pair(loaded, prompts.make_pairs(1)[0], localize.single_layers(loaded), steps=int(sys.argv[2]))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
