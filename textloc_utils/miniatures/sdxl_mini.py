@@ -22,7 +22,7 @@ SPEC = {
     "family": "cross-attention U-Net",
     "pipeline": "StableDiffusionXLPipeline",
     "steps": 20,
-    "guidance": 3.0,
+    "guidance": 2.0,
     "height": 64,
     "width": 128,
     "text_box": scenes.letters_region(),

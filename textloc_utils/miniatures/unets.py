@@ -24,7 +24,7 @@ BUDGET = {
 #: Scheduler settings on latents and on pixels. Pixels repeat each other, so that letters stay readable in them at
 #: noise levels that hide everything in latents: their schedule is the noisier one.
 LATENTS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-PIXELS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True}
+PIXELS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 for _settings in (LATENTS, PIXELS):
     _settings |= {
         "num_train_timesteps": STEPS,
