@@ -118,7 +118,7 @@ def test_sixty_steps_on_one_batch_lower_the_loss(name, tmp_path):
 @pytest.mark.parametrize("name", UNETS)
 def test_the_last_timestep_is_pure_noise_and_the_first_one_sampled(name):
     rules, pipe = build(name)
-    assert pipe.scheduler.alphas_cumprod[-1] == 0
+    assert pipe.scheduler.alphas_cumprod[-1] < 1e-7
     pipe.scheduler.set_timesteps(rules.SPEC["steps"])
     assert pipe.scheduler.timesteps[0] == len(pipe.scheduler.alphas_cumprod) - 1
     objective = rules.Objective(pipe)

@@ -168,25 +168,26 @@ def training_curves(logs: Mapping[str, dict]) -> Figure:
     return figure
 
 
-def emergence(evaluations: pd.DataFrame) -> Figure:
-    """Target letters spelled when each text layer is patched, against samples seen (training log).
+def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
+    """Target letters spelled when each text layer is patched, against samples seen, one heat map per model.
 
-    ``evaluations`` has columns samples and target (a list over layers).
+    ``evaluations`` maps a model's name to its training log's rows: columns samples and target (a list over layers).
     """
-    effect = np.array(evaluations.target.tolist())
-    figure = _figure(figsize=(9, 2.8))
-    axis = figure.subplots()
-    sns.heatmap(
-        effect.T,
-        ax=axis,
-        vmin=0,
-        vmax=1,
-        cmap="rocket_r",
-        xticklabels=[f"{s / 1000:.0f}" for s in evaluations.samples],
-        cbar_kws={"label": "target letters"},
-    )
-    axis.set(xlabel="thousand samples", ylabel="text layer")
-    axis.invert_yaxis()
+    figure = _figure(figsize=(9, 2.6 * len(evaluations) + 0.2))
+    axes = figure.subplots(len(evaluations), 1, squeeze=False)[:, 0]
+    for axis, (name, rows) in zip(axes, evaluations.items(), strict=True):
+        sns.heatmap(
+            np.array(rows.target.tolist()).T,
+            ax=axis,
+            vmin=0,
+            vmax=1,
+            cmap="rocket_r",
+            xticklabels=[f"{s / 1000:.0f}" for s in rows.samples],
+            cbar_kws={"label": "target letters"},
+        )
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set(xlabel="thousand samples", ylabel="text layer")
+        axis.invert_yaxis()
     return figure
 
 

@@ -1,0 +1,49 @@
+"""Figures show what their tables hold."""
+
+import numpy as np
+import pandas as pd
+
+from textloc_utils import localize, plots
+
+
+def carried_rows():
+    """Layer 0 carries the text, layer 1 the wall, nobody the sign, over two pairs."""
+    rows = []
+    for seed in (1, 2):
+        for site, text, wall in (("source", 0.1, "red"), ("layer 0", 0.9, "red"), ("layer 1", 0.1, "blue")):
+            row = {"seed": seed, "site": site, "target_score": text, "floor": 0.1, "wall_read": wall}
+            rows.append(row | {"sign_read": "white", "target_wall": "blue", "target_sign": "black"})
+    return pd.DataFrame(rows)
+
+
+def test_what_a_layer_carries():
+    table = localize.carried(carried_rows())
+    assert table.site.tolist() == ["layer 0", "layer 1"] and table.n.tolist() == [2, 2]
+    np.testing.assert_allclose(table[["text", "wall", "sign"]], [[0.8, 0, 0], [0, 1, 0]])
+    axis = plots.carried({"a": table, "b": table}).axes[0]
+    np.testing.assert_allclose(axis.collections[0].get_array().reshape(3, 2), [[0.8, 0], [0, 1], [0, 0]])
+
+
+def test_effects_mark_the_chosen_layers():
+    table = pd.DataFrame(
+        {"layer": [0, 1, 2], "mean": [0.0, 0.7, 0.1], "low": [-0.1, 0.6, 0.0], "high": [0.1, 0.8, 0.2]}
+    )
+    figure = plots.effects_by_model({"m": table}, {"m": (1,)})
+    bars = figure.axes[0].patches
+    assert [bar.get_height() for bar in bars] == [0.0, 0.7, 0.1]
+    assert len({bar.get_facecolor() for bar in bars}) == 2 and bars[0].get_facecolor() == bars[2].get_facecolor()
+
+
+def test_windows_have_a_line_of_each_kind():
+    interval = {"low": [0.0, 0.8], "high": [0.2, 1.0]}
+    late = pd.DataFrame({"kind": "from step", "step": [2, 5], "mean": [0.9, 0.1], **interval})
+    early = pd.DataFrame({"kind": "until step", "step": [2, 5], "mean": [0.1, 0.9], **interval})
+    axis = plots.windows({"m": pd.concat([late, early])}).axes[0]
+    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["from step", "until step"]
+
+
+def test_emergence_has_a_column_per_evaluation():
+    rows = pd.DataFrame({"samples": [1000, 2000], "target": [[0.0, 0.1, 0.2], [0.3, 0.4, 0.5]]})
+    axis = plots.emergence({"m": rows, "n": rows}).axes[1]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["1", "2"]
+    np.testing.assert_allclose(axis.collections[0].get_array().reshape(3, 2), [[0.0, 0.3], [0.1, 0.4], [0.2, 0.5]])
