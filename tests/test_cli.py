@@ -97,7 +97,7 @@ def test_bad_input_of_a_localization_is_one_line(tmp_path, capsys):
         (["sd3-mini", "--pairs", 0], "at least one pair"),
         (["sd3-mini", "--prompts", tmp_path / "none.txt"], "cannot read"),
         (["sd3-mini", "--prompts", prompt_file], "double quotes"),
-        (["sd3-mini", "--share", 2], "not above 1"),
+        (["sd3-mini", "--reach", 2], "not above 1"),
         (["sd3-mini", "--budget", 0], "budget"),
     ):
         assert said in fails(capsys, "localize", *arguments)

@@ -70,7 +70,7 @@ def _localize(args) -> None:
         model,
         chosen,
         how=args.search,
-        share=args.share,
+        share=args.reach,
         budget=args.budget,
         steps=work.steps,
         progress=sys.stderr.isatty() and _rank() == 0,
@@ -167,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     )
     localize.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
     localize.add_argument(
-        "--share",
+        "--reach",
         type=float,
         default=0.9,
         help="of the all-layer patch's effect that the set must reach (default: 0.9)",

@@ -458,7 +458,7 @@ def _budgeted(model: Model, pairs: Sequence[Pair], share: float, budget: float, 
             sets = [tuple(i for i in chosen if i != layer) for layer in reversed(order) if layer in chosen] + [chosen]
         best, seen = _race(drawn, sets, pairs, share, limit - spent, steps * guided, seen)
         if best is None and leading < len(order):  # even the largest falls short
-            leading = min(len(order), 2 * leading)
+            leading, chosen = min(len(order), 2 * leading), ()
             continue
         best = sets[-1] if best is None else best
         if best == chosen or len(best) == 1:
