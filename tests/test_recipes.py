@@ -190,6 +190,12 @@ def test_variance_bound_is_zero_for_the_true_step():
     least, most = (torch.full_like(x, value) for value in (-1.0, 1.0))
     assert objective.bound(velocity, least, x, noisy, t).abs() < 1e-3
     assert objective.bound(velocity, most, x, noisy, t) > objective.bound(velocity, least, x, noisy, t)
+    # Nor does a wrong guess make it explode at either end of the schedule.
+    for end in (0, 1, 998, 999):
+        at = torch.full((64,), end)
+        part = objective.alphas[at][:, None, None, None]
+        noise, wrong = torch.randn(2, *x.shape, generator=training.step_generator(end))
+        assert objective.bound(wrong, least, x, part.sqrt() * x + (1 - part).sqrt() * noise, at) < 10
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------

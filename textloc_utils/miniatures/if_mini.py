@@ -41,6 +41,8 @@ ENCODERS = "a T5 trained beforehand on captions alone: which letter a token is, 
 BUDGET = unets.BUDGET
 #: Timesteps at which letters of 8x12 pixels are lost in the noise while the sign still shows.
 SPELLING = (450, 850)
+#: Weight of the variance's bound beside the velocity loss, as in Nichol & Dhariwal's hybrid loss.
+VARIANCE_WEIGHT = 0.001
 LEVELS = 250  #: stage II learns from small pictures at noise levels below this one
 _CHECKS_OFF = {
     "safety_checker": None,
@@ -110,7 +112,8 @@ class VarianceLoss(unets.VelocityLoss):
     ) -> torch.Tensor:
         """Mean loss of the denoiser's answer (B, 6, h, w) for pictures ``x`` (B, 3, h, w) at timesteps (B,)."""
         guess, part = guess.float().chunk(2, dim=1)
-        return (guess - velocity).square().mean() + self.bound(guess.detach(), part, x, noisy, t)
+        bound = self.bound(guess.detach(), part, x, noisy, t)
+        return (guess - velocity).square().mean() + VARIANCE_WEIGHT * bound
 
     def bound(
         self, guess: torch.Tensor, part: torch.Tensor, x: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
@@ -124,7 +127,8 @@ class VarianceLoss(unets.VelocityLoss):
         beta = 1 - now / before
         scale = before.sqrt() * beta / (1 - now)  # weight of the clean picture in the mean
         low = ((1 - before) / (1 - now) * beta).clamp_min(1e-20).log()
-        log_variance = low + (part + 1) / 2 * (beta.clamp_min(1e-20).log() - low)
+        # A stray answer far outside would make the exponential below overflow.
+        log_variance = low + (part.clamp(-2, 2) + 1) / 2 * (beta.clamp_min(1e-20).log() - low)
         clean = now.sqrt() * noisy - (1 - now).sqrt() * guess
         off = (scale * (x - clean)).square()
         divergence = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + off * (-log_variance).exp())

@@ -45,6 +45,8 @@ class VelocityLoss(nn.Module):
         self.denoiser = unet.to(memory_format=torch.channels_last)
         # The signal's share of the variance at each timestep; not a weight, so not in the checkpoint.
         self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)
+        # Some samplers put a tiny number in the place of the last one, larger than the one before.
+        self.alphas[-1] = 0.0
         nn.init.zeros_(unet.conv_out.weight)
         nn.init.zeros_(unet.conv_out.bias)
 
