@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     models.set_defaults(run=_models)
 
     generate = commands.add_parser("generate", help="draw pictures from prompts and read them by OCR")
-    generate.add_argument("model", metavar="MODEL", help="a name from `textloc models`")
+    _model(generate)
     generate.add_argument("prompt", metavar="PROMPT", nargs="+", help="a prompt, the text in double quotes")
     generate.add_argument(
         "--seed", type=int, default=42, help="seed of the noise, the same for every prompt (default: 42)"
@@ -139,8 +139,6 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
     generate.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
     generate.add_argument("--json", action="store_true", help="print what images.json holds")
-    _place(generate)
-    generate.add_argument("--model-path", metavar="DIR", help="a local folder or another repository of the same family")
     generate.set_defaults(run=_generate)
 
     localize = commands.add_parser(
@@ -149,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         description="Find the layers that hold the text. Results are kept pair by pair: a killed run goes on where it "
         "was. Several processes or GPUs share the pairs out: accelerate launch -m textloc_utils.cli localize MODEL",
     )
-    localize.add_argument("model", metavar="MODEL", help="a name from `textloc models`")
+    _model(localize)
     localize.add_argument(
         "--search",
         default="budgeted",
@@ -181,8 +179,6 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the outcome to the data folder, where the book's notebooks find it",
     )
-    _place(localize)
-    localize.add_argument("--model-path", metavar="DIR", help="a local folder or another repository of the same family")
     localize.set_defaults(run=_localize)
 
     train = commands.add_parser(
@@ -206,6 +202,12 @@ def parser() -> argparse.ArgumentParser:
     _place(train)
     train.set_defaults(run=_train)
     return top
+
+
+def _model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a name from `textloc models`")
+    command.add_argument("--model-path", metavar="DIR", help="a local folder or another repository of the same family")
+    _place(command)
 
 
 def _place(command: argparse.ArgumentParser) -> None:
