@@ -194,6 +194,8 @@ def test_a_published_search_is_taken_for_the_same_pairs_only(model, tmp_path, mo
     assert again == found and same.equals(table) and list(table.effect) == list(found.effects)
     with pytest.raises(pytest.fail.Exception):
         localize.published(model, prompts.make_pairs(3), "one-step", **options)
+    with pytest.raises(pytest.fail.Exception):
+        localize.published(model, pairs, "one-step", share=0.5, **options)
 
 
 # --- killed, and shared out over processes ----------------------------------------------------------------------

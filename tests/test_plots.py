@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from textloc_utils import localize, plots
+from textloc_utils import plots, studies
 
 
 def carried_rows():
@@ -17,7 +17,7 @@ def carried_rows():
 
 
 def test_what_a_layer_carries():
-    table = localize.carried(carried_rows())
+    table = studies.carried(carried_rows())
     assert table.site.tolist() == ["layer 0", "layer 1"] and table.n.tolist() == [2, 2]
     np.testing.assert_allclose(table[["text", "wall", "sign"]], [[0.8, 0, 0], [0, 1, 0]])
     axis = plots.carried({"a": table, "b": table}).axes[0]

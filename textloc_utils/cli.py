@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from textloc_utils import prompts
 from textloc_utils.settings import PRESETS, TextlocError, check_writable, data_dir, preset
@@ -78,7 +79,7 @@ def _localize(args) -> None:
     if _rank():
         return
     if args.publish:
-        localize.publish(model, chosen, found, steps=work.steps)
+        localize.publish(model, chosen, found, share=args.reach, budget=args.budget, steps=work.steps)
     if args.json:
         print(json.dumps(asdict(found), indent=1))
         return
@@ -90,6 +91,30 @@ def _localize(args) -> None:
         print(f"target text score {found.score}")
     print(f"share of the effect of all layers {found.reached}; confidence {found.confidence:.2f}")
     print(f"{found.row_evaluations:,} denoiser row evaluations, {found.seconds:.0f} s")
+
+
+def _study(args) -> None:
+    from textloc_utils import localize, models, ocr, studies
+
+    work, bar = preset(args.preset), sys.stderr.isatty()
+    ocr.tesseract_version()
+    if args.runs:
+        table = studies.publish_seeds(args.model, [Path(run) for run in args.runs], work.pairs, args.seed, progress=bar)
+        for seed, part in table.groupby("training_seed"):
+            print(f"training seed {seed}")
+            _print_effects(localize.effect_intervals(part))
+        return
+    model = models.load(args.model, device=args.device, model_path=args.model_path)
+    layers = args.layers or localize.search(model, prompts.make_pairs(work.pairs, args.seed), steps=work.steps).layers
+    options = {"steps": work.steps, "progress": bar, "publish": args.publish}
+    for name in args.study or studies.STUDIES:
+        print(f"{name}, layers {' '.join(map(str, layers))}")
+        _print_effects(localize.effect_intervals(studies.study(model, name, layers, work.pairs, args.seed, **options)))
+
+
+def _print_effects(table) -> None:
+    for row in table.itertuples():
+        print(f"  {row.site:<24} {row.mean:6.2f} [{row.low:.2f}, {row.high:.2f}]")
 
 
 def _rank() -> int:
@@ -180,6 +205,26 @@ def parser() -> argparse.ArgumentParser:
         help="write the outcome to the data folder, where the book's notebooks find it",
     )
     localize.set_defaults(run=_localize)
+
+    study = commands.add_parser(
+        "study",
+        help="what the localized layers carry: text against colours, steps, heads, keys, values, length",
+    )
+    _model(study)
+    study.add_argument("--study", nargs="+", choices=["colours", "steps", "parts", "length"], help="default: all")
+    study.add_argument(
+        "--layers", type=int, nargs="+", metavar="L", help="the localized layers (default: a budgeted search's)"
+    )
+    study.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="DIR",
+        help="instead: finished runs of `textloc train MODEL` with other seeds; are their layers the same? Published",
+    )
+    study.add_argument("--preset", default="book", choices=PRESETS, help="how many pairs and steps (default: book)")
+    study.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
+    study.add_argument("--publish", action="store_true", help="write the tables to the data folder, for the book")
+    study.set_defaults(run=_study)
 
     train = commands.add_parser(
         "train",

@@ -32,9 +32,12 @@ from textloc_utils.settings import TextlocError, data_dir
 ROWS = 3  #: part of a stored unit's key: raised whenever its rows change
 PSNR_CAP = 60.0  #: dB; two identical pictures would be infinitely alike
 SHARE = 0.9  #: of the all-layer patch's text effect
+BUDGET = 0.1  #: of the exhaustive sweep's cost
 SEARCHES = ("exhaustive", "budgeted", *onestep.DEPTHS)
 RESAMPLES = 2000
-SCREEN, FIRST, GROWTH = 6, 8, 1.5  #: budgeted: pairs that are screened, pairs of the first round, growth by round
+#: The budgeted search: pairs that are screened, share of the screened effects that the first leading sets hold, pairs
+#: of the first round, and their growth from round to round.
+SCREEN, SCREENED, FIRST, GROWTH = 6, 0.98, 8, 1.5
 
 
 # --- the sweep ------------------------------------------------------------------------------------------------
@@ -200,8 +203,7 @@ def cheap(
     progress: bool = False,
 ) -> pd.DataFrame:
     """The table of :func:`onestep.effects`, pair by pair in the store as :func:`sweep`'s."""
-    if depth not in onestep.DEPTHS:
-        raise TextlocError(f"unknown depth {depth!r}; allowed: {', '.join(onestep.DEPTHS)}")
+    onestep.check_depth(depth)
     inputs = {"rows": ROWS, "depth": depth, "levels": onestep.LEVELS, "guidance": model.spec.guidance}
 
     def compute(pair: Pair) -> pd.DataFrame:
@@ -266,6 +268,13 @@ def text_effects(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(effect=table.target_score - table.floor).pivot(index="seed", columns="site", values="effect")
 
 
+def effect_intervals(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean text effect per site of a sweep's table with its 95 % interval: columns site, mean, low, high, n."""
+    effects = text_effects(table)
+    sites = [s for s in dict.fromkeys(table.site) if s not in ("source", "target")]
+    return pd.DataFrame([{"site": s, **asdict(metrics.bootstrap(effects[s].dropna()))} for s in sites])
+
+
 def reached(effects: pd.DataFrame, site: str, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Share of the all-layer patch's effect that a site reaches: the estimate, then ``resamples`` bootstrap values.
 
@@ -305,22 +314,6 @@ def layer_table(table: pd.DataFrame) -> pd.DataFrame:
     return effects[sorted(names, key=lambda s: int(s.split()[1]))]
 
 
-def carried(table: pd.DataFrame) -> pd.DataFrame:
-    """What each layer carries, from a sweep of pairs whose target has other colours, too (``make_pairs``).
-
-    One row per site; columns site, text (mean text effect), wall and sign (share of pictures whose colour is the
-    target's when the site is patched), n.
-    """
-    seen = table[~table.site.isin(["source", "target"])]
-    seen = seen.assign(
-        text=seen.target_score - seen.floor,
-        wall=(seen.wall_read == seen.target_wall).astype(float),
-        sign=(seen.sign_read == seen.target_sign).astype(float),
-    )
-    groups = seen.groupby("site", sort=False)
-    return groups[["text", "wall", "sign"]].mean().assign(n=groups.size()).reset_index()
-
-
 # --- the searches ---------------------------------------------------------------------------------------------
 
 
@@ -354,7 +347,7 @@ def search(
     *,
     how: str = "budgeted",
     share: float = SHARE,
-    budget: float = 0.1,
+    budget: float = BUDGET,
     steps: int | None = None,
     store: Store | None = None,
     progress: bool = False,
@@ -393,6 +386,7 @@ class _Drawn:
     def __init__(self, model: Model, options: dict, table: pd.DataFrame | None = None):
         self.model, self.options, self.table = model, options, table
         self.rows = 0.0 if table is None else table.row_evaluations.sum()
+        self._effects: pd.DataFrame | None = None  # of the table as it is
 
     def ask(self, sets: Sequence[tuple[int, ...]], pairs: Sequence[Pair]) -> None:
         """Draw the sets, and all layers, on those of the pairs on which they are missing."""
@@ -407,12 +401,15 @@ class _Drawn:
                 chosen = {name: sites[name] for name in missing}
                 new = sweep(self.model, group, sites=chosen, source=False, **self.options)
                 self.rows += new.row_evaluations.sum()
+                self._effects = None
                 new = new[new.site != "target"]
                 self.table = new if self.table is None else pd.concat([self.table, new], ignore_index=True)
 
     @property
     def effects(self) -> pd.DataFrame:
-        return text_effects(self.table[~self.table.site.isin(["source", "target"])])
+        if self._effects is None:
+            self._effects = text_effects(self.table[~self.table.site.isin(["source", "target"])])
+        return self._effects
 
     def reached(self, layers: Sequence[int]) -> np.ndarray:
         return reached(self.effects, name_of(layers))
@@ -446,8 +443,7 @@ def _budgeted(model: Model, pairs: Sequence[Pair], share: float, budget: float, 
     screened = cheap(model, pairs[:SCREEN], **options)
     effects = layer_table(screened).mean().to_numpy()
     order, spent = _order(effects), screened.row_evaluations.sum()
-    part = np.cumsum(np.maximum(effects[order], 0)) / max(np.maximum(effects, 0).sum(), 1e-12)
-    leading = min(len(order), int(np.searchsorted(part, 0.98)) + 1)
+    leading = _leading(effects, SCREENED)
     drawn = _Drawn(model, options)
     chosen, seen = (), 0
     while True:
@@ -498,9 +494,7 @@ def _cheap_only(model: Model, pairs: Sequence[Pair], share: float, how: str, opt
     values = np.maximum(layers.to_numpy(), 0)
 
     def choose(mean: np.ndarray) -> tuple[int, ...]:
-        order = _order(mean)
-        part = np.cumsum(mean[order]) / max(mean.sum(), 1e-12)
-        return tuple(sorted(order[: int(np.searchsorted(part, share - 1e-9)) + 1]))
+        return tuple(sorted(_order(mean)[: _leading(mean, share)]))
 
     chosen = choose(values.mean(0))
     rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
@@ -525,6 +519,12 @@ def _cheap_only(model: Model, pairs: Sequence[Pair], share: float, how: str, opt
 def _order(effects: np.ndarray) -> list[int]:
     """Layers by effect, the strongest first."""
     return [int(i) for i in np.argsort(-np.asarray(effects), kind="stable")]
+
+
+def _leading(effects: np.ndarray, share: float) -> int:
+    """How many layers, the strongest first, hold this share of the sum of all effects above 0."""
+    sums = np.cumsum(np.maximum(effects[_order(effects)], 0))
+    return min(len(effects), int(np.searchsorted(sums, (share - 1e-9) * sums[-1])) + 1)
 
 
 def parameter_share(model: Model, layers: Sequence[int]) -> float:
@@ -570,33 +570,64 @@ def _found(
 # --- what the project publishes ---------------------------------------------------------------------------------
 
 
-def publish(model: Model, pairs: Sequence[Pair], found: Found, *, steps: int | None = None, **options) -> None:
+def publish(
+    model: Model,
+    pairs: Sequence[Pair],
+    found: Found,
+    *,
+    share: float = SHARE,
+    budget: float = BUDGET,
+    steps: int | None = None,
+    **options,
+) -> None:
     """Write a search's outcome to the package's data, as ``results/localize_MODEL_SEARCH.csv`` with its provenance.
 
     The table holds the sweep's rows after an exhaustive search, else one row per layer with its effect.
     """
     table = _outcome(model, pairs, found, steps, options)
-    about = {"found": asdict(found), "key": _published_key(model, pairs, steps)}
-    Store(data_dir() / "results").publish(_published_name(model, found.search), table, about)
+    about = {"found": asdict(found), "key": _search_key(model, pairs, found.search, share, budget, steps)}
+    published_store().publish(_published_name(model, found.search), table, about)
 
 
 def published(
-    model: Model, pairs: Sequence[Pair], how: str, *, steps: int | None = None, **options
+    model: Model,
+    pairs: Sequence[Pair],
+    how: str,
+    *,
+    share: float = SHARE,
+    budget: float = BUDGET,
+    steps: int | None = None,
+    **options,
 ) -> tuple[Found, pd.DataFrame]:
     """A search's outcome and its table (see :func:`publish`).
 
-    The published one where it is of the same weights, pairs and steps; otherwise the search is done now.
+    The published one where it is of the same weights, pairs, steps and rule; otherwise the search is done now.
     """
-    try:
-        table = Store(data_dir() / "results").load_published(_published_name(model, how))
-    except TextlocError:
-        table = None
-    if table is None or table.attrs["provenance"]["key"] != _published_key(model, pairs, steps):
-        found = search(model, pairs, how=how, steps=steps, **options)
+    key = _search_key(model, pairs, how, share, budget, steps)
+    table = published_store().load_matching(_published_name(model, how), key)
+    if table is None:
+        found = search(model, pairs, how=how, share=share, budget=budget, steps=steps, **options)
         return found, _outcome(model, pairs, found, steps, options)
     told = table.attrs["provenance"]["found"]
     intervals = {name: told[name] and metrics.Interval(**told[name]) for name in ("score", "reached")}
     return Found(**told | intervals | {name: tuple(told[name]) for name in ("layers", "effects")}), table
+
+
+def published_store() -> Store:
+    """Where the tables lie that come with the package."""
+    return Store(data_dir() / "results")
+
+
+def published_key(model: Model, pairs: Sequence[Pair], steps: int | None) -> dict:
+    """What a published table of these pairs hangs on besides its own settings."""
+    text = repr([asdict(pair) for pair in pairs])
+    return {
+        "rows": ROWS,
+        "weights": fingerprint(model),
+        "pairs": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "steps": steps or model.spec.steps,
+        "guidance": model.spec.guidance,
+    }
 
 
 def _outcome(model: Model, pairs: Sequence[Pair], found: Found, steps: int | None, options: dict) -> pd.DataFrame:
@@ -609,12 +640,6 @@ def _published_name(model: Model, how: str) -> str:
     return f"localize_{model.spec.name}_{how}"
 
 
-def _published_key(model: Model, pairs: Sequence[Pair], steps: int | None) -> dict:
-    text = repr([asdict(pair) for pair in pairs])
-    return {
-        "rows": ROWS,
-        "weights": fingerprint(model),
-        "pairs": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "steps": steps or model.spec.steps,
-        "guidance": model.spec.guidance,
-    }
+def _search_key(model: Model, pairs: Sequence[Pair], how: str, share: float, budget: float, steps: int | None) -> dict:
+    rule = {"share": share} | ({"budget": budget} if how == "budgeted" else {})
+    return published_key(model, pairs, steps) | rule

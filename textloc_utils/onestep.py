@@ -30,6 +30,12 @@ class _EnoughError(Exception):
     """Ends a pipeline call whose remaining steps nobody needs."""
 
 
+def check_depth(depth: str) -> None:
+    """Raise TextlocError unless it is one of DEPTHS."""
+    if depth not in DEPTHS:
+        raise TextlocError(f"unknown depth {depth!r}; allowed: {', '.join(DEPTHS)}")
+
+
 def effects(
     model: Model,
     pairs: Sequence[Pair],
@@ -45,8 +51,7 @@ def effects(
     divided by its rows here, so that the column's sum is the cost. A backward pass counts as two evaluations of its
     rows. Raises TextlocError for an unknown depth or a level out of range.
     """
-    if depth not in DEPTHS:
-        raise TextlocError(f"unknown depth {depth!r}; allowed: {', '.join(DEPTHS)}")
+    check_depth(depth)
     if not levels or any(not 0 <= level < 1 for level in levels):
         raise TextlocError(f"levels must be shares of the steps, 0 <= level < 1, got {tuple(levels)}")
     steps = steps or model.spec.steps

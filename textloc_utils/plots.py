@@ -74,7 +74,7 @@ def effects_by_model(tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Se
 
 
 def carried(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """What each layer carries, one heat map per model (tables of ``localize.carried``)."""
+    """What each layer carries, one heat map per model (tables of ``studies.carried``)."""
     figure = _figure(figsize=(9, 1.5 * len(tables) + 0.3))
     axes = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
     for axis, (name, table) in zip(axes, tables.items(), strict=True):

@@ -151,6 +151,14 @@ class Store:
         table.attrs["provenance"] = about["provenance"]
         return table
 
+    def load_matching(self, name: str, key: Mapping) -> pd.DataFrame | None:
+        """A published table whose provenance holds just this ``key``; None where it is missing or of something else."""
+        try:
+            table = self.load_published(name)
+        except TextlocError:
+            return None
+        return table if table.attrs["provenance"].get("key") == _plain(key) else None
+
     def _published(self) -> str:
         return ", ".join(sorted(p.stem for p in self.root.glob("*.csv"))) or "none"
 

@@ -20,6 +20,7 @@ from transformers import T5EncoderModel
 
 from textloc_utils.miniatures import scenes, unets
 from textloc_utils.miniatures.encoders import TEXT_WIDTH, pretrain_on_places, t5_config
+from textloc_utils.miniatures.scenes import RUNS
 from textloc_utils.miniatures.tokenizers import letter_tokenizer
 from textloc_utils.models import FIXED_TOKENS
 
@@ -38,7 +39,11 @@ SPEC = {
 }
 #: For the model card.
 ENCODERS = "a T5 trained beforehand on captions alone: which letter a token is, and its place in the word"
-BUDGET = unets.BUDGET
+#: As the U-Nets on latents, with stage II's share on top.
+BUDGET = unets.BUDGET | {
+    "samples": 300_000,
+    "curriculum": ((0.0, (6,)), (0.1, (RUNS,)), (0.2, (RUNS, 6)), (0.36, (3, 4, 5, 6))),
+}
 #: Timesteps at which letters of 8x12 pixels are lost in the noise while the sign still shows.
 SPELLING = (450, 850)
 #: Weight of the variance's bound beside the velocity loss, as in Nichol & Dhariwal's hybrid loss.

@@ -1,0 +1,116 @@
+"""Studies patch the sites they name, and their short tables say what the long ones hold."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from textloc_utils import cli, localize, models, prompts, studies
+from textloc_utils.localize import Site
+from textloc_utils.results import Store
+from textloc_utils.settings import TextlocError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load("sd3-mini", device="cpu")
+
+
+def sites(name, model, layers=(4, 5), steps=10):
+    return studies.STUDIES[name].sites(model, layers, steps)
+
+
+def test_sites_of_each_study(model):
+    every = tuple(range(12))
+    for name in studies.STUDIES:
+        assert sites(name, model)[studies.FOUND] == Site(layers=(4, 5))
+        assert sites(name, model)["all layers"] == Site(layers=every)
+    others = sites("colours", model)["all but the found"].layers
+    assert set(others) == set(every) - {4, 5}
+    assert sites("steps", model)["from step 3"] == Site(layers=(4, 5), start=3)
+    assert sites("steps", model)["until step 8"] == Site(layers=(4, 5), stop=8)
+    parts = sites("parts", model)
+    assert parts["head 2"] == Site(layers=(4, 5), heads=(2,)) and "head 3" not in parts
+    assert parts["keys"].tensors == "k" and parts["values"].tensors == "v" and parts["pooled"] == Site(pooled=True)
+    assert "pooled" not in sites("parts", models.load("ldm-mini", device="cpu"))
+
+
+def test_pairs_of_the_colours_differ_in_colours():
+    assert all(p.target_wall and p.target_wall != p.wall for p in studies.STUDIES["colours"].pairs(5, 1))
+    assert studies.STUDIES["steps"].pairs(5, 1) == prompts.make_pairs(5, 1)
+
+
+def test_a_published_study_is_taken_where_it_fits(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
+    options = {"steps": 1, "store": Store(tmp_path / "units")}
+    table = studies.study(model, "length", (4,), 2, publish=True, **options)
+    monkeypatch.setattr(localize, "sweep", lambda *a, **k: pytest.fail("was done again"))
+    assert studies.study(model, "length", [4], 2, **options).equals(table)
+    for other in ({"layers": (5,), "n": 2}, {"layers": (4,), "n": 3}, {"layers": (4,), "n": 2, "seed": 1}):
+        with pytest.raises(pytest.fail.Exception):
+            studies.study(model, "length", **other, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "said"),
+    [("colour", (4,), "colours"), ("steps", (), "at least one"), ("steps", (12,), "0 to 11")],
+)
+def test_a_wrong_study_is_refused(model, name, layers, said):
+    with pytest.raises(TextlocError, match=said):
+        studies.study(model, name, layers, 2)
+
+
+def effects(values: dict[str, float], words=("CAT", "HOUSE")):
+    rows = [
+        {"seed": seed, "site": site, "target_score": 0.1 + effect, "floor": 0.1, "source_text": words[0]}
+        | {"target_text": words[1]}
+        for seed in (1, 2)
+        for site, effect in values.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_windows_are_shares_of_the_whole_patch():
+    table = studies.windows(effects({"source": 0, studies.FOUND: 0.8, "from step 2": 0.4, "until step 12": 0.2}))
+    assert table[["kind", "step"]].values.tolist() == [["from step", 2], ["until step", 12]]
+    assert table["mean"].tolist() == pytest.approx([0.5, 0.25]) and table.n.tolist() == [2, 2]
+
+
+def test_length_counts_letters():
+    table = studies.by_length(effects({studies.FOUND: 0.5, "all layers": 0.8, "target": 0.9}))
+    assert table.to_dict("records") == [
+        {"source": 3, "target": 5, "found": pytest.approx(0.5), "all": pytest.approx(0.8), "n": 2}
+    ]
+
+
+def test_when_a_layer_appeared():
+    rows = pd.DataFrame({"samples": [10, 20, 30], "target": [[0.1, 0.0], [0.3, 0.1], [0.2, 0.9]]})
+    assert studies.appeared(rows) == {"samples": 20, "layer": 0, "last": 1}
+    with pytest.raises(TextlocError, match="no layer brought 95%"):
+        studies.appeared(rows, 0.95)
+
+
+def test_seeds_are_swept_and_published(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "pipeline").symlink_to(models.spec("sd3-mini").source)
+    (run / "report.json").write_text(json.dumps({"name": "sd3-mini", "seed": 7}))
+    (run / "evaluations.json").write_text(json.dumps([{"samples": 5, "characters": 0.5, "target": [0.0, 0.4]}]))
+    monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
+    with pytest.raises(TextlocError, match="no finished run"):
+        studies.publish_seeds("sd3-mini", [tmp_path], 1)
+    with pytest.raises(TextlocError, match="run of sd3-mini"):
+        studies.publish_seeds("ldm-mini", [run], 1)
+    monkeypatch.setattr(localize, "sweep", lambda model, pairs, **k: effects({"layer 0": 0.1}))
+    table = studies.publish_seeds("sd3-mini", [run], 1)
+    assert table.training_seed.tolist() == [7, 7]
+    logs = localize.published_store().load_published("seeds_sd3-mini_training")
+    assert logs.target.tolist() == [0.0, 0.4] and logs.layer.tolist() == [0, 1] and set(logs.training_seed) == {7}
+
+
+def test_the_command_prints_effects_per_site(capsys, monkeypatch):
+    table = effects({studies.FOUND: 0.5, "keys": 0.1})
+    monkeypatch.setattr(studies, "study", lambda model, name, layers, *a, **k: table)
+    assert cli.main(["study", "sd3-mini", "--study", "parts", "--layers", "4", "5", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "parts, layers 4 5" in out and "keys" in out and "0.50 [0.50, 0.50]" in out
