@@ -41,7 +41,7 @@ SPEC = {
 ENCODERS = "a T5 trained beforehand on captions alone: which letter a token is, and its place in the word"
 #: As the U-Nets on latents, with stage II's share on top.
 BUDGET = unets.BUDGET | {
-    "samples": 300_000,
+    "samples": 270_000,
     "curriculum": ((0.0, (6,)), (0.1, (RUNS,)), (0.2, (RUNS, 6)), (0.36, (3, 4, 5, 6))),
 }
 #: Timesteps at which letters of 8x12 pixels are lost in the noise while the sign still shows.
@@ -170,7 +170,7 @@ def tokenize(pipe: IFPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
 class Stage2:
     """Recipe of stage II, with the T5 of a trained stage I in the folder ``first``."""
 
-    SHARE = 0.2  #: of the miniature's budget
+    SHARE = 0.1  #: of the miniature's budget
     SPEC = SPEC
 
     def __init__(self, first: Path):
