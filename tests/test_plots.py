@@ -1,7 +1,12 @@
 """Figures show what their tables hold."""
 
+import base64
+import io
+import re
+
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from textloc_utils import plots, studies
 
@@ -47,3 +52,17 @@ def test_emergence_has_a_column_per_evaluation():
     axis = plots.emergence({"m": rows, "n": rows}).axes[1]
     assert [t.get_text() for t in axis.get_xticklabels()] == ["1", "2"]
     np.testing.assert_allclose(axis.collections[0].get_array().reshape(3, 2), [[0.0, 0.3], [0.1, 0.4], [0.2, 0.5]])
+
+
+def test_lengths_are_a_grid_of_source_by_target():
+    table = pd.DataFrame({"source": [3, 3, 4], "target": [3, 4, 3], "found": [0.9, 0.5, 0.2]})
+    values = plots.lengths({"m": table}).axes[0].collections[0].get_array().reshape(2, 2)
+    np.testing.assert_allclose(values.filled(np.nan), [[0.9, 0.5], [0.2, np.nan]])
+
+
+def test_a_strip_holds_the_very_pictures_and_escapes_their_titles():
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 8, 3), dtype=np.uint8)
+    text = plots.strip(images, ["a", "<b>"], label="two").data
+    files = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", text)]
+    np.testing.assert_array_equal([np.asarray(Image.open(io.BytesIO(file))) for file in files], images)
+    assert "<b>" not in text and text.count("&lt;b&gt;") == 2 and 'tabindex="0"' in text

@@ -582,7 +582,8 @@ def publish(
 ) -> None:
     """Write a search's outcome to the package's data, as ``results/localize_MODEL_SEARCH.csv`` with its provenance.
 
-    The table holds the sweep's rows after an exhaustive search, else one row per layer with its effect.
+    The table holds the sweep's rows and those of the set after an exhaustive search, else one row per layer with its
+    effect.
     """
     table = _outcome(model, pairs, found, steps, options)
     about = {"found": asdict(found), "key": _search_key(model, pairs, found.search, share, budget, steps)}
@@ -632,7 +633,13 @@ def published_key(model: Model, pairs: Sequence[Pair], steps: int | None) -> dic
 
 def _outcome(model: Model, pairs: Sequence[Pair], found: Found, steps: int | None, options: dict) -> pd.DataFrame:
     if found.search == "exhaustive":
-        return sweep(model, pairs, steps=steps, **options)
+        table = sweep(model, pairs, steps=steps, **options)
+        together = name_of(found.layers)
+        if together not in set(table.site):
+            # Drawn again beside the plain source, which the search itself does not need.
+            drawn = sweep(model, pairs, sites=joint([found.layers]), steps=steps, **options)
+            table = pd.concat([table, drawn[drawn.site == together]], ignore_index=True)
+        return table
     return pd.DataFrame({"layer": range(len(found.effects)), "effect": found.effects})
 
 

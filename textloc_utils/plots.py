@@ -1,13 +1,18 @@
-"""Figures from pictures and tidy tables; every function returns a matplotlib Figure and reads nothing else."""
+"""Figures from pictures and tidy tables: each function returns a matplotlib Figure, ``strip`` returns HTML."""
 
+import base64
+import html
+import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import HTML
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 SOURCE, TARGET, QUIET = "#4878a8", "#c8553d", "#9a9a9a"
 
@@ -32,6 +37,28 @@ def pictures(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: in
         axis.imshow(image, interpolation="nearest")
         axis.set_title(title, fontsize=9)
     return figure
+
+
+def strip(images: Sequence[np.ndarray], titles: Sequence[str], *, label: str, width: int = 160) -> HTML:
+    """Pictures in one row to scroll through, by mouse or keyboard; each title stands below its picture.
+
+    ``images`` are uint8 (H, W, 3), shown ``width`` CSS pixels wide with crisp pixels; ``label`` names the row for
+    screen readers.
+    """
+    cells = []
+    for image, title in zip(images, titles, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG", optimize=True)
+        data, text = base64.b64encode(file.getvalue()).decode(), html.escape(title)
+        cells.append(
+            f'<figure style="margin:0;flex:none;width:{width}px">'
+            f'<img alt="{text}" src="data:image/png;base64,{data}" style="width:100%;image-rendering:pixelated">'
+            f'<figcaption style="font-size:.8em;text-align:center">{text}</figcaption></figure>'
+        )
+    box = "display:flex;gap:8px;overflow-x:auto;padding-bottom:8px"
+    return HTML(
+        f'<div role="group" aria-label="{html.escape(label)}" tabindex="0" style="{box}">{"".join(cells)}</div>'
+    )
 
 
 def layer_scores(summary: pd.DataFrame) -> Figure:
@@ -105,6 +132,18 @@ def windows(tables: Mapping[str, pd.DataFrame]) -> Figure:
     axes[0].set(ylabel="text effect", ylim=(-0.05, 1.05))
     axes[-1].legend(frameon=False)
     sns.despine(figure)
+    return figure
+
+
+def lengths(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Text effect of the localized set by the words' numbers of letters (tables of ``studies.by_length``)."""
+    figure = _figure(figsize=(9, 2.6))
+    axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        grid = table.pivot(index="source", columns="target", values="found")
+        sns.heatmap(grid, ax=axis, vmin=0, vmax=1, cmap="rocket_r", annot=True, fmt=".2f", cbar=False)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set(xlabel="letters of the target", ylabel="letters of the source" if axis is axes[0] else "")
     return figure
 
 

@@ -33,14 +33,15 @@ class Preset:
 
     name: str
     pairs: int
+    sweep_pairs: int  # of the sweep over all layers, which comes with the package
     words: int
     steps: int | None  # None: the model's own number of steps
 
 
 PRESETS = {
-    "smoke": Preset(name="smoke", pairs=4, words=8, steps=6),
-    "book": Preset(name="book", pairs=48, words=200, steps=None),
-    "paper": Preset(name="paper", pairs=100, words=200, steps=None),
+    "smoke": Preset(name="smoke", pairs=4, sweep_pairs=4, words=8, steps=6),
+    "book": Preset(name="book", pairs=48, sweep_pairs=100, words=200, steps=None),
+    "paper": Preset(name="paper", pairs=100, sweep_pairs=100, words=200, steps=None),
 }
 
 
