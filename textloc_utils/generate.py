@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from textloc_utils.models import Model, check_prompts, read_call
+from textloc_utils.models import Model, call_rows, check_prompts, join_rows, read_call
 from textloc_utils.patching import Patch, patched
 from textloc_utils.settings import TextlocError
 
@@ -47,6 +47,12 @@ class RowCounter:
         self.rows += read_call(denoiser, args, kwargs).rows
         if self._bar is not None:
             self._bar.update()
+
+
+def step_generator(*key: int) -> torch.Generator:
+    """A CPU generator seeded by a tuple of integers (seed, step, process...), for training that can be resumed."""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
 @contextlib.contextmanager
@@ -131,6 +137,35 @@ def _sample(model: Model, arguments: dict, generators: list[torch.Generator]) ->
         enlarge = model.stage2_arguments(arguments)
         pictures = model.stage2(**enlarge, image=small, generator=generators, output_type="np").images
     return np.rint(np.clip(pictures, 0, 1) * 255).astype(np.uint8)
+
+
+class EnoughError(Exception):
+    """Ends a pipeline call whose remaining steps nobody needs."""
+
+
+def conditions(model: Model, prompts: Sequence[str], *, batch_size: int = 64) -> dict:
+    """What the denoiser is called with for prompts, besides picture and timestep: embeddings, pooled texts, sizes.
+
+    A dict of keyword arguments whose tensors hold one row per prompt, without guidance; ``models.take_rows`` picks
+    from it. Nothing is drawn: each batch of prompts is encoded by its pipeline, up to the first denoiser call.
+    """
+    prompts, parts = list(prompts), []
+
+    def stop(denoiser, args, kwargs):
+        parts.append(call_rows(denoiser, args, kwargs))
+        raise EnoughError
+
+    check_prompts(model, prompts)
+    handle = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            arguments = model.call_arguments(part, steps=model.spec.steps, guidance=1.0, negative_prompt=None)
+            with contextlib.suppress(EnoughError):
+                model.pipe(**arguments)
+    finally:
+        handle.remove()
+    return join_rows(parts)
 
 
 def save(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
@@ -466,24 +467,105 @@ def read_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> DenoiserCall:
     )
 
 
+#: Arguments that hold places of tokens (FLUX), which all rows share.
+_SHARED = ("img_ids", "txt_ids")
+
+
+def take_rows(given: dict, rows: Sequence[int], batch: int) -> dict:
+    """The same arguments of a denoiser's call of ``batch`` rows for other rows; what does not come per row stays."""
+
+    def pick(name, value):
+        if isinstance(value, dict):
+            return {key: pick(key, part) for key, part in value.items()}
+        per_row = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch and name not in _SHARED
+        return value[list(rows)] if per_row else value
+
+    return {name: pick(name, value) for name, value in given.items()}
+
+
 def select_rows(denoiser: nn.Module, args: tuple, kwargs: dict, pictures: Sequence[int], texts: Sequence[int]) -> dict:
     """The arguments of a denoiser's call for other rows: row i takes the noisy picture of the call's row
     ``pictures[i]``, and everything else that comes per row (texts, pooled texts, timesteps, sizes) of ``texts[i]``.
     """
     given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
     given.pop("self")
-    sample = "sample" if "sample" in given else "hidden_states"
-    batch = given[sample].shape[0]
+    sample = _sample_name(given)
+    return take_rows(given, texts, given[sample].shape[0]) | {sample: given[sample][list(pictures)]}
 
-    def pick(value):
-        if isinstance(value, dict):
-            return {name: pick(part) for name, part in value.items()}
-        per_row = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch
-        return value[list(texts)] if per_row else value
 
-    # FLUX gives places of tokens, which all rows share.
-    out = {name: value if name in ("img_ids", "txt_ids") else pick(value) for name, value in given.items()}
-    return out | {sample: given[sample][list(pictures)]}
+def _sample_name(given: Container[str]) -> str:
+    return "sample" if "sample" in given else "hidden_states"
+
+
+def call_rows(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """A denoiser's call as keyword arguments without picture and timestep."""
+    given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
+    return {k: v for k, v in given.items() if k not in ("self", "timestep", "return_dict", _sample_name(given))}
+
+
+def join_rows(parts: Sequence[dict]) -> dict:
+    """Put the rows of several :func:`call_rows` below each other."""
+    sizes = [part["encoder_hidden_states"].shape[0] for part in parts]
+
+    def join(name, values):
+        if isinstance(values[0], dict):
+            return {key: join(key, [v[key] for v in values]) for key in values[0]}
+        per_row = name not in _SHARED and all(
+            isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == n for v, n in zip(values, sizes, strict=True)
+        )
+        return torch.cat(values) if per_row else values[0]
+
+    return {name: join(name, [part[name] for part in parts]) for name in parts[0]}
+
+
+def denoise(denoiser: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, given: dict) -> torch.Tensor:
+    """The answer to ``noisy`` at ``timestep`` (B,), 0 to 1000, without the channels of a learned variance."""
+    if isinstance(denoiser, FluxTransformer2DModel):
+        timestep = timestep / 1000
+    sample = _sample_name(_signature(type(denoiser)).parameters)
+    answer = denoiser(**given, **{sample: noisy, "timestep": timestep}, return_dict=False)[0]
+    return answer[:, : noisy.shape[1]]
+
+
+# --- places for adapters ----------------------------------------------------------------------------------------
+
+#: Linear modules of a text layer that can carry an adapter. In joint attention ``q`` to ``out`` are the picture's,
+#: ``text_q`` to ``text_out`` the text stream's; elsewhere ``k`` and ``v`` are those that read the text.
+PROJECTIONS = ("q", "k", "v", "out", "text_q", "text_k", "text_v", "text_out")
+
+
+def projections(denoiser: nn.Module, layer: TextLayer) -> dict[str, str]:
+    """Dotted names of a text layer's Linear modules, by their names in PROJECTIONS; those that it has and uses."""
+    attention = denoiser.get_submodule(layer.name)
+    names = {"q": "to_q", "out": "to_out.0"}
+    if family_of((layer,)) == ADDED:
+        names |= {"k": "add_k_proj", "v": "add_v_proj"}
+    else:
+        names |= {"k": "to_k", "v": "to_v"}
+    if family_of((layer,)) == JOINT:
+        names |= {"text_k": "add_k_proj", "text_v": "add_v_proj"}
+        # The last block's text goes nowhere: it is read, but neither asks nor is written.
+        if getattr(attention, "context_pre_only", None) is False:
+            names |= {"text_q": "add_q_proj", "text_out": "to_add_out"}
+    paths = {name: f"{layer.name}.{names[name]}" for name in PROJECTIONS if name in names}
+    return {name: path for name, path in paths.items() if _is_linear(denoiser, path)}
+
+
+def self_attention(denoiser: nn.Module) -> list[str]:
+    """Dotted names of the Linear modules through which the picture attends to itself alone, text layers' own aside."""
+    read = {name for layer in text_layers(denoiser) for name in projections(denoiser, layer).values()}
+    found = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, Attention):
+            found += [f"{name}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    return [name for name in found if name not in read and _is_linear(denoiser, name)]
+
+
+def _is_linear(denoiser: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(denoiser.get_submodule(name), nn.Linear)
+    except AttributeError:
+        return False
 
 
 # --- loaded models ----------------------------------------------------------------------------------------------
@@ -553,6 +635,25 @@ class Model:
                 raise TextlocError(f"{type(self.pipe).__name__} takes no negative prompt")
             out["negative_prompt"] = [negative_prompt] * len(prompts)
         return out
+
+    @torch.no_grad()
+    def encode(self, pictures: np.ndarray, batch_size: int = 32) -> torch.Tensor:
+        """What the denoiser draws, for pictures uint8 (n, H, W, 3) of the model's size: latents, or pixels -1 to 1.
+
+        Latents are the autoencoder's mean, shifted and scaled, packed into tokens where the denoiser takes them so.
+        """
+        x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        vae = getattr(self.pipe, "vae", None) or getattr(self.pipe, "vqvae", None)
+        if vae is None:
+            size = self.spec.stage1 or (self.spec.height, self.spec.width)
+            return nn.functional.interpolate(x, size, mode="area").to(self.device)
+        # Some autoencoders overflow in half precision.
+        dtype, vae = vae.dtype, vae.float()
+        parts = [vae.encode(part.to(self.device)).latent_dist.mode() for part in x.split(batch_size)]
+        vae.to(dtype)
+        latents = (torch.cat(parts) - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        pack = getattr(self.pipe, "_pack_latents", None)
+        return pack(latents, *latents.shape) if pack else latents
 
     def stage2_arguments(self, arguments: dict) -> dict:
         """Keyword arguments of stage II's call after a call of the pipeline with ``arguments``: the same prompts."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from textloc_utils.generate import counted
+from textloc_utils.generate import EnoughError, counted
 from textloc_utils.models import TEXT_FIRST, Model, check_prompts, read_call, select_rows
 from textloc_utils.patching import Patch, patched
 from textloc_utils.prompts import Pair
@@ -24,10 +24,6 @@ from textloc_utils.settings import TextlocError
 
 DEPTHS = ("one-step", "attribution")
 LEVELS = (0.0, 0.2, 0.4)  #: shares of the steps that are done
-
-
-class _EnoughError(Exception):
-    """Ends a pipeline call whose remaining steps nobody needs."""
 
 
 def check_depth(depth: str) -> None:
@@ -95,7 +91,7 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str
             backward[0] += rows
         state["step"] += 1
         if state["step"] > max(at):
-            raise _EnoughError
+            raise EnoughError
 
     handle = model.denoiser.register_forward_hook(after, with_kwargs=True)
     arguments = model.call_arguments(
@@ -103,7 +99,7 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str
     )
     generators = [torch.Generator("cpu").manual_seed(pair.seed) for _ in range(2)]
     try:
-        with contextlib.suppress(_EnoughError):
+        with contextlib.suppress(EnoughError):
             model.pipe(**arguments, generator=generators)
     finally:
         handle.remove()

@@ -35,6 +35,8 @@ TEMPLATES = {
         'A {wall} wall with a {sign} banner that reads "{text}".',
     ),
 }
+#: Seven letters need the whole width of the picture, which only a banner gives them.
+LONG_TEMPLATE = TEMPLATES["banner"][0]
 #: What ``make_pairs`` takes as ``template``: GlyphControl's two benchmarks in this project's words, one template
 #: (SimpleBench) or varied ones (CreativeBench), and the book's own.
 SETS = {
@@ -83,12 +85,29 @@ def words(split: str) -> tuple[str, ...]:
     return tuple(table.word[table.split == split])
 
 
+@functools.cache
+def long_words(split: str) -> tuple[str, ...]:
+    """Words of seven letters, longer than any that a miniature was trained on; ``split`` as for :func:`words`."""
+    path = data_dir() / "words" / "long.csv"
+    try:
+        table = pd.read_csv(path, keep_default_na=False)
+    except FileNotFoundError:
+        raise TextlocError(f"word list {path} is missing; restore data/words/long.csv") from None
+    if split not in set(table.split):
+        raise TextlocError(f"unknown split {split!r}; allowed: train, held-out")
+    return tuple(table.word[table.split == split])
+
+
+@functools.cache
+def _held_out() -> frozenset[str]:
+    return frozenset((*words("held-out"), *long_words("held-out")))
+
+
 def random_string(rng: random.Random, length: int) -> str:
     """A random letter string that is no held-out word."""
-    held_out = set(words("held-out"))
     while True:
         text = "".join(rng.choices(LETTERS, k=length))
-        if text not in held_out:
+        if text not in _held_out():
             return text
 
 
@@ -187,6 +206,18 @@ def spelling_prompts(n: int = 200, seed: int = 42) -> list[tuple[str, str, int]]
     for i, word in enumerate(rng.sample(pool, n)):
         wall, sign = colours[i % len(colours)]
         out.append((TEMPLATE.format(wall=wall, sign=sign, text=word), word, seed + i))
+    return out
+
+
+def long_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
+    """As :func:`spelling_prompts`, over the held-out words of seven letters."""
+    pool, rng, colours = long_words("held-out"), random.Random(seed), _colour_pairs()
+    if not 1 <= n <= len(pool):
+        raise TextlocError(f"there are {len(pool)} held-out words of seven letters; asked for {n}")
+    out = []
+    for i, word in enumerate(rng.sample(pool, n)):
+        wall, sign = colours[i % len(colours)]
+        out.append((LONG_TEMPLATE.format(wall=wall, sign=sign, text=word), word, seed + i))
     return out
 
 

@@ -24,6 +24,7 @@ CELL_HEIGHT = 24
 LEFT = 16  #: first letter's column: every letter stands in a 16-pixel column of its own
 HEIGHTS = (-4, -2, 0, 2, 4)  #: where the noise may hang the sign, in pixels below the middle
 MAX_LETTERS = 6
+LONG = 7  #: letters that a banner holds, which spans the picture; no miniature was trained on so many
 RUNS = "runs"
 TYPEFACE = "DejaVuSansMono-Bold.ttf"
 
@@ -96,8 +97,9 @@ def letters_region() -> tuple[int, int, int, int]:
 
 def render(scene: Scene, typeface: str = TYPEFACE) -> np.ndarray:
     """Draw one scene: uint8 (HEIGHT, WIDTH, 3)."""
-    if not 1 <= len(scene.text) <= MAX_LETTERS:
-        raise ValueError(f"a scene holds 1 to {MAX_LETTERS} letters, got {scene.text!r}")
+    most = LONG if scene.shape == "banner" else MAX_LETTERS
+    if not 1 <= len(scene.text) <= most:
+        raise ValueError(f"a {scene.shape} holds 1 to {most} letters, got {scene.text!r}")
     wall, sign = (np.array(RGB[c], np.float32) for c in (scene.wall, scene.sign))
     ink = np.array(RGB["black" if scene.sign in LIGHT else "white"], np.float32)
     top = max(HEIGHTS) - scene.dy
@@ -148,6 +150,14 @@ def random_scene(rng: random.Random, lengths: tuple[int | str, ...] = (3, 4, 5, 
         text = prompts.random_string(rng, length)
     wall, sign = rng.sample(COLOURS, 2)
     return Scene(wall=wall, sign=sign, shape=rng.choice(SHAPES), text=text, dy=rng.choice(HEIGHTS))
+
+
+def long_scene(rng: random.Random) -> tuple[Scene, str]:
+    """A banner with seven letters, a training word or a random string, half of each, and its caption."""
+    text = rng.choice(prompts.long_words("train")) if rng.random() < 0.5 else prompts.random_string(rng, LONG)
+    wall, sign = rng.sample(COLOURS, 2)
+    scene = Scene(wall=wall, sign=sign, shape="banner", text=text, dy=rng.choice(HEIGHTS))
+    return scene, caption(scene, rng)
 
 
 @functools.cache

@@ -1,0 +1,390 @@
+"""LoRA on chosen text layers (paper, section 5.1): teach a model to write better, and leave the rest of it alone.
+
+Small adapters (Hu et al. 2022) sit on the Linear modules of some text layers; everything else is frozen. Text
+embeddings and latents are computed once, before, and the gradient flows back no further than the first adapter: a set of
+late layers costs less time and memory per step than all layers do.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from tqdm.auto import tqdm
+
+from textloc_utils.generate import conditions, step_generator
+from textloc_utils.models import PROJECTIONS, Model, check_layers, denoise, projections, self_attention, take_rows
+from textloc_utils.settings import TextlocError, check_writable
+
+FILE = "pytorch_lora_weights.safetensors"  #: the name that diffusers looks for
+ABOUT = "textloc_lora.json"  #: beside it: what was trained, and how
+CHECKPOINT = "checkpoint.pt"
+ADAPTER = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Which adapters to train, and how.
+
+    ``projections`` are names of ``models.PROJECTIONS``; layers that lack one of them take the others.
+    ``self_attention`` adds all attention of the picture to itself. ``drop`` is the share of captions left out, for
+    guidance.
+    """
+
+    layers: tuple[int, ...]
+    rank: int = 8
+    projections: tuple[str, ...] = PROJECTIONS
+    self_attention: bool = False
+    steps: int = 150
+    batch: int = 32
+    lr: float = 2e-3
+    seed: int = 0
+    drop: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Data:
+    """Pictures and captions as the denoiser takes them, computed once.
+
+    ``latents`` (n, ...) as ``Model.encode``; ``given`` the arguments of n + 1 rows, the last for an empty caption.
+    """
+
+    latents: torch.Tensor
+    given: dict
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a training run took.
+
+    ``parameters`` that were trained; ``losses`` per step; ``seconds_per_step``, the median; ``saved_bytes``, what a
+    step keeps for its backward pass besides the model's own weights, counted, the same on every machine;
+    ``peak_bytes`` of the accelerator's memory, None on the CPU.
+    """
+
+    parameters: int
+    losses: list[float]
+    seconds_per_step: float
+    saved_bytes: int
+    peak_bytes: int | None
+
+
+# --- adapters -------------------------------------------------------------------------------------------------
+
+
+def targets(model: Model, training: Training) -> list[str]:
+    """Dotted names of the Linear modules that get an adapter. Raises TextlocError where there would be none."""
+    check_layers(model, training.layers)
+    wrong = [name for name in training.projections if name not in PROJECTIONS]
+    if wrong:
+        raise TextlocError(f"unknown projection {wrong[0]!r}; allowed: {', '.join(PROJECTIONS)}")
+    if training.rank < 1:
+        raise TextlocError(f"the rank must be at least 1, got {training.rank}")
+    names = []
+    for index in sorted(set(training.layers)):
+        found = projections(model.denoiser, model.layers[index])
+        names += [path for name, path in found.items() if name in training.projections]
+    if training.self_attention:
+        names += self_attention(model.denoiser)
+    if not names:
+        raise TextlocError("no Linear module is left to adapt; choose at least one layer and one projection it has")
+    return names
+
+
+def parameters(model: Model, training: Training) -> int:
+    """How many numbers the adapters hold."""
+    modules = [model.denoiser.get_submodule(name) for name in targets(model, training)]
+    return training.rank * sum(m.in_features + m.out_features for m in modules)
+
+
+def with_parameters(model: Model, training: Training, count: int) -> Training:
+    """The same training at the rank whose adapters hold the number of parameters nearest to ``count``."""
+    one = parameters(model, replace(training, rank=1))
+    return replace(training, rank=max(1, round(count / one)))
+
+
+def add(model: Model, training: Training) -> list[nn.Parameter]:
+    """Put untrained adapters, which change nothing yet, into the denoiser; returns their parameters (float32)."""
+    names = targets(model, training)
+    if getattr(model.denoiser, "peft_config", None):
+        raise TextlocError("the model carries an adapter already; remove it first")
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        model.denoiser.add_adapter(LoraConfig(r=training.rank, lora_alpha=training.rank, target_modules=names), ADAPTER)
+    added = [p for p in model.denoiser.parameters() if p.requires_grad]
+    for parameter in added:
+        parameter.data = parameter.data.float()
+    return added
+
+
+def remove(model: Model) -> None:
+    """Take the adapter out; the denoiser is bit for bit what it was."""
+    if getattr(model.denoiser, "peft_config", None):
+        model.denoiser.unload_lora()
+
+
+def save(model: Model, folder: str | os.PathLike, about: dict) -> Path:
+    """Write the adapter as diffusers' LoRA file, and ``about`` beside it as JSON; returns the file's path.
+
+    Pipelines of diffusers take it back by ``pipe.load_lora_weights(folder)``; LDMTextToImagePipeline, which has no such
+    method, by ``pipe.unet.load_lora_adapter(folder, prefix="unet")``.
+    """
+    folder = check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = "transformer" if getattr(model.pipe, "transformer", None) is not None else "unet"
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER))
+    config = model.denoiser.peft_config[ADAPTER].to_dict()
+    writer = type(model.pipe) if hasattr(model.pipe, "save_lora_weights") else StableDiffusionLoraLoaderMixin
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
+        writer.save_lora_weights(aside, **{f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config})
+        Path(aside, ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        for name in (ABOUT, FILE):
+            os.replace(Path(aside, name), folder / name)
+    return folder / FILE
+
+
+def load(model: Model, folder: str | os.PathLike) -> dict:
+    """Put a saved adapter into the model; returns what :func:`save` was told ``about`` it ({} without).
+
+    Raises TextlocError for a folder without an adapter's file, one of another model, or a model that has one already.
+    """
+    folder = Path(folder)
+    if not (folder / FILE).is_file():
+        raise TextlocError(f"no adapter in {folder} ({FILE} is missing); textloc lora train writes one")
+    if getattr(model.denoiser, "peft_config", None):
+        raise TextlocError("the model carries an adapter already; remove it first")
+    try:
+        if hasattr(model.pipe, "load_lora_weights"):
+            model.pipe.load_lora_weights(folder, weight_name=FILE, local_files_only=True)
+        else:
+            model.denoiser.load_lora_adapter(folder, weight_name=FILE, prefix="unet", local_files_only=True)
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        remove(model)
+        first = str(error).strip().splitlines()[0]
+        raise TextlocError(f"the adapter in {folder} does not fit {model.spec.name}: {first}") from None
+    about = folder / ABOUT
+    return json.loads(about.read_text()) if about.is_file() else {}
+
+
+# --- data -----------------------------------------------------------------------------------------------------
+
+
+def prepare(model: Model, pictures: np.ndarray, captions: Sequence[str]) -> Data:
+    """Encode pictures, uint8 (n, H, W, 3) of the model's size, and their captions."""
+    if len(pictures) != len(captions) or not len(pictures):
+        raise TextlocError(f"{len(pictures)} pictures came with {len(captions)} captions; give one caption per picture")
+    height, width = model.spec.height, model.spec.width
+    if pictures.shape[1:] != (height, width, 3):
+        raise TextlocError(f"pictures for {model.spec.name} are {height} x {width} x 3, got {pictures.shape[1:]}")
+    return Data(latents=model.encode(pictures), given=conditions(model, [*captions, ""]))
+
+
+def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.ndarray, list[str]]:
+    """Pictures and captions of a folder in the "imagefolder" layout of ``datasets``: uint8 (n, height, width, 3).
+
+    Captions stand in ``metadata.csv`` or ``metadata.jsonl`` in the column ``text``. Pictures are scaled and cropped in
+    the middle. Raises TextlocError for a folder without pictures or without captions.
+    """
+    from datasets import disable_progress_bars, load_dataset
+    from PIL import ImageOps
+
+    disable_progress_bars()
+    try:
+        rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
+    except Exception as error:  # the library below raises many unrelated classes here
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TextlocError(f"no pictures can be read from {folder}: {first}") from None
+    if "text" not in rows.column_names:
+        raise TextlocError(f"{folder} has no captions; metadata.csv needs the columns file_name and text")
+    pictures = [np.asarray(ImageOps.fit(row["image"].convert("RGB"), (width, height))) for row in rows]
+    return np.stack(pictures), [row["text"] or "" for row in rows]
+
+
+# --- training -------------------------------------------------------------------------------------------------
+
+
+class _Objective(nn.Module):
+    """The denoiser's own training loss on rows of the data, for the scheduler's kind of noise."""
+
+    def __init__(self, model: Model, data: Data):
+        super().__init__()
+        self.denoiser = model.denoiser
+        self._data, self._scheduler = data, model.pipe.scheduler  # no modules: a process keeps its own
+
+    def noised(self, x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noisy x, what the denoiser should answer, and its timesteps 0 to 1000; random numbers from the CPU.
+
+        Text is read where noise hides it, so strong noise comes more often: the scheduler's own shift of a
+        logit-normal level where it has one (Esser et al. 2024), else timesteps whose density rises linearly.
+        """
+        n, config = len(x), self._scheduler.config
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        if not hasattr(self._scheduler, "alphas_cumprod"):
+            level = torch.sigmoid(torch.randn(n, generator=generator)).to(x)
+            level = config.shift * level / (1 + (config.shift - 1) * level)
+            s = level.view(shape)
+            return (1 - s) * x + s * noise, noise - x, level * config.num_train_timesteps
+        last = config.num_train_timesteps - 1
+        t = (torch.rand(n, generator=generator).sqrt() * (last + 1)).long().clamp_max(last)
+        alpha = self._scheduler.alphas_cumprod[t].to(x).view(shape)
+        signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+        answers = {"epsilon": noise, "v_prediction": signal * noise - spread * x, "sample": x}
+        return signal * x + spread * noise, answers[config.prediction_type], t.to(x.device)
+
+    def forward(self, rows: list[int], captions: list[int], generator: torch.Generator) -> torch.Tensor:
+        """Mean loss of the data's ``rows`` under the texts of the rows ``captions``."""
+        x = self._data.latents[rows]
+        noisy, answer, t = self.noised(x, generator)
+        given = take_rows(self._data.given, captions, len(self._data) + 1)
+        guess = denoise(self.denoiser, noisy.to(self.denoiser.dtype), t, given)
+        return (guess.float() - answer).square().mean()
+
+
+def train(
+    model: Model,
+    data: Data,
+    training: Training,
+    *,
+    folder: str | os.PathLike | None = None,
+    checkpoint_steps: int = 25,
+    progress: bool = False,
+) -> Report:
+    """Train adapters, which stay in the model; with a ``folder`` go on where a killed run was, and save them there.
+
+    Several processes (``accelerate launch``) share each batch out. Every random number hangs on (seed, step, process):
+    a resumed run ends at the weights of an uninterrupted one. Raises TextlocError for settings that cannot be, or a
+    folder that holds a run with other settings.
+    """
+    for name, value in (("steps", training.steps), ("batch", training.batch), ("lr", training.lr)):
+        if value <= 0:
+            raise TextlocError(f"{name} must be above 0, got {value}")
+    folder = None if folder is None else check_writable(folder)
+    names = targets(model, training)
+    half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(model.denoiser.dtype, "no")
+    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision=half)
+    if training.batch % accelerator.num_processes:
+        raise TextlocError(f"the batch must be a multiple of the {accelerator.num_processes} processes")
+    trained = add(model, training)
+    try:
+        report = _run(model, data, training, trained, accelerator, folder, checkpoint_steps, progress)
+    except BaseException:
+        remove(model)
+        raise
+    if folder is not None and accelerator.is_main_process:
+        about = {"model": model.spec.name, "training": asdict(training), "targets": names, "report": asdict(report)}
+        save(model, folder, about)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def _run(
+    model: Model,
+    data: Data,
+    training: Training,
+    trained: list[nn.Parameter],
+    accelerator: Accelerator,
+    folder: Path | None,
+    checkpoint_steps: int,
+    progress: bool,
+) -> Report:
+    optimiser = torch.optim.AdamW(trained, lr=training.lr, weight_decay=0.0)
+    losses, begin = [], 0
+    checkpoint = folder and folder / CHECKPOINT
+    key = asdict(training) | {"model": model.spec.name, "pictures": len(data)}
+    if checkpoint and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if saved["key"] != key:
+            raise TextlocError(f"{folder} holds a run with other settings; choose another folder, or delete it")
+        set_peft_model_state_dict(model.denoiser, saved["adapter"], adapter_name=ADAPTER)
+        optimiser.load_state_dict(saved["optimiser"])
+        losses, begin = saved["losses"], saved["step"]
+    objective, optimiser = accelerator.prepare(_Objective(model, data), optimiser)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    local, seconds, kept = training.batch // processes, [], 0
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for step in tqdm(
+        range(begin, training.steps),
+        initial=begin,
+        total=training.steps,
+        desc=f"{model.spec.name}: adapters",
+        unit="step",
+        disable=not (progress and accelerator.is_main_process),
+    ):
+        began = time.perf_counter()
+        generator = step_generator(training.seed, step, rank)
+        rows = torch.randint(len(data), (local,), generator=generator).tolist()
+        dropped = (torch.rand(local, generator=generator) < training.drop).tolist()
+        captions = [len(data) if drop else row for row, drop in zip(rows, dropped, strict=True)]
+        # What is kept for the backward pass is counted once; the counting itself takes time.
+        with _Saved(model.denoiser, on=step == begin) as saved, accelerator.autocast():
+            loss = objective(rows, captions, generator)
+        kept = saved.bytes or kept
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, 1.0)
+        for group in optimiser.param_groups:  # constant, then falling over the last half
+            group["lr"] = training.lr * min(1.0, 2 * (1 - step / training.steps))
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+        seconds.append(time.perf_counter() - began)
+        if checkpoint and (step + 1) % checkpoint_steps == 0 and accelerator.is_main_process:
+            state = {
+                "key": key,
+                "adapter": get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER),
+                "optimiser": optimiser.state_dict(),
+                "losses": losses,
+                "step": step + 1,
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(state, checkpoint.with_suffix(".part"))
+            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+    return Report(
+        parameters=sum(p.numel() for p in trained),
+        losses=[round(loss, 5) for loss in losses],
+        seconds_per_step=statistics.median(seconds) if seconds else 0.0,
+        saved_bytes=kept,
+        peak_bytes=torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else None,
+    )
+
+
+class _Saved:
+    """Counts the bytes of distinct tensors that are saved for the backward pass inside the block, weights left out."""
+
+    def __init__(self, module: nn.Module, on: bool):
+        self.bytes, self._seen = 0, set()
+        self._own = {p.untyped_storage().data_ptr() for p in module.parameters()} if on else set()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x) if on else None
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own | self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "_Saved":
+        if self._hooks:
+            self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._hooks:
+            self._hooks.__exit__(*error)
