@@ -24,7 +24,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
@@ -45,7 +44,6 @@ class Budget:
     ``autoencoder_seconds``, ``pool`` (scenes encoded once) and ``encoder_steps`` (where the text encoder learns first)
     come before the denoiser's ``seconds``. A recipe of two
     stages shares ``samples`` and ``seconds`` out.
-    With ``muon`` that optimiser changes the weight matrices, else AdamW.
     The learning rate ``lr`` falls linearly over the last share ``decay`` of the budget.
     ``curriculum`` lists (share of the budget, word lengths drawn from there on). Words of one length teach the shapes
     of letters; then letters in runs teach which letter is which, since a text that is the same everywhere can be drawn
@@ -59,7 +57,6 @@ class Budget:
     pool: int = 61_440
     batch: int = 32
     lr: float = 1.5e-3
-    muon: bool = False
     decay: float = 0.4
     ema: float = 0.9995
     evaluations: int = 14
@@ -156,55 +153,6 @@ class Drawn:
 
 
 # --- the run -------------------------------------------------------------------------------------------------
-
-
-class Optimiser:
-    """AdamW, and Muon (Jordan et al. 2024) for the weight matrices where the budget says so.
-
-    Muon wants matrices: a convolution's weights are seen as one, a row per output channel. Both take one learning rate.
-    """
-
-    def __init__(self, objective: nn.Module, budget: "Budget"):
-        trained = [p for p in objective.parameters() if p.requires_grad]
-        self._matrices = [(p, nn.Parameter(_matrix(p.data))) for p in trained if budget.muon and p.ndim in (2, 4)]
-        done = {id(p) for p, _ in self._matrices}
-        rest = [p for p in trained if id(p) not in done]
-        self._parts = [torch.optim.AdamW(rest, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
-        if self._matrices:
-            views = [view for _, view in self._matrices]
-            options = {"lr": budget.lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
-            self._parts.append(torch.optim.Muon(views, **options))
-
-    def set_lr(self, lr: float) -> None:
-        """The learning rate of the next step."""
-        for part in self._parts:
-            for group in part.param_groups:
-                group["lr"] = lr
-
-    def step(self) -> None:
-        """Change the weights along their gradients, and forget these."""
-        for weight, view in self._matrices:
-            view.grad = None if weight.grad is None else _matrix(weight.grad)
-            weight.grad = None
-        for part in self._parts:
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> list[dict]:
-        """What :meth:`load_state_dict` takes."""
-        return [part.state_dict() for part in self._parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Go on from a saved state."""
-        for part, state in zip(self._parts, states, strict=True):
-            part.load_state_dict(state)
-
-
-def _matrix(weight: torch.Tensor) -> torch.Tensor:
-    """Weights (out, in, ...) as (out, rest), sharing memory; the order within a row is the layout's."""
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.reshape(len(weight), -1)
 
 
 def lr_factor(progress: float, step: int, decay: float, warmup: int = 100) -> float:
@@ -310,7 +258,9 @@ def _train_stage(
         if main:
             log(f"text encoder: {right:.3f} of the letters' places named rightly")
     objective = rules.Objective(pipe).to(accelerator.device).train()
-    optimiser = Optimiser(objective, budget)
+    optimiser = torch.optim.AdamW(
+        objective.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     ema = EMAModel(objective.parameters(), decay=budget.ema, use_ema_warmup=True, power=0.75, foreach=True)
     state = {"step": 0, "samples": 0, "seconds": 0.0, "losses": [], "evaluated": 0}
     if checkpoint.exists():
@@ -378,7 +328,8 @@ def _train_stage(
         if progress >= 1.0:
             break
         lengths = [words for at, words in budget.curriculum if progress >= at][-1]
-        optimiser.set_lr(budget.lr * lr_factor(progress, state["step"], budget.decay))
+        for group in optimiser.param_groups:
+            group["lr"] = budget.lr * lr_factor(progress, state["step"], budget.decay)
         key = (seed, state["step"], rank)
         latents, captions = pool.batch(local, lengths, random.Random(str(key)))
         tokens = {k: v.to(accelerator.device) for k, v in rules.tokenize(pipe, captions).items()}
@@ -390,6 +341,7 @@ def _train_stage(
             accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
         ema.step(objective.parameters())
         recent.append(loss.item())
         state["step"] += 1
