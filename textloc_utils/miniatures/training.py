@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
@@ -160,8 +161,10 @@ def lr_factor(progress: float, step: int, decay: float, warmup: int = 100) -> fl
     return min(1.0, (step + 1) / warmup) * min(1.0, max(0.02, (1 - progress) / decay))
 
 
-def prepare(name: str, folder: Path, budget: Budget, seed: int, device: str = "cpu", log=print) -> None:
-    """Train the autoencoder and encode the pool, each once; both are kept in the run's folder.
+def prepare(
+    name: str, folder: Path, budget: Budget, seed: int, device: str = "cpu", log=print, start: Path | None = None
+) -> None:
+    """Train the autoencoder (or take ``start``'s) and encode the pool, each once; both are kept in the run's folder.
 
     A recipe in pixel space has neither.
     """
@@ -170,10 +173,16 @@ def prepare(name: str, folder: Path, budget: Budget, seed: int, device: str = "c
         return
     vae_folder = folder / "vae"
     if not (vae_folder / "config.json").exists():
-        torch.manual_seed(seed)
-        vae = rules.autoencoder().to(device)
-        report = autoencoder.train(vae, seconds=budget.autoencoder_seconds, seed=seed, log=log)
-        autoencoder.set_latent_statistics(vae)
+        if start is None:
+            torch.manual_seed(seed)
+            vae = rules.autoencoder().to(device)
+            report = autoencoder.train(vae, seconds=budget.autoencoder_seconds, seed=seed, log=log)
+            autoencoder.set_latent_statistics(vae)
+        else:
+            vae = type(rules.autoencoder()).from_pretrained(
+                next(part for part in (start / "vae", start / "vqvae") if part.is_dir())
+            )
+            report = _history(start)["autoencoder"]
         part = folder / "vae.part"
         vae.save_pretrained(part)
         write_json(part / "report.json", report)
@@ -195,11 +204,14 @@ def train(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    start: Path | None = None,
     log=print,
 ) -> dict | None:
     """Train miniature ``name`` in ``folder``, or go on where its checkpoint was.
 
-    ``budget`` defaults to the recipe's. Returns the training report, None in other processes than the main one.
+    ``budget`` defaults to the recipe's. A new run begins with the weights of the shipped miniature in the folder
+    ``start`` where one is given, else with untrained ones. Returns the training report, None in other processes than
+    the main one.
 
     The EMA weights are evaluated ``budget.evaluations`` times, evenly over the budget, into
     ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``. A second stage follows in
@@ -209,27 +221,50 @@ def train(
     place = pick_device(device)
     rules = recipe(name)
     budget = budget or default_budget(name)
+    before = None if start is None else _history(start)
+    if before is not None and before["name"] != name:
+        raise TextlocError(f"{start} holds {before['name']}; {name} can only start from a {name}")
     check_writable(folder).mkdir(parents=True, exist_ok=True)
     if precision == "auto":
         precision = "bf16" if autoencoder.has_bf16(place) else "fp32"
     accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
     main = accelerator.is_main_process
     if main:
-        prepare(name, folder, budget, seed, str(accelerator.device), log)
+        prepare(name, folder, budget, seed, str(accelerator.device), log, start)
     accelerator.wait_for_everyone()
     second = getattr(rules, "Stage2", None)
     part = _part(budget, 1 - second.SHARE) if second else budget
-    report = _train_stage(name, rules, folder, part, seed, accelerator, precision, log)
+    report = _train_stage(name, rules, folder, part, seed, accelerator, precision, log, start)
     if second:
         rules, part = second(folder / "pipeline"), _part(budget, second.SHARE, evaluations=0)
-        stage2 = _train_stage(name, rules, folder / "stage2", part, seed, accelerator, precision, log)
+        place = start and start / "stage2"
+        stage2 = _train_stage(name, rules, folder / "stage2", part, seed, accelerator, precision, log, place)
         if main:
             report["stage2"] = stage2
-            write_json(folder / "report.json", report)
             shutil.copytree(folder / "stage2" / "pipeline", folder / "pipeline" / "stage2")
-        accelerator.wait_for_everyone()
+    if main:
+        if before is not None:
+            earlier = before.get("before", {"samples": 0, "seconds": 0})
+            report["before"] = {k: before[k] + earlier[k] for k in earlier}
+        write_json(folder / "report.json", report)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return report if main else None
+
+
+def _history(folder: Path) -> dict:
+    """The report of a shipped miniature's training."""
+    try:
+        return json.loads((folder / "training.json").read_text())["report"]
+    except (OSError, ValueError, KeyError):
+        raise TextlocError(f"no trained miniature in {folder}; give a folder of data/miniatures") from None
+
+
+def _take_weights(pipe, folder: Path) -> None:
+    """Give every network of the pipeline the weights that it has in a saved one."""
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
 
 
 def _part(budget: Budget, share: float, **other) -> Budget:
@@ -237,7 +272,15 @@ def _part(budget: Budget, share: float, **other) -> Budget:
 
 
 def _train_stage(
-    name: str, rules, folder: Path, budget: Budget, seed: int, accelerator: Accelerator, precision: str, log
+    name: str,
+    rules,
+    folder: Path,
+    budget: Budget,
+    seed: int,
+    accelerator: Accelerator,
+    precision: str,
+    log,
+    start: Path | None,
 ) -> dict:
     """Train what one recipe (a module, or its Stage2) holds; the report of the main process is also in the folder."""
     cpu, main = accelerator.device.type == "cpu", accelerator.is_main_process
@@ -253,11 +296,13 @@ def _train_stage(
         pipe = rules.pipeline()
     pipe.set_progress_bar_config(disable=True)
     checkpoint = folder / "checkpoint.pt"
-    if hasattr(rules, "pretrain") and not checkpoint.exists():
+    if hasattr(rules, "pretrain") and start is None and not checkpoint.exists():
         right = rules.pretrain(pipe, seed, budget.encoder_steps)  # in every process, with the same outcome
         if main:
             log(f"text encoder: {right:.3f} of the letters' places named rightly")
     objective = rules.Objective(pipe).to(accelerator.device).train()
+    if start is not None and not checkpoint.exists():
+        _take_weights(pipe, start)
     optimiser = torch.optim.AdamW(
         objective.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
