@@ -82,7 +82,7 @@ def pipeline() -> IFPipeline:
         in_channels=3,
         down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
         up_block_types=("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
-        block_out_channels=(16, 32, 96, 128),
+        block_out_channels=(16, 32, 64, 128),
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
     )
