@@ -112,6 +112,16 @@ def _study(args) -> None:
         _print_effects(localize.effect_intervals(studies.study(model, name, layers, work.pairs, args.seed, **options)))
 
 
+def _explore(args) -> None:
+    from textloc_utils import explorer, models, ocr
+
+    pairs = prompts.make_pairs(args.pairs, args.seed)
+    ocr.tesseract_version()
+    for model in [models.load(name, device=args.device) for name in args.models]:
+        table = explorer.publish(model, pairs, progress=sys.stderr.isatty())
+        print(f"{model.spec.name}: {len(table)} pictures of {len(pairs)} pairs in {explorer.store().root}")
+
+
 def _print_effects(table) -> None:
     for row in table.itertuples():
         print(f"  {row.site:<24} {row.mean:6.2f} [{row.low:.2f}, {row.high:.2f}]")
@@ -225,6 +235,13 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
     study.add_argument("--publish", action="store_true", help="write the tables to the data folder, for the book")
     study.set_defaults(run=_study)
+
+    explore = commands.add_parser("explore", help="draw the pictures of the book's layer explorer into the data folder")
+    explore.add_argument("models", metavar="MODEL", nargs="+", help="names from `textloc models`")
+    explore.add_argument("--pairs", type=int, default=6, metavar="N", help="number of pairs (default: 6)")
+    explore.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
+    _place(explore)
+    explore.set_defaults(run=_explore)
 
     train = commands.add_parser(
         "train",
