@@ -135,17 +135,18 @@ def test_no_file_is_heavy():
     assert [f.name for f in files if f.is_file() and f.stat().st_size > 16 * 2**20] == []
 
 
-def test_tesseract_is_ensured_or_named(tmp_path):
-    """Without Tesseract and a package manager the script says in one line what to install."""
-    script = ROOT / "scripts" / "ensure_tesseract.sh"
-    for tool in ("sed", "grep", "id"):
-        (tmp_path / tool).symlink_to(_which(tool))
+@pytest.mark.parametrize(("tool", "package"), [("tesseract", "tesseract-ocr"), ("chromium", "chromium")])
+def test_tools_are_ensured_or_named(tool, package, tmp_path):
+    """Without the tool and a package manager the script says in one line what to install."""
+    script = ROOT / "scripts" / "ensure_tool.sh"
+    for needed in ("sed", "grep", "id"):
+        (tmp_path / needed).symlink_to(_which(needed))
     bash = _which("bash")
-    run = subprocess.run([bash, script], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    run = subprocess.run([bash, script, tool], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ""
     (line,) = run.stderr.splitlines()
-    assert "tesseract-ocr" in line
-    here = subprocess.run([bash, script], capture_output=True, text=True)
+    assert package in line
+    here = subprocess.run([bash, script, tool], capture_output=True, text=True)
     assert (here.returncode, here.stdout, here.stderr) == (0, "", "")
 
 

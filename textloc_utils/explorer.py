@@ -24,7 +24,8 @@ from textloc_utils.results import Store
 from textloc_utils.settings import data_dir
 
 #: Of the table of ``localize.patch_pair``, what the explorer tells beside each picture.
-COLUMNS = ["model", "seed", "source_text", "target_text", "site", "read", "target_score", "source_score", "ssim_outside"]
+COLUMNS = ["model", "seed", "wall", "sign", "source_text", "target_text", "site", "read"]
+COLUMNS += ["target_score", "source_score", "ssim_outside"]
 SUFFIX = ".webp"
 
 
