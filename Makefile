@@ -1,4 +1,5 @@
 # make book   set up, execute the notebooks, build the site into _build/html
+# make site   build the site from the notebooks as they are
 # make test   set up, unit tests, then every notebook against its committed outputs from an empty result store
 # make setup  the virtual environment in .venv, and Tesseract
 # make benchmark   speed and memory, as ratios within one run
@@ -9,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup tesseract chromium book test benchmark lint pins clean
+.PHONY: help setup tesseract chromium book site test benchmark lint pins clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -84,6 +85,9 @@ $(VENV)/installed: pyproject.toml constraints.txt $(VENV)/torch-$(TORCH)
 # Notebooks whose own cells, package, data or pinned packages changed are executed, the others left alone.
 book: setup
 	@$(BIN)/textloc run --timeout $(CELL_TIMEOUT)
+	@$(MAKE) --no-print-directory site
+
+site: setup
 	@$(BIN)/jupyter-book build . --all -W -n --keep-going
 	@echo "the book is in _build/html/index.html"
 
