@@ -21,7 +21,7 @@ from textloc_utils import localize
 from textloc_utils.models import Model
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
-from textloc_utils.settings import data_dir
+from textloc_utils.settings import TextlocError, data_dir
 
 #: Of the table of ``localize.patch_pair``, what the explorer tells beside each picture.
 COLUMNS = ["model", "seed", "wall", "sign", "source_text", "target_text", "site", "read"]
@@ -45,6 +45,8 @@ def publish(model: Model, pairs: Sequence[Pair], *, progress: bool = False) -> p
     Returns the table, one row per pair and picture. Each pair is a unit of the result store: a killed run goes on where
     it was. Files are written aside and renamed, the table last, so that it never names pictures that are not there.
     """
+    if not pairs:
+        raise TextlocError("the explorer needs at least one pair of prompts")
     key = localize.published_key(model, pairs, None)
     shared = {k: key[k] for k in key if k != "pairs"} | {"model": model.spec.name}
     units = [
