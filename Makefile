@@ -114,7 +114,7 @@ pins: $(VENV)/bin/python
 	@_build/pins/bin/python -m pip -qq install --no-index --no-deps "$(TORCH_RANGE)" 2>/dev/null || \
 	  _build/pins/bin/python -m pip -qq install --index-url https://download.pytorch.org/whl/cpu --no-deps "$(TORCH_RANGE)"
 	@_build/pins/bin/python -m pip -qq install -e ".[book,test]"
-	@{ sed -n '/^#/p' constraints.txt; _build/pins/bin/python -m pip freeze --all --exclude-editable --exclude pip | \
+	@{ sed -n '/^#/p' constraints.txt; _build/pins/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel | \
 	  sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } >_build/constraints.txt
 	@mv _build/constraints.txt constraints.txt && rm -rf _build/pins
 	@git --no-pager diff --stat constraints.txt 2>/dev/null || true
