@@ -1,14 +1,16 @@
 # make book   set up, execute the notebooks, build the site into _build/html
+# make site   build the site from the notebooks as they are
 # make test   set up, unit tests, then every notebook against its committed outputs from an empty result store
 # make setup  the virtual environment in .venv, and Tesseract
 # make benchmark   speed and memory, as ratios within one run
+# make pins   take the newest packages that pyproject.toml allows into constraints.txt
 # make lint, make clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup tesseract book test benchmark lint clean
+.PHONY: help setup tesseract chromium book site test benchmark lint pins clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,15 +26,10 @@ ifndef TORCH
 TORCH := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 endif
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
+TORCH_RANGE := $(shell sed -n 's/.*"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 CELL_TIMEOUT ?= 900
-
-NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-EXECUTED := $(NOTEBOOKS:notebooks/%.ipynb=_build/executed/%.stamp)
-# What a notebook's outputs depend on: the package and the data, results and training runs aside.
-INPUTS := $(shell find textloc_utils data -type f -not -path '*/__pycache__/*' -not -path 'data/results/*' \
-  -not -path 'data/runs/*' -not -name README.md 2>/dev/null)
 
 # One process per core with one thread each: two processes with a thread per core each are many times slower.
 JOBS := $(shell echo $$(($(CORES) > 4 ? 4 : $(CORES))))
@@ -48,7 +45,11 @@ help:
 setup: $(VENV)/installed tesseract
 
 tesseract:
-	@scripts/ensure_tesseract.sh
+	@scripts/ensure_tool.sh tesseract
+
+# Without it the browser tests are skipped, unless TEXTLOC_BROWSER=required asks for them.
+chromium:
+	@scripts/ensure_tool.sh chromium || [ "$${TEXTLOC_BROWSER-}" != required ]
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { \
@@ -81,27 +82,18 @@ $(VENV)/installed: pyproject.toml constraints.txt $(VENV)/torch-$(TORCH)
 
 # --- the book -------------------------------------------------------------------------------------------------
 
-# A notebook is executed to a scratch path and replaces the old one only after it ran through; what differs
-# from run to run is taken out first.
-_build/executed/%.stamp: notebooks/%.ipynb $(INPUTS) constraints.txt | setup
-	@mkdir -p $(@D)
-	@echo "executing $<"
-	@$(BIN)/papermill --no-progress-bar --execution-timeout $(CELL_TIMEOUT) --kernel python3 \
-	  $< $(@D)/$*.ipynb >$(@D)/$*.log 2>&1 || { \
-	  tail -n 40 $(@D)/$*.log >&2; echo "$< failed; it is left as it was" >&2; exit 1; }
-	@$(BIN)/nbstripout --keep-output --keep-count --extra-keys \
-	  "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" \
-	  $(@D)/$*.ipynb
-	@mv $(@D)/$*.ipynb $<
-	@touch $@
+# Notebooks whose own cells, package, data or pinned packages changed are executed, the others left alone.
+book: setup
+	@$(BIN)/textloc run --timeout $(CELL_TIMEOUT)
+	@$(MAKE) --no-print-directory site
 
-book: setup $(EXECUTED)
+site: setup
 	@$(BIN)/jupyter-book build . --all -W -n --keep-going
 	@echo "the book is in _build/html/index.html"
 
 # --- checks ---------------------------------------------------------------------------------------------------
 
-test: setup
+test: setup chromium
 	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests --ignore tests/benchmarks
 	@store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; \
 	  TEXTLOC_RESULTS="$$store" OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 \
@@ -114,6 +106,19 @@ benchmark: setup
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+# A fresh environment from the ranges of pyproject.toml alone becomes the lock. `make test` then says whether all still
+# holds. What a pinned package brings along is pinned as well; versions carry no label of one machine's build.
+pins: $(VENV)/bin/python
+	@rm -rf _build/pins && $(BIN)/python -m venv _build/pins
+	@_build/pins/bin/python -m pip -qq install --no-index --no-deps "$(TORCH_RANGE)" 2>/dev/null || \
+	  _build/pins/bin/python -m pip -qq install --index-url https://download.pytorch.org/whl/cpu --no-deps "$(TORCH_RANGE)"
+	@_build/pins/bin/python -m pip -qq install -e ".[book,test]"
+	@{ sed -n '/^#/p' constraints.txt; _build/pins/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel | \
+	  sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } >_build/constraints.txt
+	@mv _build/constraints.txt constraints.txt && rm -rf _build/pins
+	@git --no-pager diff --stat constraints.txt 2>/dev/null || true
+	@echo "constraints.txt holds the newest packages; run make test"
 
 # Leaves the result store and the executed notebooks alone.
 clean:

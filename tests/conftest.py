@@ -4,7 +4,10 @@ The variables are set before torch is imported; what the caller set stays.
 """
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +30,38 @@ os.environ["TEXTLOC_RESULTS"] = _STORE.name
 def empty_result_store(tmp_path, monkeypatch):
     """Each test starts from an empty store: a cached answer is no check."""
     monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "results"))
+
+
+def build_book(out: Path, *options, **environment) -> Path:
+    """Build the book from the committed notebooks below ``out``; returns the folder of the site."""
+    from textloc_utils.settings import ROOT
+
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "--path-output", out, "--all", *options]
+    # As on a reader's own machine, wherever the tests run.
+    kept = {k: v for k, v in os.environ.items() if k not in ("GITHUB_REPOSITORY", "TEXTLOC_SITE_URL")}
+    built = subprocess.run(command, cwd=out, capture_output=True, text=True, env=kept | environment)
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    return out / "_build" / "html"
+
+
+def html_pages(site: Path) -> list[Path]:
+    """All pages. What lies below ``_static`` in HTML is the theme's templates; index.html leads to book/index.html."""
+    found = [p for p in site.rglob("*.html") if "_static" not in p.relative_to(site).parts]
+    found.remove(site / "index.html")
+    assert site / "book" / "method.html" in found
+    return sorted(found)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory, worker_id) -> Path:
+    """The book as committed, built anew with warnings as errors, once for all test processes."""
+    from filelock import FileLock
+
+    shared = tmp_path_factory.getbasetemp()
+    out = (shared if worker_id == "master" else shared.parent) / "book"
+    with FileLock(f"{out}.lock"):
+        if not (out / "done").exists():
+            out.mkdir(exist_ok=True)
+            build_book(out, "-W", "-n", "--keep-going")
+            (out / "done").touch()
+    return out / "_build" / "html"

@@ -1,14 +1,9 @@
 """The committed book builds without a warning, and its pages load nothing from another host."""
 
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
-import pytest
-
-from textloc_utils.settings import ROOT
+from conftest import build_book, html_pages
 
 # Elements whose address a browser fetches on loading the page; a link to click is no load.
 LOADING = {
@@ -55,16 +50,6 @@ def outside_loads(html: str) -> list[str]:
     return [a for a in page.loads if OUTSIDE.match(a.strip())] + OUTSIDE_CSS.findall(page.styles)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """The book as committed, built anew from the executed notebooks."""
-    out = tmp_path_factory.mktemp("site")
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "--path-output", out]
-    built = subprocess.run([*command, "--all", "-W", "-n", "--keep-going"], cwd=out, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
-    return out / "_build" / "html"
-
-
 def test_the_check_finds_outside_loads():
     assert outside_loads('<script src="https://cdn.example/x.js"></script>') == ["https://cdn.example/x.js"]
     assert outside_loads('<link rel="stylesheet" href="//cdn.example/x.css">') == ["//cdn.example/x.css"]
@@ -72,15 +57,8 @@ def test_the_check_finds_outside_loads():
     assert outside_loads('<a href="https://arxiv.org"></a><link rel="canonical" href="https://x.example">') == []
 
 
-def pages(site: Path) -> list[Path]:
-    """All pages; what lies below ``_static`` in HTML is the theme's templates."""
-    found = [p for p in site.rglob("*.html") if "_static" not in p.relative_to(site).parts]
-    assert site / "book" / "method.html" in found
-    return found
-
-
 def test_pages_load_nothing_from_outside(site):
-    found = {str(p.relative_to(site)): outside_loads(p.read_text()) for p in pages(site)}
+    found = {str(p.relative_to(site)): outside_loads(p.read_text()) for p in html_pages(site)}
     assert {page: loads for page, loads in found.items() if loads} == {}
 
 
@@ -91,7 +69,7 @@ def test_styles_load_nothing_from_outside(site):
 
 def test_what_pages_load_is_in_the_site(site):
     missing = []
-    for path in pages(site):
+    for path in html_pages(site):
         page = Page()
         page.feed(path.read_text())
         for address in page.loads:
@@ -106,3 +84,39 @@ def test_formulas_are_typeset_from_the_site(site):
     assert "_static/mathjax/tex-chtml.js" in method
     fonts = list((site / "_static" / "mathjax" / "output" / "chtml" / "fonts" / "woff-v2").glob("*.woff"))
     assert len(fonts) > 20
+
+
+def test_buttons_and_card_where_the_address_is_known(tmp_path):
+    """A workflow on GitHub tells the repository and the site's address; a copy at home leaves the buttons out."""
+    contents = tmp_path / "_toc.yml"
+    contents.write_text("format: jb-book\nroot: book/method\nchapters: [{file: notebooks/01_patch_one_layer}]\n")
+    known = {"GITHUB_REPOSITORY": "someone/textloc", "TEXTLOC_SITE_URL": "https://someone.example/textloc/"}
+    page = (build_book(tmp_path, "--toc", contents, **known) / "notebooks" / "01_patch_one_layer.html").read_text()
+    notebook = "notebooks/01_patch_one_layer.ipynb"
+    assert f"https://github.com/someone/textloc/edit/main/{notebook}" in page
+    assert f"https://colab.research.google.com/github/someone/textloc/blob/main/{notebook}" in page
+    assert re.search(rf"https://mybinder\.org/v2/gh/someone/textloc/main\?urlpath=[^\"]*{notebook}", page)
+    card = re.search(r'property="og:image" content="https://someone.example/textloc/_static/([^"]+)"', page)[1]
+    assert (tmp_path / "_build" / "html" / "_static" / card).read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_button_where_no_address_is_known(site):
+    page = (site / "notebooks" / "01_patch_one_layer.html").read_text()
+    assert "mybinder" not in page and "colab" not in page and "/edit/" not in page
+    assert 'property="og:title"' in page and "og:image" not in page
+
+
+def test_the_package_page_names_every_module(site):
+    import pkgutil
+
+    import textloc_utils
+
+    page = (site / "book" / "api.html").read_text()
+    found = [m.name for m in pkgutil.walk_packages(textloc_utils.__path__, "textloc_utils.") if not m.ispkg]
+    assert "textloc_utils.patching" in found
+    assert [name for name in found if f'id="module-{name}"' not in page] == []
+    assert 'id="textloc_utils.patching.patched"' in page
+
+
+def test_the_site_is_light(site):
+    assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 60 * 2**20

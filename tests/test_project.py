@@ -5,6 +5,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from packaging.utils import canonicalize_name
 from PIL import ImageFont
 
 import textloc_utils
-from textloc_utils import prompts
+from textloc_utils import cli, prompts
 from textloc_utils.miniatures import scenes
 from textloc_utils.settings import ROOT
 
@@ -95,6 +96,35 @@ def test_continuous_integration_runs_the_tests():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert re.search(r"^make test$", script.read_text(), re.MULTILINE)
+    assert re.search(r"^export TEXTLOC_BROWSER=required$", script.read_text(), re.MULTILINE)
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def test_workflows_are_valid_and_ask_for_little():
+    """Against GitHub's schema; then zizmor: permissions, injected input, kept credentials, versions of actions."""
+    scripts = Path(sys.executable).parent
+    schema = [scripts / "check-jsonschema", "--builtin-schema", "vendor.github-workflows"]
+    audit = [scripts / "zizmor", "--offline", "--no-progress", "--config", ROOT / ".github" / "zizmor.yml"]
+    for command in (schema, audit):
+        run = subprocess.run([*command, *WORKFLOWS], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+    read_only = {"contents": "read"}
+    assert all(yaml.safe_load(path.read_text())["permissions"] == read_only for path in WORKFLOWS)
+
+
+def test_workflows_call_what_there_is():
+    text = "\n".join(path.read_text() for path in WORKFLOWS)
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    called = set(re.findall(r"make ([a-z]+)", text))
+    assert len(called) >= 3 and called <= targets
+    files = re.findall(r"[\w./]+\.(?:py|ipynb)\b", text)
+    assert len(files) >= 4 and [name for name in files if not (ROOT / name).is_file()] == []
+    for words in re.findall(r"textloc run (.*?)(?:\n\s*- |\Z)", text, re.DOTALL):
+        options = re.findall(r"--[a-z]+", words)
+        help_text = cli.parser()._subparsers._group_actions[0].choices["run"].format_help()
+        assert options and [o for o in options if o not in help_text] == []
 
 
 def test_versions_agree():
@@ -135,17 +165,18 @@ def test_no_file_is_heavy():
     assert [f.name for f in files if f.is_file() and f.stat().st_size > 16 * 2**20] == []
 
 
-def test_tesseract_is_ensured_or_named(tmp_path):
-    """Without Tesseract and a package manager the script says in one line what to install."""
-    script = ROOT / "scripts" / "ensure_tesseract.sh"
-    for tool in ("sed", "grep", "id"):
-        (tmp_path / tool).symlink_to(_which(tool))
+@pytest.mark.parametrize(("tool", "package"), [("tesseract", "tesseract-ocr"), ("chromium", "chromium")])
+def test_tools_are_ensured_or_named(tool, package, tmp_path):
+    """Without the tool and a package manager the script says in one line what to install."""
+    script = ROOT / "scripts" / "ensure_tool.sh"
+    for needed in ("sed", "grep", "id"):
+        (tmp_path / needed).symlink_to(_which(needed))
     bash = _which("bash")
-    run = subprocess.run([bash, script], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    run = subprocess.run([bash, script, tool], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ""
     (line,) = run.stderr.splitlines()
-    assert "tesseract-ocr" in line
-    here = subprocess.run([bash, script], capture_output=True, text=True)
+    assert package in line
+    here = subprocess.run([bash, script, tool], capture_output=True, text=True)
     assert (here.returncode, here.stdout, here.stderr) == (0, "", "")
 
 

@@ -112,6 +112,34 @@ def _study(args) -> None:
         _print_effects(localize.effect_intervals(studies.study(model, name, layers, work.pairs, args.seed, **options)))
 
 
+def _run(args) -> None:
+    from textloc_utils import notebooks
+
+    parameters = {}
+    if args.models:
+        from textloc_utils import models
+
+        parameters["MODELS"] = " ".join(models.spec(name).name for name in args.models)
+    if args.preset:
+        parameters["PRESET"] = args.preset
+    if args.seed is not None:
+        parameters["SEED"] = args.seed
+    planned = notebooks.plan(args.notebooks, parameters, args.out and check_writable(args.out))
+    executed = notebooks.execute(planned, jobs=args.jobs, timeout=args.timeout, progress=sys.stderr.isatty())
+    current = len(planned) - len(executed)
+    print(f"{len(executed)} notebooks executed, {current} up to date" if executed else f"all {current} are up to date")
+
+
+def _explore(args) -> None:
+    from textloc_utils import explorer, models, ocr
+
+    pairs = prompts.make_pairs(args.pairs, args.seed)
+    ocr.tesseract_version()
+    for model in [models.load(name, device=args.device) for name in args.models]:
+        table = explorer.publish(model, pairs, progress=sys.stderr.isatty())
+        print(f"{model.spec.name}: {len(table)} pictures of {len(pairs)} pairs in {explorer.store().root}")
+
+
 def _print_effects(table) -> None:
     for row in table.itertuples():
         print(f"  {row.site:<24} {row.mean:6.2f} [{row.low:.2f}, {row.high:.2f}]")
@@ -231,6 +259,30 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
     study.add_argument("--publish", action="store_true", help="write the tables to the data folder, for the book")
     study.set_defaults(run=_study)
+
+    run = commands.add_parser(
+        "run",
+        help="execute the book's notebooks, those that are out of date",
+        description="Execute notebooks with papermill, in place, or with other parameters into a folder. A notebook is "
+        "replaced only after it ran through, and left alone where nothing changed; a killed run goes on where it was.",
+    )
+    run.add_argument("notebooks", metavar="NOTEBOOK", nargs="*", help="notebook files (default: all of the book)")
+    run.add_argument(
+        "--models", nargs="+", metavar="MODEL", help="names from `textloc models` (default: the notebook's)"
+    )
+    run.add_argument("--preset", choices=PRESETS, help="how much to run (default: the notebook's)")
+    run.add_argument("--seed", type=int, help="draws words, colours and noise (default: the notebook's)")
+    run.add_argument("--out", metavar="DIR", help="folder for the executed notebooks; needed with other parameters")
+    run.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time (default: one per core, at most 4)")
+    run.add_argument("--timeout", type=int, default=900, metavar="SECONDS", help="for one cell (default: 900)")
+    run.set_defaults(run=_run)
+
+    explore = commands.add_parser("explore", help="draw the pictures of the book's layer explorer into the data folder")
+    explore.add_argument("models", metavar="MODEL", nargs="+", help="names from `textloc models`")
+    explore.add_argument("--pairs", type=int, default=6, metavar="N", help="number of pairs (default: 6)")
+    explore.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
+    _place(explore)
+    explore.set_defaults(run=_explore)
 
     train = commands.add_parser(
         "train",

@@ -2,7 +2,7 @@
 
 At a noise level of the source's own run, let v be the denoiser's guided answer to the source's noisy picture under
 the source prompt, v' its answer to the same picture under the target prompt, and v(l) under the source prompt with
-layer l patched. The one-step effect of layer l is
+layer l patched. The one-step effect of layer l is::
 
     e(l) = <v(l) - v, v' - v> / |v' - v|^2
 

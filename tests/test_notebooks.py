@@ -1,0 +1,162 @@
+"""``textloc run`` on tiny notebooks: what is executed when, what is left alone, and what a failure leaves."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from textloc_utils import cli, notebooks
+
+PARAMETERS = 'MODELS = "sd3-mini"\nPRESET = "book"\nSEED = 42'
+SAY = 'import os\nprint(MODELS, PRESET, SEED)\nprint("threads", os.environ["OMP_NUM_THREADS"])'
+
+
+def write(path: Path, *sources: str, parameters: str | None = PARAMETERS) -> Path:
+    cells = [nbformat.v4.new_code_cell(source) for source in (*([parameters] if parameters else []), *sources)]
+    if parameters:
+        cells[0].metadata.tags = ["parameters"]
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    return path
+
+
+def printed(path: Path) -> str:
+    cells = nbformat.read(path, 4).cells
+    return "".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "WORK", tmp_path / "work")
+
+
+@pytest.fixture
+def run(capsys):
+    def go(*arguments) -> str:
+        assert cli.main(["run", *map(str, arguments)]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return go
+
+
+def test_in_place_then_up_to_date_then_again(tmp_path, run):
+    path = write(tmp_path / "one.ipynb", SAY)
+    assert run(path) == "1 notebooks executed, 0 up to date\n"
+    assert printed(path) == "sd3-mini book 42\nthreads 1\n"
+    assert [c.metadata.get("tags") for c in nbformat.read(path, 4).cells] == [["parameters"], []]  # nothing injected
+    first, began = path.read_bytes(), time.perf_counter()
+    assert run(path) == "all 1 are up to date\n"
+    assert time.perf_counter() - began < 10
+    (tmp_path / "work").rename(tmp_path / "lost")  # executed anew, to the byte
+    assert "1 notebooks executed" in run(path) and path.read_bytes() == first
+    # Changed outputs, and changed cells, are no longer those of the stamp.
+    path.write_bytes(first.replace(b"sd3-mini book", b"sd3-mini BOOK"))
+    assert "1 notebooks executed" in run(path) and path.read_bytes() == first
+    path.write_bytes(first.replace(b"SEED = 42", b"SEED = 43"))
+    assert "1 notebooks executed" in run(path) and "book 43" in printed(path)
+
+
+def test_the_package_and_the_data_count_but_results_do_not(tmp_path, monkeypatch):
+    for name in ("words/words.csv", "results/table.csv", "runs/x/state.bin"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("one")
+    monkeypatch.setenv("TEXTLOC_DATA", str(tmp_path / "data"))
+    before = notebooks._inputs()
+    (tmp_path / "data/results/table.csv").write_text("two")
+    (tmp_path / "data/runs/x/state.bin").write_text("two")
+    assert notebooks._inputs() == before
+    (tmp_path / "data/words/words.csv").write_text("two")
+    assert notebooks._inputs() != before
+    before = notebooks._inputs()
+    monkeypatch.setattr(notebooks, "_package", lambda: [tmp_path / "data/runs/x/state.bin"])
+    assert notebooks._inputs() != before
+
+
+def test_parameters_give_what_plain_papermill_gives(tmp_path, run):
+    path = write(tmp_path / "one.ipynb", SAY)
+    untouched = path.read_bytes()
+    given = ["--models", "sd3-mini", "ldm-mini", "--preset", "smoke", "--seed", "7"]
+    assert "1 notebooks executed" in run(path, *given, "--out", tmp_path / "out")
+    assert printed(tmp_path / "out/one.ipynb") == "sd3-mini ldm-mini smoke 7\nthreads 1\n"
+    assert path.read_bytes() == untouched
+    assert run(path, *given, "--out", tmp_path / "out") == "all 1 are up to date\n"
+
+    # The commands of book/how_to_run.md.
+    plain = tmp_path / "plain.ipynb"
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", path, plain]
+    command += ["-p", "MODELS", "sd3-mini ldm-mini", "-p", "PRESET", "smoke", "-p", "SEED", "7"]
+    subprocess.run(command, check=True, capture_output=True)
+    strip = ["--keep-output", "--keep-count", "--extra-keys", notebooks.STRIPPED, plain]
+    subprocess.run([sys.executable, "-m", "nbstripout", *strip], check=True)
+    assert plain.read_bytes() == (tmp_path / "out/one.ipynb").read_bytes()
+
+
+def test_a_failure_leaves_the_old_notebook_and_finishes_the_others(tmp_path, capsys):
+    good, bad = write(tmp_path / "good.ipynb", SAY), write(tmp_path / "bad.ipynb", "raise ValueError('no such layer')")
+    dead = write(tmp_path / "dead.ipynb", "import os; os._exit(1)")
+    before = bad.read_bytes(), dead.read_bytes()
+    assert cli.main(["run", *map(str, (bad, dead, good))]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("textloc: 2 of 3 notebooks failed and are left as they were: bad.ipynb: ")
+    assert "no such layer" in error and "dead.ipynb: " in error
+    assert (bad.read_bytes(), dead.read_bytes()) == before
+    assert "sd3-mini book 42" in printed(good)
+    # Started again it goes on with those that failed.
+    write(bad, "print('well')")
+    write(dead, "print('alive')")
+    assert [e.source.name for e in notebooks.execute(notebooks.plan([bad, dead, good], {}))] == [
+        "bad.ipynb",
+        "dead.ipynb",
+    ]
+
+
+def test_a_notebook_takes_the_parameters_that_it_has(tmp_path):
+    path = write(tmp_path / "one.ipynb", parameters="SEED = 1")
+    (planned,) = notebooks.plan([path], {"MODELS": "sd3-mini", "SEED": 2}, tmp_path / "out")
+    assert planned.parameters == {"SEED": 2} and planned.out == tmp_path / "out" / "one.ipynb"
+
+
+def test_all_of_the_book_is_planned():
+    planned = notebooks.plan([], {})
+    assert {e.source.name for e in planned} >= {"00_models_and_layers.ipynb", "01_patch_one_layer.ipynb"}
+    assert all(e.source == e.out for e in planned)
+
+
+def test_mistakes_are_named_before_anything_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(notebooks, "_execute", lambda *a: pytest.fail("something ran"))
+    path, bare = write(tmp_path / "one.ipynb", SAY), write(tmp_path / "bare.ipynb", "1", parameters=None)
+    (tmp_path / "text.ipynb").write_text(json.dumps({"no": "notebook"}))
+    for arguments, said in (
+        ([tmp_path / "none.ipynb"], "none.ipynb is no notebook"),
+        ([tmp_path / "text.ipynb"], "text.ipynb is no notebook"),
+        ([path, "--preset", "smoke"], "--out"),
+        ([path, "--models", "sd4", "--out", tmp_path / "out"], "unknown model 'sd4'"),
+        ([bare, "--seed", "1", "--out", tmp_path / "out"], "no cell tagged parameters"),
+        ([path, path], "same name"),
+        ([path, "--jobs", "0"], "at least one job"),
+    ):
+        assert cli.main(["run", *map(str, arguments)]) == 2
+        out, err = capsys.readouterr()
+        assert said in err and err.count("\n") == 1 and out == ""
+    assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
+
+
+def test_killed_between_notebooks_it_goes_on(tmp_path, monkeypatch):
+    """The stamp is written with the notebook: what was finished before a kill is not executed again."""
+    one, two = write(tmp_path / "one.ipynb", SAY), write(tmp_path / "two.ipynb", SAY)
+    original = notebooks._execute
+
+    def killed(execution, *arguments):
+        if execution.source == two:
+            raise KeyboardInterrupt
+        return original(execution, *arguments)
+
+    monkeypatch.setattr(notebooks, "_execute", killed)
+    with pytest.raises(KeyboardInterrupt):
+        notebooks.execute(notebooks.plan([one, two], {}), jobs=1)
+    monkeypatch.setattr(notebooks, "_execute", original)
+    assert [e.source for e in notebooks.execute(notebooks.plan([one, two], {}))] == [two]

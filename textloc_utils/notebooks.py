@@ -1,0 +1,172 @@
+"""Execute the book's notebooks with papermill: in parallel, resumable, and only those whose outputs may have changed.
+
+A notebook is executed to a scratch path, what differs from run to run is taken out, and the result replaces the old
+file only after it ran through. A stamp beside the scratch files holds a digest of all that the outputs depend on: the
+notebook's own cells and parameters, the package, the data, and the installed versions. Published results are left out,
+as the store of results is: a notebook that computes them would never be done.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from textloc_utils.results import LIBRARIES
+from textloc_utils.settings import ROOT, TextlocError, data_dir
+
+#: Scratch files, logs and stamps.
+WORK = ROOT / "_build" / "executed"
+#: What nbstripout takes out besides papermill's notes, so that two runs give the same bytes.
+STRIPPED = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
+#: More processes than this want more memory than a laptop has.
+MOST = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """One notebook to execute: ``source`` is read, ``out`` is written, with ``parameters`` in place of its own."""
+
+    source: Path
+    out: Path
+    parameters: dict
+
+    @property
+    def stamp(self) -> Path:
+        """The stamp of this source and out; other parameters change what it holds, not its name."""
+        place = hashlib.sha256(repr((str(self.source), str(self.out))).encode()).hexdigest()[:8]
+        return WORK / f"{self.source.stem}-{place}.json"
+
+
+def plan(notebooks: Sequence[str | Path], parameters: Mapping, out: str | Path | None = None) -> list[Execution]:
+    """What to execute: the named notebooks, or all of the book, each with those of the parameters that it has.
+
+    Without parameters and ``out`` a notebook is executed in place; otherwise the result goes to the folder ``out``.
+    Raises TextlocError for a file that is no notebook, or that has no cell of parameters where some are given.
+    """
+    paths = [Path(n) for n in notebooks] or sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if parameters and out is None:
+        raise TextlocError("other parameters give other outputs: name a folder for them with --out")
+    planned = []
+    for path in paths:
+        cells = _cells(path)
+        tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        if parameters and not tagged:
+            raise TextlocError(f"{path} has no cell tagged parameters, so that none can be set")
+        known = {k: v for k, v in parameters.items() if any(_assigns(source, k) for source in tagged)}
+        target = path if out is None else Path(out) / path.name
+        planned.append(Execution(source=path.resolve(), out=target.absolute(), parameters=known))
+    if len({e.out for e in planned}) < len(planned):
+        raise TextlocError("two of the notebooks have the same name and would overwrite each other's outputs")
+    return planned
+
+
+def execute(
+    planned: Sequence[Execution], *, jobs: int | None = None, timeout: int = 900, progress: bool = False
+) -> list[Execution]:
+    """Execute what is out of date, ``jobs`` notebooks at a time (default: a process per core); returns those executed.
+
+    ``timeout`` is in seconds, for one cell. Each process computes with one thread: two with a thread per core each are
+    many times slower, and sums come out the same whatever runs beside them. Raises TextlocError that names what
+    failed; old files are left as they were, and the others are finished first.
+    """
+    if jobs is not None and jobs < 1:
+        raise TextlocError(f"at least one job is needed, got {jobs}")
+    WORK.mkdir(parents=True, exist_ok=True)
+    shared = _inputs()
+    keys = {e.out: _key(e, shared) for e in planned}
+    stale = [e for e in planned if not _is_current(e, keys[e.out])]
+    failed = {}
+    with (
+        ThreadPoolExecutor(jobs or min(MOST, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(stale), unit="notebook", disable=not progress) as bar,
+    ):
+        running = {pool.submit(_execute, e, keys[e.out], timeout): e for e in stale}
+        for done in as_completed(running):
+            execution = running[done]
+            if reason := done.result():
+                failed[execution.source.name] = reason
+            bar.write(f"{'failed  ' if reason else 'executed'} {execution.source.name}", file=sys.stderr)
+            bar.update()
+    if failed:
+        told = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
+        raise TextlocError(f"{len(failed)} of {len(planned)} notebooks failed and are left as they were: {told}")
+    return stale
+
+
+def _execute(execution: Execution, key: str, timeout: int) -> str | None:
+    """Execute one notebook; returns why it failed, or None."""
+    scratch, log = execution.stamp.with_suffix(".ipynb"), execution.stamp.with_suffix(".log")
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--execution-timeout", str(timeout)]
+    command += ["--kernel", "python3", execution.source, scratch]
+    for name, value in execution.parameters.items():
+        command += ["-p", name, str(value)]
+    environment = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1"}
+    with log.open("w") as file:
+        ran = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
+    if ran.returncode:
+        lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+        return f"{lines[-1] if lines else f'exit status {ran.returncode}'} (see {log})"
+    strip = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, scratch]
+    subprocess.run([sys.executable, "-m", "nbstripout", *strip], check=True)
+    execution.out.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(scratch, execution.out)
+    execution.stamp.write_text(json.dumps({"key": key, "sha256": _digest(execution.out)}))
+    return None
+
+
+# --- what outputs depend on -------------------------------------------------------------------------------------
+
+
+def _is_current(execution: Execution, key: str) -> bool:
+    """Whether the file is what an execution with this key wrote."""
+    try:
+        stamp = json.loads(execution.stamp.read_text())
+        return stamp == {"key": key, "sha256": _digest(execution.out)}
+    except (OSError, ValueError):
+        return False
+
+
+def _key(execution: Execution, shared: str) -> str:
+    cells = [[c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])] for c in _cells(execution.source)]
+    return hashlib.sha256(json.dumps([cells, execution.parameters, shared]).encode()).hexdigest()
+
+
+def _inputs() -> str:
+    """One digest of the package, the data (results and training runs aside) and the installed versions."""
+    digest = hashlib.sha256()
+    for name in (*LIBRARIES, "numpy", "matplotlib", "papermill"):
+        digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
+    aside = {data_dir() / "results", data_dir() / "runs"}
+    data = sorted(p for p in data_dir().rglob("*") if p.is_file() and not aside & set(p.parents) and p.suffix != ".md")
+    for path in (*_package(), *data):
+        digest.update(f"{path}\n{_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _package() -> list[Path]:
+    return sorted(Path(__file__).parent.rglob("*.py"))
+
+
+def _cells(path: Path) -> list[dict]:
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [c for c in cells if c["source"] is not None and isinstance(c["metadata"], dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TextlocError(f"{path} is no notebook that can be read") from None
+
+
+def _assigns(source: str, name: str) -> bool:
+    return any(line.startswith(f"{name} =") for line in source.splitlines())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
