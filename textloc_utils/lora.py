@@ -55,6 +55,14 @@ class Training:
     seed: int = 0
     drop: float = 0.1
 
+    def __post_init__(self):
+        for name in ("rank", "steps", "batch", "lr"):
+            if getattr(self, name) <= 0:
+                raise TextlocError(f"{name} must be above 0, got {getattr(self, name)}")
+        wrong = [name for name in self.projections if name not in PROJECTIONS]
+        if wrong:
+            raise TextlocError(f"unknown projection {wrong[0]!r}; allowed: {', '.join(PROJECTIONS)}")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
@@ -100,11 +108,6 @@ class Report:
 def targets(model: Model, training: Training) -> list[str]:
     """Dotted names of the Linear modules that get an adapter. Raises TextlocError where there would be none."""
     check_layers(model, training.layers)
-    wrong = [name for name in training.projections if name not in PROJECTIONS]
-    if wrong:
-        raise TextlocError(f"unknown projection {wrong[0]!r}; allowed: {', '.join(PROJECTIONS)}")
-    if training.rank < 1:
-        raise TextlocError(f"the rank must be at least 1, got {training.rank}")
     names = []
     for index in sorted(set(training.layers)):
         found = projections(model.denoiser, model.layers[index])
@@ -295,9 +298,6 @@ def train(
     a resumed run ends at the weights of an uninterrupted one, and a finished one is loaded. Raises TextlocError for
     settings that cannot be, or a folder that holds a run with other settings, data or weights.
     """
-    for name, value in (("steps", training.steps), ("batch", training.batch), ("lr", training.lr)):
-        if value <= 0:
-            raise TextlocError(f"{name} must be above 0, got {value}")
     folder = None if folder is None else check_writable(folder)
     _check_bare(model)
     names = targets(model, training)
