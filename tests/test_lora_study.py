@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 from PIL import Image
@@ -133,6 +134,45 @@ def test_a_wrong_study_is_refused(model):
         lora_study.study(model, (12,), 2)
     with pytest.raises(TextlocError, match="asked for 999"):
         lora_study.study(model, (4,), 999)
+
+
+def rows(scores: dict) -> pd.DataFrame:
+    """A study's table from text scores {(arm, equal): one list of words per training seed}."""
+    zero = dict.fromkeys(("rank", "parameters", "seconds_per_step", "saved_bytes", "new_exact", "old_exact"), 0)
+    return pd.DataFrame(
+        {
+            "arm": arm,
+            "equal": equal,
+            "seed": seed,
+            "layers": str(seed % 2),
+            "diversity": seed,
+            "losses": "1 0.5",
+            **zero,
+        }
+        | {f"{task}_scores": " ".join(map(str, words)) for task in ("new", "old")}
+        for (arm, equal), runs in scores.items()
+        for seed, words in enumerate(runs)
+    )
+
+
+def test_short_tables_average_over_seeds_and_words():
+    table = rows(
+        {
+            (lora_study.BEFORE, ""): [[0.0, 0.2]],
+            ("localized", "rank"): [[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]],
+            ("random layers", "rank"): [[0.4, 0.6], [0.5, 0.7], [0.6, 0.8]],
+        }
+    )
+    short = lora_study.summarise(table).set_index("arm")
+    assert short.new["localized"] == pytest.approx(0.7) and short.new["before"] == pytest.approx(0.1)
+    assert short.new_low["localized"] < 0.65 and short.new_high["localized"] > 0.75
+    assert short.layers["localized"] == "0, 1" and short.diversity["localized"] == 1 and short.seeds["localized"] == 3
+    # The same words and seeds on both sides: the difference is .1 wherever one looks.
+    (row,) = lora_study.advantages(table).to_dict("records")
+    assert (row["arm"], row["equal"]) == ("random layers", "rank")
+    np.testing.assert_allclose([row["new"], row["new_low"], row["new_high"], row["old"]], 0.1)
+    steps = lora_study.curves(table)
+    assert steps.loss.tolist() == [1.0, 0.75, 1.0, 0.75] and steps.step.tolist() == [1, 2, 1, 2]
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

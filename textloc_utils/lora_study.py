@@ -233,3 +233,61 @@ def _run(model: Model, data: lora.Data, arm: Arm, n: int, seed: int, steps: int 
         return _row(model, arm, report) | measure(model, n, seed, steps=steps)
     finally:
         lora.remove(model)
+
+
+# --- short tables ---------------------------------------------------------------------------------------------
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per arm and comparison of :func:`study`'s table, means over training seeds.
+
+    Columns arm, equal, layers (those of all seeds), rank, parameters, seconds_per_step, saved_bytes, diversity,
+    ``new`` and ``old`` (mean text score) with ``_low`` and ``_high``, and new_exact, old_exact. Intervals draw training
+    seeds and words anew, both with replacement.
+    """
+    rows = []
+    for (arm, equal), part in table.groupby(["arm", "equal"], sort=False):
+        means = part[["rank", "parameters", "seconds_per_step", "saved_bytes", "new_exact", "old_exact", "diversity"]]
+        row = {"arm": arm, "equal": equal, "layers": ", ".join(dict.fromkeys(part.layers)), **means.mean()}
+        for task in ("new", "old"):
+            row |= _interval(task, _scores(part, task))
+        rows.append(row | {"seeds": len(part)})
+    return pd.DataFrame(rows)
+
+
+def advantages(table: pd.DataFrame) -> pd.DataFrame:
+    """Text score of the localized arm less each other arm's, on the same words and training seeds.
+
+    Columns arm, equal, ``new`` and ``old``, each with ``_low`` and ``_high`` as :func:`summarise`.
+    """
+    rows = []
+    for equal, part in table[table.arm != BEFORE].groupby("equal", sort=False):
+        arm = dict(list(part.groupby("arm", sort=False)))
+        for name in arm.keys() - {"localized"}:
+            row = {"arm": name, "equal": equal}
+            for task in ("new", "old"):
+                row |= _interval(task, _scores(arm["localized"], task) - _scores(arm[name], task))
+            rows.append(row)
+    return pd.DataFrame(rows).sort_values(["equal", "arm"], ascending=[False, True], ignore_index=True)
+
+
+def curves(table: pd.DataFrame, window: int = 10) -> pd.DataFrame:
+    """Training loss by step: columns arm, equal, step, loss, the mean over training seeds and ``window`` steps."""
+    rows = []
+    for (arm, equal), part in table[table.arm != BEFORE].groupby(["arm", "equal"], sort=False):
+        losses = pd.DataFrame([[float(loss) for loss in text.split()] for text in part.losses]).mean()
+        smooth = losses.rolling(window, min_periods=1).mean()
+        rows += [{"arm": arm, "equal": equal, "step": at + 1, "loss": loss} for at, loss in enumerate(smooth)]
+    return pd.DataFrame(rows)
+
+
+def _scores(part: pd.DataFrame, task: str) -> np.ndarray:
+    """Text scores (training seeds, words)."""
+    return np.array([[float(score) for score in text.split()] for text in part.sort_values("seed")[f"{task}_scores"]])
+
+
+def _interval(name: str, scores: np.ndarray, resamples: int = 2000) -> dict:
+    rng = np.random.default_rng(0)
+    seeds, words = (rng.integers(size, size=(resamples, size)) for size in scores.shape)
+    low, high = np.percentile([scores[np.ix_(*rows)].mean() for rows in zip(seeds, words, strict=True)], [2.5, 97.5])
+    return {name: scores.mean(), f"{name}_low": low, f"{name}_high": high}
