@@ -52,6 +52,11 @@ def drawn_scenes(n: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
     return np.stack([scenes.render(scene) for scene, _ in made]), [caption for _, caption in made]
 
 
+def shared(steps: int | None = None) -> Training:
+    """What all arms share, before their layers are chosen; ``steps`` are a preset's, where it asks for few."""
+    return Training(layers=()) if steps is None else Training(layers=(), steps=steps)
+
+
 def random_layers(model: Model, layers: Sequence[int], seed: int) -> tuple[int, ...]:
     """As many text layers as there are ``layers``, drawn from the others (from all where the others are too few)."""
     every = range(len(model.layers))
@@ -177,16 +182,16 @@ def study(
 ) -> pd.DataFrame:
     """Train and measure every arm for the localized ``layers``; one row per (arm, equality, training seed).
 
-    ``n`` held-out words of each task are drawn by ``seed``, in ``steps`` denoising steps. Columns as :func:`measure`,
-    and model, arm, equal, seed, layers, rank, parameters, seconds_per_step, saved_bytes, peak_bytes (0 on the CPU) and
-    losses (per step, joined by spaces). The first row is the model without adapters. The published table where it
-    fits, otherwise done now, run by run in the store, and with ``publish`` written to the package's data as
-    ``results/lora_MODEL.csv``.
+    ``n`` held-out words of each task are drawn by ``seed``, in ``steps`` denoising steps (default: the model's own);
+    ``training`` is what the arms share (default: :func:`shared`). Columns as :func:`measure`, and model, arm, equal,
+    seed, layers, rank, parameters, seconds_per_step, saved_bytes, peak_bytes (0 on the CPU) and losses (per step,
+    joined by spaces). The first row is the model without adapters. The published table where it fits, otherwise done
+    now, run by run in the store, and with ``publish`` written to the package's data as ``results/lora_MODEL.csv``.
     """
     if not layers:
         raise TextlocError("the study needs at least one localized layer")
     models.check_layers(model, layers)
-    training = Training(layers=()) if training is None else training
+    training = shared(steps) if training is None else training
     todo = [arm for at in seeds for arm in arms(model, layers, at, training)]
     inputs = _inputs(model, n, seed, steps)
     key = inputs | {"scenes": SCENES, "arms": [asdict(arm) for arm in todo]}
