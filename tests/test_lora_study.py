@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -201,6 +203,26 @@ def test_an_adapter_is_trained_and_measured(small, tmp_path, capsys, monkeypatch
     assert rows[0]["diversity"] != rows[1]["diversity"]
     monkeypatch.setattr(lora_study, "measure", lambda *a, **k: pytest.fail("was measured again"))
     assert cli.main(ask) == 0 and "after" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_batch(tmp_path):
+    """On pictures of the user's own; both see the same text layers, so that one file comes out."""
+    data = tmp_path / "data"
+    data.mkdir()
+    pictures, captions = lora_study.drawn_scenes(4)
+    lines = ["file_name,text"]
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        Image.fromarray(picture).save(data / f"{i}.png")
+        lines.append(f'{i}.png,"{caption.replace(chr(34), chr(34) * 2)}"')
+    (data / "metadata.csv").write_text("\n".join(lines))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "textloc_utils.cli"]
+    command = ["lora", "train", "sd3-mini", "--layers", "9", "--rank", "1", "--steps", "2", "--device", "cpu"]
+    options = ["--data", data, "--out", tmp_path / "out", "--batch"]
+    done = subprocess.run([*launch, *command, *options, "4"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("parameters") == 1
+    report = json.loads((tmp_path / "out" / lora.ABOUT).read_text())["report"]
+    assert len(report["losses"]) == 2 and np.isfinite(report["losses"]).all()
 
 
 def test_layers_by_name(model, monkeypatch):

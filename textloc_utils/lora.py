@@ -49,9 +49,9 @@ class Training:
     rank: int = 8
     projections: tuple[str, ...] = PROJECTIONS
     self_attention: bool = False
-    steps: int = 150
+    steps: int = 300
     batch: int = 32
-    lr: float = 2e-3
+    lr: float = 5e-3
     seed: int = 0
     drop: float = 0.1
 
