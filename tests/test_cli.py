@@ -66,6 +66,9 @@ def test_models_lists_what_the_book_needs(capsys):
 
 
 @pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["run"], ["explore"], ["train"]])
+@pytest.mark.parametrize(
+    "command", [[], ["models"], ["generate"], ["localize"], ["train"], ["lora"], ["lora", "train"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

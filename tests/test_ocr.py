@@ -60,6 +60,16 @@ def test_blurred_and_noisy_words(words):
     assert accuracy(ocr.read(degrade(pictures, 1.0, 12)), texts) >= 0.97
 
 
+def test_letters_at_the_right_edge():
+    """The seventh letter on a banner may touch the edge, where everything that touches the other edges is wall."""
+    texts = [word for word in prompts.long_words("held-out") if word[-1] in "KRWXY"][:56]
+    pictures = [
+        scenes.render(Scene(wall=wall, sign=sign, shape="banner", text=text))
+        for text, (wall, sign) in zip(texts, PAIRS, strict=False)
+    ]
+    assert len(texts) >= 25 and accuracy(ocr.read(pictures), texts) >= 0.95
+
+
 def test_random_strings():
     rng = random.Random(8)
     texts = ["KGNKUH", *(prompts.random_string(rng, rng.choice((3, 4, 5, 6))) for _ in range(111))]

@@ -60,6 +60,26 @@ def test_lengths_are_a_grid_of_source_by_target():
     np.testing.assert_allclose(values.filled(np.nan), [[0.9, 0.5], [0.2, np.nan]])
 
 
+def test_adapters_show_both_tasks_and_the_model_before():
+    scores = {"new": [0.2, 0.8, 0.6], "old": [0.9, 0.85, 0.5]}
+    bounds = {
+        f"{task}_{end}": np.add(v, by) for task, v in scores.items() for end, by in (("low", -0.1), ("high", 0.1))
+    }
+    arms = {"arm": ["before", "localized", "all text layers"], "equal": ["", "rank", "parameters"]}
+    axis = plots.adapters({"m": pd.DataFrame(arms | scores | bounds)}).axes[0]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["localized", "all text layers"]
+    points = [line.get_ydata().tolist() for line in axis.lines if line.get_marker() == "o"]
+    assert points == [[0.8], [0.6], [0.85], [0.5]]
+    assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [0.2, 0.9]
+
+
+def test_adapter_losses_have_a_line_per_arm():
+    table = pd.DataFrame({"arm": ["a", "a", "b", "b"], "step": [1, 2, 1, 2], "loss": [0.5, 0.4, 0.5, 0.3]})
+    figure = plots.adapter_losses({"m": table, "n": table})
+    assert [line.get_ydata().tolist() for line in figure.axes[1].lines] == [[0.5, 0.4], [0.5, 0.3]]
+    assert [t.get_text() for t in figure.axes[1].get_legend().get_texts()] == ["a", "b"]
+
+
 def test_a_strip_holds_the_very_pictures_and_escapes_their_titles():
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 8, 3), dtype=np.uint8)
     text = plots.strip(images, ["a", "<b>"], label="two").data

@@ -21,6 +21,14 @@ BUDGET = {
     "evaluations": (int, "how often spelling and patch effects are measured"),
 }
 
+#: Options of ``textloc lora train`` that set the fields of the same name of ``lora.Training``.
+LORA = {
+    "rank": (int, "rank of the adapters"),
+    "steps": (int, "training steps"),
+    "batch": (int, "pictures per step, over all processes"),
+    "lr": (float, "learning rate"),
+}
+
 
 def _models(args) -> None:
     from textloc_utils import models
@@ -138,6 +146,75 @@ def _explore(args) -> None:
     for model in [models.load(name, device=args.device) for name in args.models]:
         table = explorer.publish(model, pairs, progress=sys.stderr.isatty())
         print(f"{model.spec.name}: {len(table)} pictures of {len(pairs)} pairs in {explorer.store().root}")
+def _lora_train(args) -> None:
+    from textloc_utils import lora, lora_study, models
+
+    folder = check_writable(args.out)
+    model = models.load(args.model, device=_process_device(args.device), model_path=args.model_path)
+    if args.data is not None:
+        pictures = lora.load_folder(args.data, model.spec.height, model.spec.width)
+    elif model.spec.miniature:
+        pictures = lora_study.drawn_scenes(lora_study.SCENES)
+    else:
+        raise TextlocError(f"{args.model} needs --data DIR: the default task is drawn at the miniatures' size")
+    given = {name: getattr(args, name) for name in LORA if getattr(args, name) is not None}
+    training = lora.Training(
+        layers=_layers(model, args.layers, args.seed), self_attention=args.self_attention, seed=args.seed, **given
+    )
+    lora.targets(model, training)
+    bar = sys.stderr.isatty() and _rank() == 0
+    report = lora.train(model, lora.prepare(model, *pictures), training, folder=folder, progress=bar)
+    if _rank() == 0:
+        print(f"{folder / lora.FILE}: layers {' '.join(map(str, training.layers))}, {report.parameters:,} parameters")
+        print(f"{report.seconds_per_step:.3f} s per step, {report.saved_bytes / 2**20:.1f} MiB kept for the gradient")
+
+
+def _layers(model, asked: list[str], seed: int) -> tuple[int, ...]:
+    """Text layers by number, ``all``, ``localized`` or ``random`` (as many as are localized, drawn from the others)."""
+    from textloc_utils import localize, lora_study
+
+    if asked == ["all"]:
+        return tuple(range(len(model.layers)))
+    if asked in (["localized"], ["random"]):
+        pairs = prompts.make_pairs(preset("book").sweep_pairs)
+        layers = localize.published(model, pairs, "budgeted", progress=sys.stderr.isatty())[0].layers
+        return layers if asked == ["localized"] else lora_study.random_layers(model, layers, seed)
+    try:
+        return tuple(sorted({int(layer) for layer in asked}))
+    except ValueError:
+        raise TextlocError(f"--layers takes localized, all, random, or numbers; got {' '.join(asked)}") from None
+
+
+def _lora_eval(args) -> None:
+    from textloc_utils import lora_study, models
+
+    model = models.load(args.model, device=args.device, model_path=args.model_path)
+    table = lora_study.evaluate(model, args.adapter, args.words, args.seed)
+    if args.json:
+        print(json.dumps(table.to_dict("records"), indent=1))
+        return
+    _print_scores(table)
+
+
+def _lora_study(args) -> None:
+    from textloc_utils import lora_study, models, ocr
+
+    work = preset(args.preset)
+    ocr.tesseract_version()
+    model = models.load(args.model, device=args.device, model_path=args.model_path)
+    layers = _layers(model, args.layers, args.seed)
+    bar = sys.stderr.isatty()
+    table = lora_study.study(
+        model, layers, work.sweep_pairs, args.seed, steps=work.steps, progress=bar, publish=args.publish
+    )
+    _print_scores(table)
+
+
+def _print_scores(table) -> None:
+    columns = ["arm", "equal", "seed", "layers", "rank", "parameters", "seconds_per_step"]
+    scores = ["new_score", "new_exact", "old_score", "old_exact", "diversity"]
+    shown = table[[c for c in columns + scores if c in table]]
+    print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 
 
 def _print_effects(table) -> None:
@@ -283,6 +360,7 @@ def parser() -> argparse.ArgumentParser:
     explore.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
     _place(explore)
     explore.set_defaults(run=_explore)
+    _lora(commands.add_parser("lora", help="adapters on chosen text layers: train, measure, compare"))
 
     train = commands.add_parser(
         "train",
@@ -308,6 +386,53 @@ def parser() -> argparse.ArgumentParser:
     _place(train)
     train.set_defaults(run=_train)
     return top
+
+
+def _lora(command: argparse.ArgumentParser) -> None:
+    commands = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    chosen = {
+        "nargs": "+",
+        "metavar": "L",
+        "default": ["localized"],
+        "help": "localized (by a budgeted search; default), all, random (as many others), or numbers",
+    }
+
+    train = commands.add_parser(
+        "train",
+        help="train an adapter; started again, it resumes",
+        description="Train an adapter (LoRA) and save it as a diffusers file. A killed run goes on where its last "
+        "checkpoint was. Several processes share the batch: accelerate launch -m textloc_utils.cli lora train MODEL",
+    )
+    _model(train)
+    train.add_argument("--layers", **chosen)
+    train.add_argument("--self-attention", action="store_true", help="and all attention of the picture to itself")
+    train.add_argument(
+        "--data",
+        metavar="DIR",
+        help="pictures, and their captions in metadata.csv with columns file_name and text (default: drawn banners "
+        "with seven letters, which no miniature has seen)",
+    )
+    for name, (kind, text) in LORA.items():
+        train.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    train.add_argument("--seed", type=int, default=0, help="of the adapter's start, batches and noise (default: 0)")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder of the adapter")
+    train.set_defaults(run=_lora_train)
+
+    evaluate = commands.add_parser("eval", help="spelling of seven and of three to six letters, before and after")
+    _model(evaluate)
+    evaluate.add_argument("--adapter", required=True, metavar="DIR", help="the --out of `textloc lora train`")
+    evaluate.add_argument("--words", type=int, default=100, metavar="N", help="of each task (default: 100)")
+    evaluate.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
+    evaluate.add_argument("--json", action="store_true", help="print a list of two objects")
+    evaluate.set_defaults(run=_lora_eval)
+
+    study = commands.add_parser("study", help="localized layers against all, random ones, and all attention")
+    _model(study)
+    study.add_argument("--layers", **chosen)
+    study.add_argument("--preset", default="book", choices=PRESETS, help="how many words and steps (default: book)")
+    study.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
+    study.add_argument("--publish", action="store_true", help="write the table to the data folder, for the book")
+    study.set_defaults(run=_lora_study)
 
 
 def _model(command: argparse.ArgumentParser) -> None:

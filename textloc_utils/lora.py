@@ -5,6 +5,7 @@ embeddings and latents are computed once, before, and the gradient flows back no
 of late layers costs less time and memory per step than all layers do.
 """
 
+import hashlib
 import json
 import os
 import statistics
@@ -18,20 +19,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
 from textloc_utils.generate import conditions, step_generator
+from textloc_utils.localize import fingerprint
 from textloc_utils.models import PROJECTIONS, Model, check_layers, denoise, projections, self_attention, take_rows
-from textloc_utils.settings import TextlocError, check_writable
+from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
 FILE = "pytorch_lora_weights.safetensors"  #: the name that diffusers looks for
 ABOUT = "textloc_lora.json"  #: beside it: what was trained, and how
 CHECKPOINT = "checkpoint.pt"
 ADAPTER = "default"
+_OTHER_RUN = "{} holds a run with other settings, data or weights; choose another folder, or delete it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,19 @@ class Training:
     rank: int = 8
     projections: tuple[str, ...] = PROJECTIONS
     self_attention: bool = False
-    steps: int = 150
+    steps: int = 300
     batch: int = 32
-    lr: float = 2e-3
+    lr: float = 5e-3
     seed: int = 0
     drop: float = 0.1
+
+    def __post_init__(self):
+        for name in ("rank", "steps", "batch", "lr"):
+            if getattr(self, name) <= 0:
+                raise TextlocError(f"{name} must be above 0, got {getattr(self, name)}")
+        wrong = [name for name in self.projections if name not in PROJECTIONS]
+        if wrong:
+            raise TextlocError(f"unknown projection {wrong[0]!r}; allowed: {', '.join(PROJECTIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +76,14 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @property
+    def digest(self) -> str:
+        """Short hash of pictures and captions: a run goes on with the data it began with, or not at all."""
+        digest = hashlib.sha256()
+        for tensor in (self.latents, self.given["encoder_hidden_states"]):
+            digest.update(tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +108,6 @@ class Report:
 def targets(model: Model, training: Training) -> list[str]:
     """Dotted names of the Linear modules that get an adapter. Raises TextlocError where there would be none."""
     check_layers(model, training.layers)
-    wrong = [name for name in training.projections if name not in PROJECTIONS]
-    if wrong:
-        raise TextlocError(f"unknown projection {wrong[0]!r}; allowed: {', '.join(PROJECTIONS)}")
-    if training.rank < 1:
-        raise TextlocError(f"the rank must be at least 1, got {training.rank}")
     names = []
     for index in sorted(set(training.layers)):
         found = projections(model.denoiser, model.layers[index])
@@ -120,9 +133,8 @@ def with_parameters(model: Model, training: Training, count: int) -> Training:
 
 def add(model: Model, training: Training) -> list[nn.Parameter]:
     """Put untrained adapters, which change nothing yet, into the denoiser; returns their parameters (float32)."""
+    _check_bare(model)
     names = targets(model, training)
-    if getattr(model.denoiser, "peft_config", None):
-        raise TextlocError("the model carries an adapter already; remove it first")
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         model.denoiser.add_adapter(LoraConfig(r=training.rank, lora_alpha=training.rank, target_modules=names), ADAPTER)
@@ -130,6 +142,11 @@ def add(model: Model, training: Training) -> list[nn.Parameter]:
     for parameter in added:
         parameter.data = parameter.data.float()
     return added
+
+
+def _check_bare(model: Model) -> None:
+    if getattr(model.denoiser, "peft_config", None):
+        raise TextlocError("the model carries an adapter already; remove it first")
 
 
 def remove(model: Model) -> None:
@@ -147,7 +164,7 @@ def save(model: Model, folder: str | os.PathLike, about: dict) -> Path:
     folder = check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     part = "transformer" if getattr(model.pipe, "transformer", None) is not None else "unet"
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER))
+    state = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     config = model.denoiser.peft_config[ADAPTER].to_dict()
     writer = type(model.pipe) if hasattr(model.pipe, "save_lora_weights") else StableDiffusionLoraLoaderMixin
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
@@ -166,19 +183,29 @@ def load(model: Model, folder: str | os.PathLike) -> dict:
     folder = Path(folder)
     if not (folder / FILE).is_file():
         raise TextlocError(f"no adapter in {folder} ({FILE} is missing); textloc lora train writes one")
-    if getattr(model.denoiser, "peft_config", None):
-        raise TextlocError("the model carries an adapter already; remove it first")
+    _check_bare(model)
+    options = {"weight_name": FILE, "local_files_only": True, "adapter_name": ADAPTER}
+    quiet_libraries()
     try:
         if hasattr(model.pipe, "load_lora_weights"):
-            model.pipe.load_lora_weights(folder, weight_name=FILE, local_files_only=True)
+            model.pipe.load_lora_weights(folder, **options)
         else:
-            model.denoiser.load_lora_adapter(folder, weight_name=FILE, prefix="unet", local_files_only=True)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
+            model.denoiser.load_lora_adapter(folder, prefix="unet", **options)
+        if not getattr(model.denoiser, "peft_config", None):  # the library only warns
+            raise ValueError(f"it has no weights for a {type(model.denoiser).__name__}")
+    except Exception as error:  # the libraries below raise many unrelated classes here
         remove(model)
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TextlocError(f"the adapter in {folder} does not fit {model.spec.name}: {first}") from None
+    return _about(folder)
+
+
+def _about(folder: Path) -> dict:
     about = folder / ABOUT
-    return json.loads(about.read_text()) if about.is_file() else {}
+    try:
+        return json.loads(about.read_text()) if about.is_file() else {}
+    except ValueError:
+        raise TextlocError(f"{about} is corrupt; delete the folder and train again") from None
 
 
 # --- data -----------------------------------------------------------------------------------------------------
@@ -206,13 +233,13 @@ def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.
     disable_progress_bars()
     try:
         rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
+        if "text" in rows.column_names:
+            pictures = [np.asarray(ImageOps.fit(row["image"].convert("RGB"), (width, height))) for row in rows]
+            return np.stack(pictures), [row["text"] or "" for row in rows]
     except Exception as error:  # the library below raises many unrelated classes here
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TextlocError(f"no pictures can be read from {folder}: {first}") from None
-    if "text" not in rows.column_names:
-        raise TextlocError(f"{folder} has no captions; metadata.csv needs the columns file_name and text")
-    pictures = [np.asarray(ImageOps.fit(row["image"].convert("RGB"), (width, height))) for row in rows]
-    return np.stack(pictures), [row["text"] or "" for row in rows]
+    raise TextlocError(f"{folder} has no captions; metadata.csv needs the columns file_name and text")
 
 
 # --- training -------------------------------------------------------------------------------------------------
@@ -268,27 +295,34 @@ def train(
     """Train adapters, which stay in the model; with a ``folder`` go on where a killed run was, and save them there.
 
     Several processes (``accelerate launch``) share each batch out. Every random number hangs on (seed, step, process):
-    a resumed run ends at the weights of an uninterrupted one. Raises TextlocError for settings that cannot be, or a
-    folder that holds a run with other settings.
+    a resumed run ends at the weights of an uninterrupted one, and a finished one is loaded. Raises TextlocError for
+    settings that cannot be, or a folder that holds a run with other settings, data or weights.
     """
-    for name, value in (("steps", training.steps), ("batch", training.batch), ("lr", training.lr)):
-        if value <= 0:
-            raise TextlocError(f"{name} must be above 0, got {value}")
     folder = None if folder is None else check_writable(folder)
+    _check_bare(model)
     names = targets(model, training)
+    key = asdict(training) | {"model": model.spec.name, "weights": fingerprint(model), "data": data.digest}
+    if folder is not None and (folder / FILE).is_file():
+        about = _about(folder)
+        if about.get("key") != json.loads(json.dumps(key)):
+            raise TextlocError(_OTHER_RUN.format(folder))
+        load(model, folder)
+        return Report(**about["report"])
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(model.denoiser.dtype, "no")
-    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision=half)
+    try:
+        accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision=half)
+    except ValueError:  # the library keeps the first one's device and precision for the whole process
+        raise TextlocError("one process trains on one device and in one precision; start another for this") from None
     if training.batch % accelerator.num_processes:
         raise TextlocError(f"the batch must be a multiple of the {accelerator.num_processes} processes")
     trained = add(model, training)
     try:
-        report = _run(model, data, training, trained, accelerator, folder, checkpoint_steps, progress)
+        report = _run(model, data, training, trained, accelerator, key, folder, checkpoint_steps, progress)
     except BaseException:
         remove(model)
         raise
     if folder is not None and accelerator.is_main_process:
-        about = {"model": model.spec.name, "training": asdict(training), "targets": names, "report": asdict(report)}
-        save(model, folder, about)
+        save(model, folder, {"key": key, "targets": names, "report": asdict(report)})
         (folder / CHECKPOINT).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return report
@@ -300,24 +334,26 @@ def _run(
     training: Training,
     trained: list[nn.Parameter],
     accelerator: Accelerator,
+    key: dict,
     folder: Path | None,
     checkpoint_steps: int,
     progress: bool,
 ) -> Report:
     optimiser = torch.optim.AdamW(trained, lr=training.lr, weight_decay=0.0)
-    losses, begin = [], 0
+    losses, seconds, kept = [], [], 0
     checkpoint = folder and folder / CHECKPOINT
-    key = asdict(training) | {"model": model.spec.name, "pictures": len(data)}
     if checkpoint and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        saved = _read_checkpoint(checkpoint)
         if saved["key"] != key:
-            raise TextlocError(f"{folder} holds a run with other settings; choose another folder, or delete it")
+            raise TextlocError(_OTHER_RUN.format(folder))
         set_peft_model_state_dict(model.denoiser, saved["adapter"], adapter_name=ADAPTER)
         optimiser.load_state_dict(saved["optimiser"])
-        losses, begin = saved["losses"], saved["step"]
+        losses, seconds, kept = saved["losses"], saved["seconds"], saved["kept"]
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
     objective, optimiser = accelerator.prepare(_Objective(model, data), optimiser)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    local, seconds, kept = training.batch // processes, [], 0
+    local, begin = training.batch // processes, len(losses)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in tqdm(
@@ -334,9 +370,9 @@ def _run(
         dropped = (torch.rand(local, generator=generator) < training.drop).tolist()
         captions = [len(data) if drop else row for row, drop in zip(rows, dropped, strict=True)]
         # What is kept for the backward pass is counted once; the counting itself takes time.
-        with _Saved(model.denoiser, on=step == begin) as saved, accelerator.autocast():
+        with _Saved(model.denoiser, on=not kept) as graph, accelerator.autocast():
             loss = objective(rows, captions, generator)
-        kept = saved.bytes or kept
+        kept = kept or graph.bytes
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, 1.0)
         for group in optimiser.param_groups:  # constant, then falling over the last half
@@ -350,8 +386,10 @@ def _run(
                 "key": key,
                 "adapter": get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER),
                 "optimiser": optimiser.state_dict(),
+                "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
                 "losses": losses,
-                "step": step + 1,
+                "seconds": seconds,
+                "kept": kept,
             }
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(state, checkpoint.with_suffix(".part"))
@@ -359,10 +397,17 @@ def _run(
     return Report(
         parameters=sum(p.numel() for p in trained),
         losses=[round(loss, 5) for loss in losses],
-        seconds_per_step=statistics.median(seconds) if seconds else 0.0,
+        seconds_per_step=statistics.median(seconds),
         saved_bytes=kept,
         peak_bytes=torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else None,
     )
+
+
+def _read_checkpoint(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file is found out by whatever reads it first
+        raise TextlocError(f"{path} is corrupt; delete it, and the run starts again") from None
 
 
 class _Saved:
@@ -375,10 +420,11 @@ class _Saved:
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own | self._seen:
-            self._seen.add(storage.data_ptr())
+        place = storage.data_ptr()
+        if place not in self._own and place not in self._seen:
+            self._seen.add(place)
             self.bytes += storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own graph
 
     def __enter__(self) -> "_Saved":
         if self._hooks:

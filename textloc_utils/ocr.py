@@ -3,7 +3,8 @@
 Tesseract reads a tight line of dark letters on white far better than a letter-sized word in a scene, so the
 text line is cut out first: the sign's colour is the median of the picture's middle, the ink's colour is what
 differs most from it there, every pixel becomes its share of ink, and what hangs together with the picture's
-edge (the wall) is dropped. Nothing here knows the wanted text, the colours or where the letters stand.
+edge (the wall; letters may touch the right one) is dropped. Nothing here knows the wanted text, the colours or
+where the letters stand.
 """
 
 import contextlib
@@ -147,7 +148,8 @@ def _ink(picture: np.ndarray) -> np.ndarray | None:
         return None
     ink = np.clip((x - sign) @ direction / contrast**2, 0, 1)
     parts, n = ndimage.label(ink > 0.35)
-    edge = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
+    # Not the right edge, which the last letter on a banner may touch: the wall reaches the other edges, too.
+    edge = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0]]))
     sizes = np.bincount(parts.ravel(), minlength=n + 1)
     letters = np.isin(parts, np.setdiff1d(np.flatnonzero(sizes >= 5), np.append(edge, 0)))
     return np.where(ndimage.binary_dilation(letters, np.ones((3, 3))), ink, 0.0)

@@ -147,6 +147,47 @@ def lengths(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def adapters(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Text scores of the new and the old task per arm, one panel per model (tables of ``lora_study.summarise``).
+
+    Filled: arms of equal rank; hollow: arms of equal parameters; lines: the model without an adapter.
+    """
+    figure = _figure(figsize=(9, 2.4 * len(tables) + 0.4))
+    axes = figure.subplots(len(tables), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        trained = table[table.equal != ""]
+        arms = list(dict.fromkeys(trained.arm))
+        for task, label, colour, shift in (("new", "new task", TARGET, -0.15), ("old", "old task", SOURCE, 0.15)):
+            axis.axhline(table[task].iloc[0], color=colour, linestyle=":", linewidth=1)
+            for equal, fill, nudge in (("rank", colour, -0.05), ("parameters", "white", 0.05)):
+                part = trained[trained.equal == equal]
+                place = np.array([arms.index(arm) for arm in part.arm]) + shift + nudge
+                error = np.abs(np.stack([part[task] - part[f"{task}_low"], part[f"{task}_high"] - part[task]]))
+                style = {"fmt": "o", "color": colour, "markerfacecolor": fill, "capsize": 2, "markersize": 5}
+                axis.errorbar(place, part[task], error, label=f"{label}, equal {equal}", **style)
+        axis.set_xticks(range(len(arms)), arms)
+        axis.set(ylabel="text score", ylim=(-0.03, 1.03))
+        axis.set_title(name, loc="left", fontsize=10)
+    axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    sns.despine(figure)
+    return figure
+
+
+def adapter_losses(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Training loss by step and arm, one panel per model (tables of ``lora_study.curves``, one comparison each)."""
+    figure = _figure(figsize=(9, 2.6))
+    axes = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        for (arm, part), colour in zip(table.groupby("arm", sort=False), sns.color_palette("colorblind"), strict=False):
+            axis.plot(part.step, part.loss, color=colour, linewidth=1.3, label=arm)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel("training step")
+    axes[0].set_ylabel("training loss")
+    axes[-1].legend(frameon=False, fontsize=8)
+    sns.despine(figure)
+    return figure
+
+
 def scores_by_sign(table: pd.DataFrame) -> Figure:
     """Mean target score per patched layer and sign colour (a table of ``localize.sweep``)."""
     layers = table[table.site.str.startswith("layer ")]

@@ -1,0 +1,298 @@
+"""Adapters on the localized layers against fair controls, on a task that no miniature was trained on.
+
+The **new task** is a word of seven letters on a banner; the **old** one is what the model could do before: words of
+three to six letters on a sign. Every arm sees the same scenes in the same order and trains the same number of steps,
+and is compared twice: at equal rank, and at equal trainable parameters (as many as all text layers have at rank 2).
+Learning rate, ranks and steps were chosen on random strings of training, never on the words that are reported.
+"""
+
+import hashlib
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from textloc_utils import lora, metrics, models, ocr, prompts
+from textloc_utils.generate import generate
+from textloc_utils.localize import fingerprint, published_store
+from textloc_utils.lora import Training
+from textloc_utils.miniatures import scenes
+from textloc_utils.models import Model
+from textloc_utils.results import Store
+from textloc_utils.settings import TextlocError
+
+ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
+BEFORE = "before"  #: the row of the model without an adapter
+ARMS = ("localized", "all text layers", "random layers", "all attention")
+EQUAL = ("rank", "parameters")
+SEEDS = (0, 1, 2)
+SCENES = 1024  #: of the new task, drawn once for all arms
+REFERENCE_RANK = 2  #: of all text layers, whose number of parameters every arm gets where these are equal
+KIN = (8, 6)  #: prompts that leave the colours open, and pictures of each, for the diversity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One training run to compare: its name, what is ``equal`` between the arms, and its settings."""
+
+    name: str
+    equal: str
+    training: Training
+
+
+def drawn_scenes(n: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """``n`` pictures of the new task, uint8 (n, H, W, 3), and their captions; no held-out word is among them."""
+    rng = random.Random(f"long scenes {seed}")
+    made = [scenes.long_scene(rng) for _ in range(n)]
+    return np.stack([scenes.render(scene) for scene, _ in made]), [caption for _, caption in made]
+
+
+def shared(steps: int | None = None) -> Training:
+    """What all arms share, before their layers are chosen; ``steps`` are a preset's, where it asks for few."""
+    return Training(layers=()) if steps is None else Training(layers=(), steps=steps)
+
+
+def random_layers(model: Model, layers: Sequence[int], seed: int) -> tuple[int, ...]:
+    """As many text layers as there are ``layers``, drawn from the others (from all where the others are too few)."""
+    every = range(len(model.layers))
+    others = [i for i in every if i not in layers]
+    pool = others if len(others) >= len(layers) else list(every)
+    return tuple(sorted(random.Random(f"random layers {seed}").sample(pool, len(layers))))
+
+
+def arms(model: Model, layers: Sequence[int], seed: int, training: Training) -> list[Arm]:
+    """The runs of one seed, for the localized ``layers``; ``training`` holds what they share.
+
+    Every seed draws random layers of its own. A model whose picture never attends to itself alone (joint attention)
+    has no arm "all attention": its text layers are all it has.
+    """
+    every = tuple(range(len(model.layers)))
+    training = replace(training, seed=seed)
+    sets = {
+        "localized": replace(training, layers=tuple(sorted(layers))),
+        "all text layers": replace(training, layers=every),
+        "random layers": replace(training, layers=random_layers(model, layers, seed)),
+    }
+    if models.self_attention(model.denoiser):
+        sets["all attention"] = replace(training, layers=every, self_attention=True)
+    count = lora.parameters(model, replace(training, layers=every, rank=REFERENCE_RANK))
+    same_rank = [Arm(name=name, equal="rank", training=each) for name, each in sets.items()]
+    return same_rank + [
+        Arm(name=name, equal="parameters", training=lora.with_parameters(model, each, count))
+        for name, each in sets.items()
+    ]
+
+
+# --- what a model can do -------------------------------------------------------------------------------------
+
+
+def measure(model: Model, n: int, seed: int = 42, *, steps: int | None = None) -> dict:
+    """Scores of a model as it is, over ``n`` held-out words of each task.
+
+    Keys, each for ``new`` and ``old``: ``_scores`` (the text scores in the order of the prompts, joined by spaces),
+    ``_score``, ``_exact``, ``_cer`` and ``_f1`` (means); and ``diversity``, see :func:`diversity`.
+    """
+    out = {}
+    for task, todo in (("new", prompts.long_prompts(n, seed)), ("old", prompts.spelling_prompts(n, seed))):
+        made = generate(model, [p for p, _, _ in todo], [s for _, _, s in todo], steps=steps)
+        read = list(zip(ocr.read(made.images), (word for _, word, _ in todo), strict=True))
+        scores = [metrics.text_score(*each) for each in read]
+        out |= {
+            f"{task}_score": float(np.mean(scores)),
+            f"{task}_exact": float(np.mean([metrics.exact_match(*each) for each in read])),
+            f"{task}_cer": float(np.mean([metrics.character_error_rate(*each) for each in read])),
+            f"{task}_f1": float(np.mean([metrics.character_scores(*each)[2] for each in read])),
+            f"{task}_scores": " ".join(f"{score:.4f}" for score in scores),
+        }
+    words = [word for _, word, _ in prompts.spelling_prompts(KIN[0], seed)]
+    asked = [prompts.SIMPLE_TEMPLATE.format(text=word) for word in words for _ in range(KIN[1])]
+    made = generate(model, asked, [seed + i for i in range(KIN[1])] * KIN[0], steps=steps)
+    return out | {"diversity": diversity(made.images.reshape(*KIN, *made.images.shape[1:]))}
+
+
+def diversity(pictures: np.ndarray) -> float:
+    """Mean distance between two pictures of one prompt, over (prompts, pictures, H, W, 3).
+
+    The distance is the root of the mean squared difference, in grey levels.
+    """
+    left, right = np.triu_indices(pictures.shape[1], k=1)
+    each = [np.sqrt(metrics.mse(kin[left], kin[right])) for kin in pictures]
+    return float(np.mean(each))
+
+
+def evaluate(
+    model: Model,
+    folder: str | os.PathLike,
+    n: int,
+    seed: int = 42,
+    *,
+    steps: int | None = None,
+    store: Store | None = None,
+) -> pd.DataFrame:
+    """:func:`measure` without and with the adapter saved in ``folder``, two rows; kept in the store."""
+    file = Path(folder) / lora.FILE
+    prompts.long_prompts(n, seed)
+    ocr.tesseract_version()
+    store = Store() if store is None else store
+    inputs = _inputs(model, n, seed, steps)
+    lora.load(model, folder)
+    try:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        after = store.unit("lora", inputs | {"adapter": digest}, lambda: [measure(model, n, seed, steps=steps)])
+    finally:
+        lora.remove(model)
+    before = store.unit("lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)])
+    return pd.concat([before.assign(arm=BEFORE), after.assign(arm="after")], ignore_index=True)
+
+
+def _inputs(model: Model, n: int, seed: int, steps: int | None) -> dict:
+    """What every unit hangs on; taken while the model carries no adapter."""
+    return {
+        "rows": ROWS,
+        "model": model.spec.name,
+        "weights": fingerprint(model),
+        "kin": KIN,
+        "n": n,
+        "seed": seed,
+        "steps": steps or model.spec.steps,
+        "guidance": model.spec.guidance,
+    }
+
+
+# --- the table -----------------------------------------------------------------------------------------------
+
+
+def study(
+    model: Model,
+    layers: Sequence[int],
+    n: int,
+    seed: int = 42,
+    *,
+    training: Training | None = None,
+    steps: int | None = None,
+    seeds: Sequence[int] = SEEDS,
+    store: Store | None = None,
+    progress: bool = False,
+    publish: bool = False,
+) -> pd.DataFrame:
+    """Train and measure every arm for the localized ``layers``; one row per (arm, equality, training seed).
+
+    ``n`` held-out words of each task are drawn by ``seed``, in ``steps`` denoising steps (default: the model's own);
+    ``training`` is what the arms share (default: :func:`shared`). Columns as :func:`measure`, and model, arm, equal,
+    seed, layers, rank, parameters, seconds_per_step, saved_bytes, peak_bytes (0 on the CPU) and losses (per step,
+    joined by spaces). The first row is the model without adapters. The published table where it fits, otherwise done
+    now, run by run in the store, and with ``publish`` written to the package's data as ``results/lora_MODEL.csv``.
+    """
+    if not layers:
+        raise TextlocError("the study needs at least one localized layer")
+    models.check_layers(model, layers)
+    training = shared(steps) if training is None else training
+    todo = [arm for at in seeds for arm in arms(model, layers, at, training)]
+    inputs = _inputs(model, n, seed, steps)
+    key = inputs | {"scenes": SCENES, "arms": [asdict(arm) for arm in todo]}
+    title = f"lora_{model.spec.name}"
+    table = published_store().load_matching(title, key)
+    if table is not None:
+        return table
+    prompts.long_prompts(n, seed)
+    ocr.tesseract_version()
+    store = Store() if store is None else store
+    data = lora.prepare(model, *drawn_scenes(SCENES))
+    before = store.unit("lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)])
+    rows = [before.assign(**_row(model))]
+    for arm in tqdm(todo, desc=f"{model.spec.name}: arms", unit="run", disable=not progress):
+        unit = inputs | {"scenes": SCENES, "training": asdict(arm.training)}  # the same in both comparisons: done once
+        row = store.unit("lora", unit, lambda arm=arm: [_run(model, data, arm, n, seed, steps)])
+        rows.append(row.assign(arm=arm.name, equal=arm.equal))
+    table = pd.concat(rows, ignore_index=True)[list(rows[-1])]
+    if publish:
+        published_store().publish(title, table, {"key": key})
+    return table
+
+
+def _row(model: Model, arm: Arm | None = None, report: lora.Report | None = None) -> dict:
+    """What identifies a run and what it took; zeros for the model without an adapter."""
+    return {
+        "model": model.spec.name,
+        "arm": arm.name if arm else BEFORE,
+        "equal": arm.equal if arm else "",
+        "seed": arm.training.seed if arm else 0,
+        "layers": " ".join(map(str, arm.training.layers)) if arm else "",
+        "rank": arm.training.rank if arm else 0,
+        "parameters": report.parameters if report else 0,
+        "seconds_per_step": report.seconds_per_step if report else 0.0,
+        "saved_bytes": report.saved_bytes if report else 0,
+        "peak_bytes": (report.peak_bytes or 0) if report else 0,
+        "losses": " ".join(f"{loss:.5f}" for loss in report.losses) if report else "",
+    }
+
+
+def _run(model: Model, data: lora.Data, arm: Arm, n: int, seed: int, steps: int | None) -> dict:
+    report = lora.train(model, data, arm.training)
+    try:
+        return _row(model, arm, report) | measure(model, n, seed, steps=steps)
+    finally:
+        lora.remove(model)
+
+
+# --- short tables ---------------------------------------------------------------------------------------------
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per arm and comparison of :func:`study`'s table, means over training seeds.
+
+    Columns arm, equal, layers (those of all seeds), rank, parameters, seconds_per_step, saved_bytes, diversity,
+    ``new`` and ``old`` (mean text score) with ``_low`` and ``_high``, and new_exact, old_exact. Intervals draw training
+    seeds and words anew, both with replacement.
+    """
+    rows = []
+    for (arm, equal), part in table.groupby(["arm", "equal"], sort=False):
+        means = part[["rank", "parameters", "seconds_per_step", "saved_bytes", "new_exact", "old_exact", "diversity"]]
+        row = {"arm": arm, "equal": equal, "layers": ", ".join(dict.fromkeys(part.layers)), **means.mean()}
+        for task in ("new", "old"):
+            row |= _interval(task, _scores(part, task))
+        rows.append(row | {"seeds": len(part)})
+    return pd.DataFrame(rows)
+
+
+def advantages(table: pd.DataFrame) -> pd.DataFrame:
+    """Text score of the localized arm less each other arm's, on the same words and training seeds.
+
+    Columns arm, equal, ``new`` and ``old``, each with ``_low`` and ``_high`` as :func:`summarise`.
+    """
+    rows = []
+    for equal, part in table[table.arm != BEFORE].groupby("equal", sort=False):
+        arm = dict(list(part.groupby("arm", sort=False)))
+        for name in arm.keys() - {"localized"}:
+            row = {"arm": name, "equal": equal}
+            for task in ("new", "old"):
+                row |= _interval(task, _scores(arm["localized"], task) - _scores(arm[name], task))
+            rows.append(row)
+    return pd.DataFrame(rows).sort_values(["equal", "arm"], ascending=[False, True], ignore_index=True)
+
+
+def curves(table: pd.DataFrame, window: int = 10) -> pd.DataFrame:
+    """Training loss by step: columns arm, equal, step, loss, the mean over training seeds and ``window`` steps."""
+    rows = []
+    for (arm, equal), part in table[table.arm != BEFORE].groupby(["arm", "equal"], sort=False):
+        losses = pd.DataFrame([[float(loss) for loss in text.split()] for text in part.losses]).mean()
+        smooth = losses.rolling(window, min_periods=1).mean()
+        rows += [{"arm": arm, "equal": equal, "step": at + 1, "loss": loss} for at, loss in enumerate(smooth)]
+    return pd.DataFrame(rows)
+
+
+def _scores(part: pd.DataFrame, task: str) -> np.ndarray:
+    """Text scores (training seeds, words)."""
+    return np.array([[float(score) for score in text.split()] for text in part.sort_values("seed")[f"{task}_scores"]])
+
+
+def _interval(name: str, scores: np.ndarray, resamples: int = 2000) -> dict:
+    rng = np.random.default_rng(0)
+    seeds, words = (rng.integers(size, size=(resamples, size)) for size in scores.shape)
+    low, high = np.percentile([scores[np.ix_(*rows)].mean() for rows in zip(seeds, words, strict=True)], [2.5, 97.5])
+    return {name: scores.mean(), f"{name}_low": low, f"{name}_high": high}
