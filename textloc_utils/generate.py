@@ -76,6 +76,7 @@ def generate(
     guidance: float | None = None,
     negative_prompt: str | None = None,
     batch_size: int | None = None,
+    noise: torch.Tensor | None = None,
     progress: bool = False,
     **pipeline_arguments,
 ) -> Generation:
@@ -84,6 +85,7 @@ def generate(
     Every row draws its noise from a CPU generator of its own seed, so that the noise depends neither on the other
     rows of its batch nor on the device; rows that share a seed share the noise. ``steps`` and ``guidance`` default
     to the model's own. With ``patches`` (rows count the prompts, see ``patching``) everything is one batch.
+    ``noise``, one row per prompt as the denoiser takes them, is what to start from in place of the seeds' own.
     Further keyword arguments go to the pipeline. Raises TextlocError for prompts and seeds that do not fit each
     other, prompts longer than the tokenizers take, and patches that cannot be carried out.
 
@@ -106,6 +108,8 @@ def generate(
         batch_size = BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
     if batch_size < 1:
         raise TextlocError(f"batch size must be at least 1, got {batch_size}")
+    if noise is not None and len(noise) != len(prompts):
+        raise TextlocError(f"{len(prompts)} prompts came with {len(noise)} rows of noise; give one row per prompt")
     if patches:
         batch_size = len(prompts)
 
@@ -123,7 +127,8 @@ def generate(
                 prompts[part], steps=steps, guidance=guidance, negative_prompt=negative_prompt, **pipeline_arguments
             )
             generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[part]]
-            images.append(_sample(model, arguments, generators))
+            with model.starting_from(None if noise is None else noise[part]) as begin:
+                images.append(_sample(model, arguments | begin, generators))
     seconds = time.perf_counter() - began
     return Generation(images=np.concatenate(images), row_evaluations=counter.rows, seconds=seconds)
 
