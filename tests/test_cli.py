@@ -65,7 +65,7 @@ def test_models_lists_what_the_book_needs(capsys):
     assert trained["device"] and trained["samples"] > 0 and 0 < trained["spelling"]["exact"] <= 1
 
 
-@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["edit"], ["train"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

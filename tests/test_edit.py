@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -396,7 +397,7 @@ def test_the_quoted_text_is_replaced():
     ],
 )
 def test_a_failed_edit_says_so(read, ssim, said):
-    told = edit.failure(read, pair(), ssim)
+    told = edit.failure("HELLO", read, pair(), ssim)
     assert told is None if said is None else said in told
 
 
@@ -407,17 +408,22 @@ def test_before_after_and_difference():
     assert (both[:, 8:] == 240).all()
 
 
+RIVER = HELLO.replace("HELLO", "RIVER")
+
+
 def run(capsys, *arguments) -> tuple[int, str, str]:
     status = cli.main(["edit", "sd3-mini", "--device", "cpu", *map(str, arguments)])
     return status, *capsys.readouterr()
 
 
-def test_the_command_edits_a_generated_picture(tmp_path, capsys):
+def test_the_command_edits_a_generated_picture(tmp_path, capsys, monkeypatch):
+    """In the layers of a published or budgeted search, where none are named."""
     out = tmp_path / "out"
-    status, printed, err = run(capsys, "--prompt", HELLO, "--to", "WORLD", "--seed", 1, "--out", out, "--json")
+    monkeypatch.setattr(localize, "published", lambda *a, **k: (SimpleNamespace(layers=(4, 5, 6)), None))
+    status, printed, err = run(capsys, "--prompt", RIVER, "--to", "STONE", "--seed", 1, "--out", out, "--json")
     report = json.loads(printed)
     assert (status, err) == (0, "") and report == json.loads((out / "edit.json").read_text())
-    assert (report["before"], report["after"], report["failure"]) == ("HELLO", "WORLD", None)
+    assert (report["before"], report["after"], report["failure"]) == ("RIVER", "STONE", None)
     assert report["layers"] == [4, 5, 6] and report["ssim_outside"] > edit.KEPT and "round_trip" not in report
     before, after, both = (np.asarray(Image.open(out / f"{n}.png")) for n in ("before", "after", "edit"))
     np.testing.assert_array_equal(both, edit.side_by_side(before, after))
@@ -432,14 +438,14 @@ def test_the_command_edits_a_given_picture(tmp_path, capsys):
     report = json.loads(printed)
     assert status == 0 and (report["before"], report["after"]) == ("HELLO", "WORLD")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "before.png")), picture)
-    assert report["round_trip"]["psnr"] > 25 and report["ssim_outside"] > edit.KEPT
+    assert report["round_trip"]["psnr"] > 22 and report["ssim_outside"] > edit.KEPT
 
 
 def test_an_edit_that_changed_nothing_has_its_own_exit_status(tmp_path, capsys):
-    about = ["--prompt", HELLO, "--to", "WORLD", "--seed", 1, "--layers", 0, "--out", tmp_path]
+    about = ["--prompt", RIVER, "--to", "STONE", "--seed", 1, "--layers", 0, "--out", tmp_path]
     status, printed, err = run(capsys, *about)
-    assert status == cli.EDIT_FAILED == 3 and "HELLO -> HELLO" in printed
-    assert err == "textloc: nothing changed: the picture still says HELLO\n" and (tmp_path / "edit.png").is_file()
+    assert status == cli.EDIT_FAILED == 3 and "RIVER -> RIVER" in printed
+    assert err == "textloc: nothing changed: the picture still says RIVER\n" and (tmp_path / "edit.png").is_file()
 
 
 def test_bad_input_is_one_line_before_the_model_runs(tmp_path, capsys, monkeypatch):

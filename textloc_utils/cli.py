@@ -273,9 +273,9 @@ def parser() -> argparse.ArgumentParser:
     edit = commands.add_parser(
         "edit",
         help="replace the text in a picture and keep the picture",
-        description="Replace the text in a picture, drawn from a prompt or given as a file. Writes before.png, after.png, edit.png "
-        "(both and their difference side by side) and edit.json. Exit status 3: the picture does not say the new "
-        "text, or was lost.",
+        description="Replace the text in a picture, drawn from a prompt or given as a file. Writes before.png, "
+        "after.png, edit.png (both and their difference side by side) and edit.json. Exit status 3: the picture does "
+        "not say the new text, or was lost.",
     )
     _model(edit)
     edit.add_argument("--prompt", help="describes the picture, its text in double quotes")

@@ -602,21 +602,26 @@ def open_picture(path: str | Path, spec: ModelSpec) -> np.ndarray:
     try:
         with Image.open(path) as file:
             check_picture(spec, file.height, file.width)
-            return np.asarray(file.convert("RGB"))
+            return np.array(file.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is no picture that Pillow knows"
         raise TextlocError(f"cannot read a picture from {path}: {reason}") from None
 
 
-def failure(read: str, pair: Pair, ssim_outside: float) -> str | None:
-    """What is wrong with an edited picture, in one line; None where it says the new text and the picture was kept."""
+def failure(before: str, after: str, pair: Pair, ssim_outside: float) -> str | None:
+    """What is wrong with an edit, in one line; None where it says the new text and the picture was kept.
+
+    ``before`` and ``after`` are what is read from the two pictures.
+    """
     if ssim_outside < KEPT:
         return f"the picture was lost: outside the text its SSIM to the old one is {ssim_outside:.2f}, below {KEPT}"
-    if metrics.exact_match(read, pair.target_text):
+    if metrics.exact_match(after, pair.target_text):
         return None
-    if metrics.exact_match(read, pair.source_text):
-        return f"nothing changed: the picture still says {pair.source_text}"
-    return f"the picture says {read}, not {pair.target_text}" if read else f"no text is read, not {pair.target_text}"
+    if not after:
+        return f"no text is read, not {pair.target_text}"
+    if metrics.exact_match(after, before):
+        return f"nothing changed: the picture still says {after}"
+    return f"the picture says {after}, not {pair.target_text}"
 
 
 def report(
@@ -649,7 +654,7 @@ def report(
         "start": method.patch.start if method.patch is not None else 0,
         "before": read[0],
         "after": read[1],
-        "failure": failure(read[1], pair, scores["ssim_outside"]),
+        "failure": failure(*read, pair, scores["ssim_outside"]),
         **scores,
         "row_evaluations": made.row_evaluations + (found.row_evaluations if found else 0),
         "seconds": made.seconds + (found.seconds if found else 0.0),
