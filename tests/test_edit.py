@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,6 +84,20 @@ def test_the_plain_target_starts_from_other_noise(small):
     made = edit.edit(model, pair(), edit.plain_target())
     other = generate(model, [FROM, TO], [3, 3 + edit.RESEED])
     np.testing.assert_array_equal([made.before, made.after], other.images)
+
+
+@pytest.mark.parametrize("method", [edit.localized((1,)), edit.prompt_to_prompt(), edit.same_seed()])
+def test_a_second_stage_enlarges_edits_under_the_source_prompt(method):
+    """Only where the target is simply drawn does its own prompt enlarge it."""
+    asked = []
+
+    def enlarge(*, prompt, image, **other):
+        asked.append(prompt)
+        return SimpleNamespace(images=image.permute(0, 2, 3, 1).numpy())
+
+    made = edit.edit(replace(tiny.model("if"), stage2=enlarge), pair(), method)
+    assert made.after.shape == (16, 16, 3) and asked[0][0] == FROM
+    assert asked[0][-1] == (TO if method == edit.same_seed() else FROM)
 
 
 # --- Prompt-to-Prompt -----------------------------------------------------------------------------------------

@@ -171,6 +171,8 @@ def edit(
         patches = [Patch(source=len(rows) - 1, target=len(rows) - 2, **vars(method.patch))]
     asked, seeds = zip(*rows, strict=True)
     options = {"patches": patches, "steps": steps, "batch_size": len(rows)}
+    if method.maps is not None:  # a second stage enlarges an edit under the source prompt, as it does a patched row
+        options["stage2_prompts"] = [pair.source] * len(rows)
     with contextlib.ExitStack() as stack:
         if noise is not None and not method.reseed:  # what starts from other noise needs none of this
             stack.enter_context(model.first_order())

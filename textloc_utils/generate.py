@@ -77,6 +77,7 @@ def generate(
     negative_prompt: str | None = None,
     batch_size: int | None = None,
     noise: torch.Tensor | None = None,
+    stage2_prompts: Sequence[str] | None = None,
     progress: bool = False,
     **pipeline_arguments,
 ) -> Generation:
@@ -90,7 +91,7 @@ def generate(
     other, prompts longer than the tokenizers take, and patches that cannot be carried out.
 
     With a second stage (DeepFloyd IF) every picture is enlarged under its own prompt, the source prompt for a
-    patched row: patches hold in stage I only.
+    patched row, or under that of ``stage2_prompts``: patches hold in stage I only.
     """
     prompts, seeds = list(prompts), [int(s) for s in seeds]
     if not prompts or any(not isinstance(p, str) for p in prompts):
@@ -128,18 +129,21 @@ def generate(
             )
             generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[part]]
             with model.starting_from(None if noise is None else noise[part]) as begin:
-                images.append(_sample(model, arguments | begin, generators))
+                second = None if stage2_prompts is None else {"prompt": list(stage2_prompts[part])}
+                images.append(_sample(model, arguments | begin, generators, second))
     seconds = time.perf_counter() - began
     return Generation(images=np.concatenate(images), row_evaluations=counter.rows, seconds=seconds)
 
 
-def _sample(model: Model, arguments: dict, generators: list[torch.Generator]) -> np.ndarray:
-    """One pipeline call: uint8 (rows, height, width, 3)."""
+def _sample(
+    model: Model, arguments: dict, generators: list[torch.Generator], second: dict | None = None
+) -> np.ndarray:
+    """One pipeline call: uint8 (rows, height, width, 3); ``second`` is what a second stage's arguments differ in."""
     if model.stage2 is None:
         pictures = model.pipe(**arguments, generator=generators, output_type="np").images
     else:
         small = model.pipe(**arguments, generator=generators, output_type="pt").images.clamp(-1, 1)
-        enlarge = model.stage2_arguments(arguments)
+        enlarge = model.stage2_arguments(arguments | (second or {}))
         pictures = model.stage2(**enlarge, image=small, generator=generators, output_type="np").images
     return np.rint(np.clip(pictures, 0, 1) * 255).astype(np.uint8)
 
