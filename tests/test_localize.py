@@ -68,9 +68,16 @@ def test_a_sweep_without_pairs_or_beyond_the_layers_is_refused(model):
 
 
 def table_of(effects: dict[str, list[float]], floor=0.1):
-    """A sweep's table of pairs 0, 1, ... with these text effects."""
+    """A sweep's table of pairs 0, 1, ... with these text effects, gained at the source's expense."""
     rows = [
-        {"seed": seed, "site": site, "target_score": floor + e, "floor": floor, "row_evaluations": 1.0}
+        {
+            "seed": seed,
+            "site": site,
+            "target_score": floor + e,
+            "source_score": 1 - e,
+            "floor": floor,
+            "row_evaluations": 1.0,
+        }
         for site, values in effects.items()
         for seed, e in enumerate(values)
     ]
@@ -81,7 +88,7 @@ def drawn_as(effect_of):
     """Stands for drawing: ``effect_of`` says what patching a set of layers brings. Also returns a list of costs."""
 
     def drawn(model, group, *, sites=None, source=True, **options):
-        sites = localize.single_layers(model) if sites is None else sites
+        sites = {"source": Site()} | localize.single_layers(model) if sites is None else sites
         found = {n: [effect_of(set(s.layers)) * (1 + 0.01 * (p.seed % 3)) for p in group] for n, s in sites.items()}
         table = table_of(found)
         table["seed"] = [pair.seed for _ in found for pair in group]
@@ -130,6 +137,21 @@ def test_searches_find_the_fewest_layers_that_suffice(model, monkeypatch, how, e
     assert found.row_evaluations == sum(asked) + (len(screen) if how == "budgeted" else 0)
     if how == "budgeted":
         assert sum(asked) < 30 * len(model.layers) / 2
+
+
+def test_a_layer_that_only_erases_comes_before_those_that_do_nothing(model, monkeypatch):
+    """Layer 9 alone writes nothing, but takes a part of the source's text; with it layer 8 does all there is to do."""
+    drawn, asked = drawn_as(lambda layers: 0.5 * (8 in layers) + 0.3 * ({8, 9} <= layers))
+
+    def sweep(model, group, **options):
+        table = drawn(model, group, **options)
+        table.loc[table.site == "layer 9", "source_score"] = 0.8
+        return table
+
+    monkeypatch.setattr(localize, "sweep", sweep)
+    found = localize.search(model, prompts.make_pairs(10), how="exhaustive")
+    assert found.layers == (8, 9) and found.effects[9] == 0.0
+    assert len(asked) == 2  # the sweep, and both together; each alone is known from the sweep
 
 
 def test_a_wrong_screen_is_put_right_by_drawing(model, monkeypatch):

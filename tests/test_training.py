@@ -1,5 +1,6 @@
 """The trainer: resumable to the same weights after a kill, and its parts."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from textloc_utils.miniatures import training
-from textloc_utils.settings import TextlocError
+from textloc_utils.settings import TextlocError, data_dir
 
 TINY = replace(
     training.Budget(), samples=32, seconds=1e9, autoencoder_seconds=0.5, pool=16, batch=4, evaluations=0, lr=1e-3
@@ -57,6 +58,26 @@ def test_a_killed_run_resumes_to_the_same_weights(prepared, tmp_path):
     for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder_3/model.safetensors"):
         a, b = load_file(whole / "pipeline" / part), load_file(killed / "pipeline" / part)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_starts_from_a_shipped_miniature(tmp_path):
+    shipped = data_dir() / "miniatures" / "sd3-mini"
+    report = training.train(
+        "sd3-mini", tmp_path, budget=replace(TINY, samples=4), start=shipped, device="cpu", log=lambda line: None
+    )
+    assert report["before"]["samples"] == json.loads((shipped / "training.json").read_text())["report"]["samples"]
+    for part in ("vae/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+        a, b = load_file(shipped / part), load_file(tmp_path / "pipeline" / part)
+        # One step of a warming up learning rate, and half precision, lie between them.
+        assert max((a[k].float() - b[k]).abs().max() for k in a) < 1e-3
+
+
+def test_what_a_run_can_start_from(tmp_path):
+    with pytest.raises(TextlocError, match="no trained miniature in .*; give a folder of data/miniatures"):
+        training.train("sd3-mini", tmp_path / "run", start=tmp_path)
+    with pytest.raises(TextlocError, match="holds sd3-mini; ldm-mini can only start from a ldm-mini"):
+        training.train("ldm-mini", tmp_path / "run", start=data_dir() / "miniatures" / "sd3-mini")
+    assert not (tmp_path / "run").exists()
 
 
 def test_batches_depend_on_the_step_only(prepared):

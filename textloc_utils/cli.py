@@ -182,7 +182,13 @@ def _train(args) -> None:
     budget = replace(training.default_budget(args.name), **given)
     folder = check_writable(args.out or data_dir() / "runs" / args.name)
     report = training.train(
-        args.name, folder, budget=budget, seed=args.seed, device=args.device, precision=args.precision
+        args.name,
+        folder,
+        budget=budget,
+        seed=args.seed,
+        device=args.device,
+        precision=args.precision,
+        start=args.start and Path(args.start),
     )
     if report is not None:  # the main process
         shipped = card.export(args.name, folder, check_writable(args.ship or data_dir() / "miniatures" / args.name))
@@ -309,6 +315,9 @@ def parser() -> argparse.ArgumentParser:
     for name, (kind, text) in BUDGET.items():
         train.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--start", metavar="DIR", help="begin with the weights of this trained miniature instead of untrained ones"
+    )
     train.add_argument("--ship", metavar="DIR", help="folder of the finished miniature (default: data/miniatures/NAME)")
     train.add_argument(
         "--precision",

@@ -5,7 +5,8 @@ that the source's own text has against the target's: two words share letters by 
 text has an effect of 0. A set of layers **reaches** the share r of the all-layer patch's effect when its mean effect
 over the pairs is r times that one's.
 
-**Selection rule.** Layers are put in the order of their effects alone; the first set of leading layers that reaches
+**Selection rule.** Layers are put in the order of how far each alone moves the text, which is its effect and what it
+takes of the source's score: a layer may erase the source's text and need others to write. The first set that reaches
 ``share`` (0.9) is taken; then every layer of it, the weakest first, is left out if the others still reach it.
 """
 
@@ -424,7 +425,7 @@ class _Drawn:
 def _exhaustive(model: Model, pairs: Sequence[Pair], share: float, options: dict) -> Found:
     drawn = _Drawn(model, options, sweep(model, pairs, **options))
     effects = layer_table(drawn.table).mean().to_numpy()
-    order = _order(effects)
+    order = _order(_moved(drawn.table))
     for n in range(1, len(order) + 1):
         chosen = tuple(sorted(order[:n]))
         drawn.ask([chosen], pairs)
@@ -517,6 +518,13 @@ def _cheap_only(model: Model, pairs: Sequence[Pair], share: float, how: str, opt
         row_evaluations=round(table.row_evaluations.sum()),
         seconds=0.0,
     )
+
+
+def _moved(table: pd.DataFrame) -> np.ndarray:
+    """How far each layer alone moves the text in a sweep: its text effect and what it takes of the source's score."""
+    gained = layer_table(table)
+    left = table.pivot(index="seed", columns="site", values="source_score")
+    return (gained - left[gained.columns].sub(left["source"], axis=0)).mean().to_numpy()
 
 
 def _order(effects: np.ndarray) -> list[int]:

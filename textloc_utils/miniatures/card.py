@@ -89,7 +89,12 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         f"torch {report['torch']}",
         "budget": _spent(report)
         + (f"; autoencoder {vae['seconds'] / 60:.0f} minutes, {vae['psnr_db']} dB" if vae else "")
-        + (f"; stage II {_spent(report['stage2'])}" if "stage2" in report else ""),
+        + (f"; stage II {_spent(report['stage2'])}" if "stage2" in report else "")
+        + (
+            f"; started from the weights of a run of {report['before']['samples']:,} samples"
+            if "before" in report
+            else ""
+        ),
         "curriculum": "letters in a word: " + curriculum,
         "seed": report["seed"],
         "spelling": f"{spelled['words']} held-out words read by Tesseract: {spelled['exact']:.3f} exact "

@@ -45,7 +45,6 @@ class Budget:
     ``autoencoder_seconds``, ``pool`` (scenes encoded once) and ``encoder_steps`` (where the text encoder learns first)
     come before the denoiser's ``seconds``. A recipe of two
     stages shares ``samples`` and ``seconds`` out.
-    With ``muon`` that optimiser changes the weight matrices, else AdamW.
     The learning rate ``lr`` falls linearly over the last share ``decay`` of the budget.
     ``curriculum`` lists (share of the budget, word lengths drawn from there on). Words of one length teach the shapes
     of letters; then letters in runs teach which letter is which, since a text that is the same everywhere can be drawn
@@ -59,7 +58,6 @@ class Budget:
     pool: int = 61_440
     batch: int = 32
     lr: float = 1.5e-3
-    muon: bool = False
     decay: float = 0.4
     ema: float = 0.9995
     evaluations: int = 14
@@ -158,62 +156,15 @@ class Drawn:
 # --- the run -------------------------------------------------------------------------------------------------
 
 
-class Optimiser:
-    """AdamW, and Muon (Jordan et al. 2024) for the weight matrices where the budget says so.
-
-    Muon wants matrices: a convolution's weights are seen as one, a row per output channel. Both take one learning rate.
-    """
-
-    def __init__(self, objective: nn.Module, budget: "Budget"):
-        trained = [p for p in objective.parameters() if p.requires_grad]
-        self._matrices = [(p, nn.Parameter(_matrix(p.data))) for p in trained if budget.muon and p.ndim in (2, 4)]
-        done = {id(p) for p, _ in self._matrices}
-        rest = [p for p in trained if id(p) not in done]
-        self._parts = [torch.optim.AdamW(rest, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
-        if self._matrices:
-            views = [view for _, view in self._matrices]
-            options = {"lr": budget.lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
-            self._parts.append(torch.optim.Muon(views, **options))
-
-    def set_lr(self, lr: float) -> None:
-        """The learning rate of the next step."""
-        for part in self._parts:
-            for group in part.param_groups:
-                group["lr"] = lr
-
-    def step(self) -> None:
-        """Change the weights along their gradients, and forget these."""
-        for weight, view in self._matrices:
-            view.grad = None if weight.grad is None else _matrix(weight.grad)
-            weight.grad = None
-        for part in self._parts:
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> list[dict]:
-        """What :meth:`load_state_dict` takes."""
-        return [part.state_dict() for part in self._parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Go on from a saved state."""
-        for part, state in zip(self._parts, states, strict=True):
-            part.load_state_dict(state)
-
-
-def _matrix(weight: torch.Tensor) -> torch.Tensor:
-    """Weights (out, in, ...) as (out, rest), sharing memory; the order within a row is the layout's."""
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.reshape(len(weight), -1)
-
-
 def lr_factor(progress: float, step: int, decay: float, warmup: int = 100) -> float:
     """Linear warm-up by steps, constant, then a linear decay over the last share ``decay`` of the budget."""
     return min(1.0, (step + 1) / warmup) * min(1.0, max(0.02, (1 - progress) / decay))
 
 
-def prepare(name: str, folder: Path, budget: Budget, seed: int, device: str = "cpu", log=print) -> None:
-    """Train the autoencoder and encode the pool, each once; both are kept in the run's folder.
+def prepare(
+    name: str, folder: Path, budget: Budget, seed: int, device: str = "cpu", log=print, start: Path | None = None
+) -> None:
+    """Train the autoencoder (or take ``start``'s) and encode the pool, each once; both are kept in the run's folder.
 
     A recipe in pixel space has neither.
     """
@@ -222,10 +173,16 @@ def prepare(name: str, folder: Path, budget: Budget, seed: int, device: str = "c
         return
     vae_folder = folder / "vae"
     if not (vae_folder / "config.json").exists():
-        torch.manual_seed(seed)
-        vae = rules.autoencoder().to(device)
-        report = autoencoder.train(vae, seconds=budget.autoencoder_seconds, seed=seed, log=log)
-        autoencoder.set_latent_statistics(vae)
+        if start is None:
+            torch.manual_seed(seed)
+            vae = rules.autoencoder().to(device)
+            report = autoencoder.train(vae, seconds=budget.autoencoder_seconds, seed=seed, log=log)
+            autoencoder.set_latent_statistics(vae)
+        else:
+            vae = type(rules.autoencoder()).from_pretrained(
+                next(part for part in (start / "vae", start / "vqvae") if part.is_dir())
+            )
+            report = _history(start)["autoencoder"]
         part = folder / "vae.part"
         vae.save_pretrained(part)
         write_json(part / "report.json", report)
@@ -247,11 +204,14 @@ def train(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    start: Path | None = None,
     log=print,
 ) -> dict | None:
     """Train miniature ``name`` in ``folder``, or go on where its checkpoint was.
 
-    ``budget`` defaults to the recipe's. Returns the training report, None in other processes than the main one.
+    ``budget`` defaults to the recipe's. A new run begins with the weights of the shipped miniature in the folder
+    ``start`` where one is given, else with untrained ones. Returns the training report, None in other processes than
+    the main one.
 
     The EMA weights are evaluated ``budget.evaluations`` times, evenly over the budget, into
     ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``. A second stage follows in
@@ -261,27 +221,50 @@ def train(
     place = pick_device(device)
     rules = recipe(name)
     budget = budget or default_budget(name)
+    before = None if start is None else _history(start)
+    if before is not None and before["name"] != name:
+        raise TextlocError(f"{start} holds {before['name']}; {name} can only start from a {name}")
     check_writable(folder).mkdir(parents=True, exist_ok=True)
     if precision == "auto":
         precision = "bf16" if autoencoder.has_bf16(place) else "fp32"
     accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
     main = accelerator.is_main_process
     if main:
-        prepare(name, folder, budget, seed, str(accelerator.device), log)
+        prepare(name, folder, budget, seed, str(accelerator.device), log, start)
     accelerator.wait_for_everyone()
     second = getattr(rules, "Stage2", None)
     part = _part(budget, 1 - second.SHARE) if second else budget
-    report = _train_stage(name, rules, folder, part, seed, accelerator, precision, log)
+    report = _train_stage(name, rules, folder, part, seed, accelerator, precision, log, start)
     if second:
         rules, part = second(folder / "pipeline"), _part(budget, second.SHARE, evaluations=0)
-        stage2 = _train_stage(name, rules, folder / "stage2", part, seed, accelerator, precision, log)
+        place = start and start / "stage2"
+        stage2 = _train_stage(name, rules, folder / "stage2", part, seed, accelerator, precision, log, place)
         if main:
             report["stage2"] = stage2
-            write_json(folder / "report.json", report)
             shutil.copytree(folder / "stage2" / "pipeline", folder / "pipeline" / "stage2")
-        accelerator.wait_for_everyone()
+    if main:
+        if before is not None:
+            earlier = before.get("before", {"samples": 0, "seconds": 0})
+            report["before"] = {k: before[k] + earlier[k] for k in earlier}
+        write_json(folder / "report.json", report)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return report if main else None
+
+
+def _history(folder: Path) -> dict:
+    """The report of a shipped miniature's training."""
+    try:
+        return json.loads((folder / "training.json").read_text())["report"]
+    except (OSError, ValueError, KeyError):
+        raise TextlocError(f"no trained miniature in {folder}; give a folder of data/miniatures") from None
+
+
+def _take_weights(pipe, folder: Path) -> None:
+    """Give every network of the pipeline the weights that it has in a saved one."""
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
 
 
 def _part(budget: Budget, share: float, **other) -> Budget:
@@ -289,7 +272,15 @@ def _part(budget: Budget, share: float, **other) -> Budget:
 
 
 def _train_stage(
-    name: str, rules, folder: Path, budget: Budget, seed: int, accelerator: Accelerator, precision: str, log
+    name: str,
+    rules,
+    folder: Path,
+    budget: Budget,
+    seed: int,
+    accelerator: Accelerator,
+    precision: str,
+    log,
+    start: Path | None,
 ) -> dict:
     """Train what one recipe (a module, or its Stage2) holds; the report of the main process is also in the folder."""
     cpu, main = accelerator.device.type == "cpu", accelerator.is_main_process
@@ -305,12 +296,16 @@ def _train_stage(
         pipe = rules.pipeline()
     pipe.set_progress_bar_config(disable=True)
     checkpoint = folder / "checkpoint.pt"
-    if hasattr(rules, "pretrain") and not checkpoint.exists():
+    if hasattr(rules, "pretrain") and start is None and not checkpoint.exists():
         right = rules.pretrain(pipe, seed, budget.encoder_steps)  # in every process, with the same outcome
         if main:
             log(f"text encoder: {right:.3f} of the letters' places named rightly")
     objective = rules.Objective(pipe).to(accelerator.device).train()
-    optimiser = Optimiser(objective, budget)
+    if start is not None and not checkpoint.exists():
+        _take_weights(pipe, start)
+    optimiser = torch.optim.AdamW(
+        objective.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     ema = EMAModel(objective.parameters(), decay=budget.ema, use_ema_warmup=True, power=0.75, foreach=True)
     state = {"step": 0, "samples": 0, "seconds": 0.0, "losses": [], "evaluated": 0}
     if checkpoint.exists():
@@ -378,7 +373,8 @@ def _train_stage(
         if progress >= 1.0:
             break
         lengths = [words for at, words in budget.curriculum if progress >= at][-1]
-        optimiser.set_lr(budget.lr * lr_factor(progress, state["step"], budget.decay))
+        for group in optimiser.param_groups:
+            group["lr"] = budget.lr * lr_factor(progress, state["step"], budget.decay)
         key = (seed, state["step"], rank)
         latents, captions = pool.batch(local, lengths, random.Random(str(key)))
         tokens = {k: v.to(accelerator.device) for k, v in rules.tokenize(pipe, captions).items()}
@@ -390,6 +386,7 @@ def _train_stage(
             accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
         ema.step(objective.parameters())
         recent.append(loss.item())
         state["step"] += 1
