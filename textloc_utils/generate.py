@@ -135,9 +135,7 @@ def generate(
     return Generation(images=np.concatenate(images), row_evaluations=counter.rows, seconds=seconds)
 
 
-def _sample(
-    model: Model, arguments: dict, generators: list[torch.Generator], second: dict | None = None
-) -> np.ndarray:
+def _sample(model: Model, arguments: dict, generators: list[torch.Generator], second: dict | None = None) -> np.ndarray:
     """One pipeline call: uint8 (rows, height, width, 3); ``second`` is what a second stage's arguments differ in."""
     if model.stage2 is None:
         pictures = model.pipe(**arguments, generator=generators, output_type="np").images
