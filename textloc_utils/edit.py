@@ -37,7 +37,7 @@ from textloc_utils import localize, metrics, ocr
 from textloc_utils.generate import generate
 from textloc_utils.localize import PSNR_CAP, Site
 from textloc_utils.miniatures import scenes
-from textloc_utils.models import Model, ModelSpec, check_layers, image_and_text
+from textloc_utils.models import Model, ModelSpec, check_layers, check_prompts, image_and_text
 from textloc_utils.patching import Clock, Patch
 from textloc_utils.prompts import LETTERS, Pair, make_pairs, quoted_text, replace_text
 from textloc_utils.results import Store
@@ -637,6 +637,7 @@ def report(
     picture also round_trip, the scores of what the source prompt draws from the inverted noise.
     """
     found = None
+    check_prompts(model, [pair.source, pair.target])
     check_layers(model, method.patch.layers if method.patch is not None else ())
     last = (steps or model.spec.steps) - 1
     if method.patch is not None and not 0 <= method.patch.start <= last:
