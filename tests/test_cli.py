@@ -69,6 +69,7 @@ def test_models_lists_what_the_book_needs(capsys):
 @pytest.mark.parametrize(
     "command", [[], ["models"], ["generate"], ["localize"], ["train"], ["lora"], ["lora", "train"]]
 )
+@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["edit"], ["train"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

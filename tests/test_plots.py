@@ -86,3 +86,25 @@ def test_a_strip_holds_the_very_pictures_and_escapes_their_titles():
     files = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", text)]
     np.testing.assert_array_equal([np.asarray(Image.open(io.BytesIO(file))) for file in files], images)
     assert "<b>" not in text and text.count("&lt;b&gt;") == 2 and 'tabindex="0"' in text
+
+
+def test_trade_off_joins_the_settings_of_each_method():
+    def part(method, settings):
+        rows = [
+            {"method": method, "start": start, "share": share, "f1": f1, "ssim": s} for start, share, f1, s in settings
+        ]
+        return pd.DataFrame(rows).assign(f1_low=0, f1_high=1, ssim_low=0.1, ssim_high=1)
+
+    curve = pd.concat(
+        [
+            part("localized", [(0, 0, 1.0, 0.8), (4, 0, 0.3, 0.95), (2, 0, 0.7, 0.9)]),
+            part("Prompt-to-Prompt", [(0, 0, 1.0, 0.5), (0, 0.8, 0.4, 0.7)]),
+        ]
+    )
+    figure = plots.trade_off({"m": curve}, {"m": part("same seed", [(0, 0, 1.0, 0.6)])}, text="f1", picture="ssim")
+    (axis,) = figure.axes
+    lines = {box.get_label(): box.lines[0] for box in axis.containers}
+    assert list(lines) == ["localized", "Prompt-to-Prompt", "same seed"]
+    assert lines["localized"].get_xdata().tolist() == [0.95, 0.9, 0.8]
+    assert lines["localized"].get_ydata().tolist() == [0.3, 0.7, 1.0]
+    assert axis.get_xlabel() == "SSIM" and axis.get_ylabel() == "f1"

@@ -1,4 +1,5 @@
-"""``textloc``: a thin face on the package. Mistakes end in one line on stderr and exit status 2."""
+"""``textloc``: a thin face on the package. Mistakes end in one line on stderr and exit status 2, an edit that is none
+in one line and exit status 3."""
 
 import argparse
 import json
@@ -28,6 +29,10 @@ LORA = {
     "batch": (int, "pictures per step, over all processes"),
     "lr": (float, "learning rate"),
 }
+
+
+#: Exit status of ``textloc edit`` where the picture does not say the new text, or was lost.
+EDIT_FAILED = 3
 
 
 def _models(args) -> None:
@@ -215,6 +220,43 @@ def _print_scores(table) -> None:
     scores = ["new_score", "new_exact", "old_score", "old_exact", "diversity"]
     shown = table[[c for c in columns + scores if c in table]]
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+def _edit(args) -> int:
+    from textloc_utils import edit, localize, models, ocr
+
+    work, bar = preset("book"), sys.stderr.isatty()
+    if args.pairs is not None and args.pairs < 1:
+        raise TextlocError(f"--pairs must be at least 1, got {args.pairs}")
+    if not args.table:
+        if lacking := [f"--{name}" for name in ("prompt", "to", "out") if getattr(args, name) is None]:
+            raise TextlocError(f"textloc edit needs {', '.join(lacking)} (or --table)")
+        spec = models.spec(args.model)
+        pair = replace(edit.check_text(spec, args.prompt, args.to), seed=args.seed)
+        picture = edit.open_picture(args.image, spec) if args.image else None
+        folder = check_writable(args.out)
+    ocr.tesseract_version()
+    model = models.load(args.model, device=args.device, model_path=args.model_path)
+    layers = args.layers
+    if layers is None:
+        layers = localize.published(model, prompts.make_pairs(work.sweep_pairs), "budgeted", progress=bar)[0].layers
+    for name in args.table or ():
+        pairs = edit.held_out_pairs(args.pairs or (work.pairs if name == "curve" else work.sweep_pairs), args.seed)
+        table = edit.table(model, name, layers, pairs, progress=bar, publish=args.publish)
+        print(f"{name}, layers {' '.join(map(str, layers))}")
+        columns = ["method", "start", "share", "n", "f1", "cer", "exact", "ssim", "ssim_outside", "psnr_outside"]
+        print(edit.summarise(table)[columns].round(3).to_string(index=False))
+    if args.table:
+        return 0
+    before, after, report = edit.report(model, pair, edit.localized(layers, args.start), picture)
+    edit.save(folder, before, after, report)
+    if args.json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        read = [report[name] or "(no text found)" for name in ("before", "after")]
+        print(f"{folder / 'edit.png'}  {read[0]} -> {read[1]}  SSIM outside the text {report['ssim_outside']:.2f}")
+    if report["failure"]:
+        print(f"textloc: {report['failure']}", file=sys.stderr)
+        return EDIT_FAILED
+    return 0
 
 
 def _print_effects(table) -> None:
@@ -361,6 +403,33 @@ def parser() -> argparse.ArgumentParser:
     _place(explore)
     explore.set_defaults(run=_explore)
     _lora(commands.add_parser("lora", help="adapters on chosen text layers: train, measure, compare"))
+    edit = commands.add_parser(
+        "edit",
+        help="replace the text in a picture and keep the picture",
+        description="Replace the text in a picture, drawn from a prompt or given as a file. Writes before.png, "
+        "after.png, edit.png (both and their difference side by side) and edit.json. Exit status 3: the picture does "
+        "not say the new text, or was lost.",
+    )
+    _model(edit)
+    edit.add_argument("--prompt", help="describes the picture, its text in double quotes")
+    edit.add_argument("--to", metavar="NEW", help="the new text")
+    edit.add_argument("--image", metavar="FILE", help="a picture of the model's size (default: drawn from the prompt)")
+    edit.add_argument("--seed", type=int, default=42, help="seed of the noise (default: 42)")
+    edit.add_argument("--layers", type=int, nargs="+", metavar="L", help="default: those that a budgeted search finds")
+    edit.add_argument(
+        "--start", type=int, default=0, help="the step from which the layers read the new text (default: 0)"
+    )
+    edit.add_argument("--out", metavar="DIR", help="folder for the pictures and the report")
+    edit.add_argument("--json", action="store_true", help="print the report")
+    edit.add_argument(
+        "--table",
+        nargs="+",
+        choices=["methods", "curve", "given"],
+        help="instead: compare editing with its baselines over many pairs, on given pictures, along trade-off curves",
+    )
+    edit.add_argument("--pairs", type=int, metavar="N", help="of a table (default: 100, for curves 48)")
+    edit.add_argument("--publish", action="store_true", help="write the tables to the data folder, for the book")
+    edit.set_defaults(run=_edit)
 
     train = commands.add_parser(
         "train",
@@ -449,13 +518,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except TextlocError as error:
         print(f"textloc: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ def generate(
     guidance: float | None = None,
     negative_prompt: str | None = None,
     batch_size: int | None = None,
+    noise: torch.Tensor | None = None,
+    stage2_prompts: Sequence[str] | None = None,
     progress: bool = False,
     **pipeline_arguments,
 ) -> Generation:
@@ -84,11 +86,12 @@ def generate(
     Every row draws its noise from a CPU generator of its own seed, so that the noise depends neither on the other
     rows of its batch nor on the device; rows that share a seed share the noise. ``steps`` and ``guidance`` default
     to the model's own. With ``patches`` (rows count the prompts, see ``patching``) everything is one batch.
+    ``noise``, one row per prompt as the denoiser takes them, is what to start from in place of the seeds' own.
     Further keyword arguments go to the pipeline. Raises TextlocError for prompts and seeds that do not fit each
     other, prompts longer than the tokenizers take, and patches that cannot be carried out.
 
     With a second stage (DeepFloyd IF) every picture is enlarged under its own prompt, the source prompt for a
-    patched row: patches hold in stage I only.
+    patched row, or under that of ``stage2_prompts``: patches hold in stage I only.
     """
     prompts, seeds = list(prompts), [int(s) for s in seeds]
     if not prompts or any(not isinstance(p, str) for p in prompts):
@@ -106,6 +109,8 @@ def generate(
         batch_size = BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
     if batch_size < 1:
         raise TextlocError(f"batch size must be at least 1, got {batch_size}")
+    if noise is not None and len(noise) != len(prompts):
+        raise TextlocError(f"{len(prompts)} prompts came with {len(noise)} rows of noise; give one row per prompt")
     if patches:
         batch_size = len(prompts)
 
@@ -123,18 +128,20 @@ def generate(
                 prompts[part], steps=steps, guidance=guidance, negative_prompt=negative_prompt, **pipeline_arguments
             )
             generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[part]]
-            images.append(_sample(model, arguments, generators))
+            with model.starting_from(None if noise is None else noise[part]) as begin:
+                second = None if stage2_prompts is None else {"prompt": list(stage2_prompts[part])}
+                images.append(_sample(model, arguments | begin, generators, second))
     seconds = time.perf_counter() - began
     return Generation(images=np.concatenate(images), row_evaluations=counter.rows, seconds=seconds)
 
 
-def _sample(model: Model, arguments: dict, generators: list[torch.Generator]) -> np.ndarray:
-    """One pipeline call: uint8 (rows, height, width, 3)."""
+def _sample(model: Model, arguments: dict, generators: list[torch.Generator], second: dict | None = None) -> np.ndarray:
+    """One pipeline call: uint8 (rows, height, width, 3); ``second`` is what a second stage's arguments differ in."""
     if model.stage2 is None:
         pictures = model.pipe(**arguments, generator=generators, output_type="np").images
     else:
         small = model.pipe(**arguments, generator=generators, output_type="pt").images.clamp(-1, 1)
-        enlarge = model.stage2_arguments(arguments)
+        enlarge = model.stage2_arguments(arguments | (second or {}))
         pictures = model.stage2(**enlarge, image=small, generator=generators, output_type="np").images
     return np.rint(np.clip(pictures, 0, 1) * 255).astype(np.uint8)
 

@@ -182,7 +182,7 @@ def sweep(
         "source": source,
         "guidance": model.spec.guidance,
     }
-    return _units(
+    return units(
         "sweep",
         model,
         pairs,
@@ -210,10 +210,10 @@ def cheap(
     def compute(pair: Pair) -> pd.DataFrame:
         return onestep.effects(model, [pair], depth=depth, steps=steps)
 
-    return _units("effects", model, pairs, inputs, steps, compute, store, progress)
+    return units("effects", model, pairs, inputs, steps, compute, store, progress)
 
 
-def _units(
+def units(
     kind: str,
     model: Model,
     pairs: Sequence[Pair],
@@ -223,9 +223,12 @@ def _units(
     store: Store | None,
     progress: bool,
 ) -> pd.DataFrame:
-    """One stored unit per pair, shared out over the processes; every process returns all of them, in order."""
+    """One stored unit per pair, shared out over the processes; every process returns all of them, in order.
+
+    ``inputs`` is what a unit hangs on besides model, weights, steps and pair.
+    """
     if not pairs:
-        raise TextlocError("localization needs at least one pair of prompts")
+        raise TextlocError("this needs at least one pair of prompts")
     store = Store() if store is None else store
     inputs = inputs | {"model": model.spec.name, "weights": fingerprint(model), "steps": steps or model.spec.steps}
 

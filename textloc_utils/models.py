@@ -5,19 +5,28 @@ cross-attention U-Nets (LDM, Stable Diffusion 1 and 2, SDXL), added-KV U-Nets (D
 (Stable Diffusion 3 and 3.5, FLUX). In each of them the text's keys and values leave two Linear modules per layer.
 """
 
+import contextlib
 import functools
 import inspect
 import json
 import re
 import textwrap
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -527,6 +536,13 @@ def denoise(denoiser: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, gi
     return answer[:, : noisy.shape[1]]
 
 
+def image_and_text(denoiser: nn.Module, layer: TextLayer, queries: int, keys: int, tokens: int) -> tuple[slice, slice]:
+    """Where a text layer's attention map, (queries, keys), holds the picture's queries and the text's keys."""
+    if isinstance(denoiser, SD3Transformer2DModel):  # the picture comes first
+        return slice(0, queries - tokens), slice(keys - tokens, keys)
+    return slice(tokens if isinstance(denoiser, FluxTransformer2DModel) else 0, queries), slice(0, tokens)
+
+
 # --- places for adapters ----------------------------------------------------------------------------------------
 
 #: Linear modules of a text layer that can carry an adapter. In joint attention ``q`` to ``out`` are the picture's,
@@ -635,6 +651,61 @@ class Model:
                 raise TextlocError(f"{type(self.pipe).__name__} takes no negative prompt")
             out["negative_prompt"] = [negative_prompt] * len(prompts)
         return out
+
+    def text_columns(self, prompt: str) -> list[tuple[int, list[tuple[int, ...]]]]:
+        """The tokens behind each place of the text that the denoiser reads, text by text in their order.
+
+        One (number of tokens before the padding, tokens) per text that is read; each place has one token for each
+        tokenizer that writes there.
+        """
+        clean = getattr(self.pipe, "_text_preprocessing", None)
+        text = clean(prompt, clean_caption=True)[0] if clean else prompt
+        read = self.tokenizers
+        if self.spec.pipeline == "FluxPipeline":
+            texts = [read[1:]]  # its CLIP gives the pooled text only
+        else:
+            texts = [read[:2], read[2:]] if self.spec.pipeline == "StableDiffusion3Pipeline" else [read]
+        columns = []
+        for group in texts:
+            if group:
+                own = max(len(tokenizer(text).input_ids) for tokenizer, _ in group)
+                padded = [t(text, padding="max_length", max_length=limit).input_ids for t, limit in group]
+                columns.append((own, list(zip(*padded, strict=True))))
+        return columns
+
+    @contextlib.contextmanager
+    def starting_from(self, noise: torch.Tensor | None) -> Iterator[dict]:
+        """What a pipeline call needs besides its arguments to start from ``noise`` (rows, ...), inside the block."""
+        if noise is None:
+            yield {}
+        elif "latents" in inspect.signature(type(self.pipe).__call__).parameters:
+            yield {"latents": noise}
+        else:  # IFPipeline takes no noise; it draws it in a method of its own
+            self.pipe.prepare_intermediate_images = lambda *args, **kwargs: noise
+            try:
+                yield {}
+            finally:
+                del self.pipe.prepare_intermediate_images
+
+    @contextlib.contextmanager
+    def first_order(self) -> Iterator[None]:
+        """Inside the block the pipeline samples by single deterministic steps, which can be taken back.
+
+        That is Euler's for flow matching and DDIM's elsewhere (DPM-Solver++ of order 1); a scheduler that does this
+        already stays.
+        """
+        before = self.pipe.scheduler
+        config = before.config
+        plain = isinstance(before, DDIMScheduler) and not (config.clip_sample or config.thresholding)
+        if not plain and not isinstance(before, FlowMatchEulerDiscreteScheduler):
+            single = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+            # Without a learned variance in its settings, IFPipeline leaves out the answer's channels for it.
+            other = {"thresholding": False, "variance_type": None}
+            self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(config, **single, **other)
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = before
 
     @torch.no_grad()
     def encode(self, pictures: np.ndarray, batch_size: int = 32) -> torch.Tensor:

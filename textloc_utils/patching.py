@@ -71,7 +71,7 @@ def patched(model: Model, patches: Iterable[Patch], rows: int) -> Iterator[None]
     """
     patches = tuple(patches)
     check_patches(model, patches, rows)
-    clock = _Clock()
+    clock = Clock()
     indices: dict = {}
     handles = []
     try:
@@ -154,7 +154,7 @@ def _sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[list[_Co
     return sites
 
 
-class _Clock:
+class Clock:
     """The step and the number of text tokens of the denoiser call under way."""
 
     def __init__(self):
@@ -180,7 +180,7 @@ class _Clock:
 class _CopyRows:
     """Forward hook: returns the output with target rows copied over source rows; the original is left alone."""
 
-    def __init__(self, copies: list[_Copy], layer: TextLayer | None, rows: int, clock: _Clock, indices: dict):
+    def __init__(self, copies: list[_Copy], layer: TextLayer | None, rows: int, clock: Clock, indices: dict):
         self.copies, self.layer, self.rows, self.clock, self.indices = copies, layer, rows, clock, indices
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:

@@ -184,6 +184,38 @@ def adapter_losses(tables: Mapping[str, pd.DataFrame]) -> Figure:
         axis.set_xlabel("training step")
     axes[0].set_ylabel("training loss")
     axes[-1].legend(frameon=False, fontsize=8)
+def trade_off(
+    curves: Mapping[str, pd.DataFrame], points: Mapping[str, pd.DataFrame], *, text: str, picture: str
+) -> Figure:
+    """What is gained in text against what is kept of the picture, one panel per model, with 95 % intervals.
+
+    Both are tables of ``edit.summarise`` by model: of ``curves`` a line per method joins its settings, ``points`` are
+    methods without a dial. ``text`` and ``picture`` name scores.
+    """
+    figure = _figure(figsize=(9, 3.2))
+    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for axis, (name, curve) in zip(axes, curves.items(), strict=True):
+        groups = [(m, part, "-") for m, part in curve.groupby("method", sort=False)]
+        groups += [(m, part, "") for m, part in points[name].groupby("method", sort=False)]
+        for (method, part, line), colour in zip(groups, sns.color_palette("colorblind", len(groups)), strict=True):
+            part = part.sort_values(["share", "start"], ascending=[True, False])
+            error = [
+                np.abs(np.stack([part[s] - part[f"{s}_low"], part[f"{s}_high"] - part[s]])) for s in (text, picture)
+            ]
+            axis.errorbar(
+                part[picture],
+                part[text],
+                *error,
+                fmt=f"o{line}",
+                color=colour,
+                markersize=3 if line else 5,
+                elinewidth=0.6,
+                label=method,
+            )
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel(picture.replace("_", " ").replace("ssim", "SSIM"))
+    axes[0].set(ylabel=text.replace("_", " "), ylim=(-0.03, 1.05))
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     sns.despine(figure)
     return figure
 

@@ -1,0 +1,508 @@
+"""Editing: exact where exactness can be had, Prompt-to-Prompt against explicit maps, inversions that lead back."""
+
+import functools
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch.nn import functional as F
+
+from textloc_utils import cli, edit, localize, metrics, models, prompts
+from textloc_utils.generate import generate
+from textloc_utils.miniatures import scenes
+from textloc_utils.models import Model
+from textloc_utils.patching import Patch
+from textloc_utils.prompts import Pair
+from textloc_utils.results import Store
+from textloc_utils.settings import TextlocError
+
+FROM = 'a red sign on a blue wall that says "hello".'
+TO = 'a red sign on a blue wall that says "world".'
+SHORTER = 'a sign that says "river".'
+
+
+def pair(source=FROM, target=TO, seed=3):
+    about = {"wall": "", "sign": "", "shape": "", "seed": seed}
+    return Pair(source=source, target=target, source_text="HELLO", target_text="WORLD", **about)
+
+
+@pytest.fixture(scope="module", params=tiny.BUILDERS)
+def small(request):
+    return request.param, tiny.model(request.param)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return models.load("sd3-mini", device="cpu")
+
+
+# --- exactness ------------------------------------------------------------------------------------------------
+
+
+def test_equal_prompts_give_the_source_bit_for_bit(small):
+    made = edit.edit(small[1], pair(FROM, FROM), edit.prompt_to_prompt(1.0))
+    np.testing.assert_array_equal(made.after, made.before)
+    assert made.cache_bytes > 0
+
+
+def test_no_replaced_map_gives_the_same_seed(small):
+    model = small[1]
+    plain = edit.edit(model, pair(), edit.same_seed())
+    np.testing.assert_array_equal(edit.edit(model, pair(), edit.prompt_to_prompt(0.0)).after, plain.after)
+    assert np.abs(plain.after.astype(int) - plain.before).max() > 0
+    assert np.abs(edit.edit(model, pair(), edit.prompt_to_prompt(1.0)).after.astype(int) - plain.after).max() > 0
+
+
+def test_no_layer_gives_the_source_bit_for_bit(small):
+    made = edit.edit(small[1], pair(), edit.localized(()))
+    np.testing.assert_array_equal(made.after, made.before)
+    assert made.cache_bytes == 0
+
+
+def test_all_layers_are_the_engine(small):
+    model = small[1]
+    made = edit.edit(model, pair(), edit.all_layers(model))
+    patch = Patch(source=2, target=1, layers=tuple(range(len(model.layers))))
+    engine = generate(model, [FROM, TO, FROM], [3] * 3, patches=[patch])
+    np.testing.assert_array_equal(made.after, engine.images[2])
+    np.testing.assert_array_equal(made.before, engine.images[0])
+    assert made.row_evaluations == engine.row_evaluations
+    late = edit.edit(model, pair(), edit.all_layers(model, start=model.spec.steps))
+    np.testing.assert_array_equal(late.after, late.before)
+
+
+def test_the_plain_target_starts_from_other_noise(small):
+    model = small[1]
+    made = edit.edit(model, pair(), edit.plain_target())
+    other = generate(model, [FROM, TO], [3, 3 + edit.RESEED])
+    np.testing.assert_array_equal([made.before, made.after], other.images)
+
+
+@pytest.mark.parametrize("method", [edit.localized((1,)), edit.prompt_to_prompt(), edit.same_seed()])
+def test_a_second_stage_enlarges_edits_under_the_source_prompt(method):
+    """Only where the target is simply drawn does its own prompt enlarge it."""
+    asked = []
+
+    def enlarge(*, prompt, image, **other):
+        asked.append(prompt)
+        return SimpleNamespace(images=image.permute(0, 2, 3, 1).numpy())
+
+    made = edit.edit(replace(tiny.model("if"), stage2=enlarge), pair(), method)
+    assert made.after.shape == (16, 16, 3) and asked[0][0] == FROM
+    assert asked[0][-1] == (TO if method == edit.same_seed() else FROM)
+
+
+# --- Prompt-to-Prompt -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [TO, SHORTER])
+def test_shared_columns_hold_the_same_tokens(small, target):
+    name, model = small
+    texts = [[t for _, tokens in model.text_columns(p) for t in tokens] for p in (FROM, target)]
+    sources, targets = edit.shared_columns(model, FROM, target)
+    assert [texts[0][i] for i in sources] == [texts[1][i] for i in targets]
+    assert len(set(targets)) == len(targets) and len(set(sources)) == len(sources)
+    seen = []
+    handle = model.denoiser.register_forward_pre_hook(
+        lambda d, a, k: seen.append(models.read_call(d, a, k).tokens), with_kwargs=True
+    )
+    generate(model, [FROM], [0], steps=1)
+    handle.remove()
+    assert seen[0] == len(texts[0])
+    if target == TO:  # one word is one token here, in each of the texts that are read
+        own = sorted(set(range(len(texts[1]))) - set(targets))
+        assert len(own) == (2 if name in ("sd3", "sd35") else 1) and sources == targets
+
+
+def explicit(name, model, columns, rows, monkeypatch):
+    """All text layers compute their maps in the open, the last row's replaced: the method as its authors write it."""
+    sources, targets = map(torch.tensor, columns)
+    tokens = sum(len(tokens) for _, tokens in model.text_columns(FROM))
+    inside, fused = [], F.scaled_dot_product_attention
+    for layer in model.layers:
+        module = model.denoiser.get_submodule(layer.name)
+        module.register_forward_pre_hook(lambda *a: inside.append(True))
+        module.register_forward_hook(lambda *a: inside.clear())
+
+    def attention(query, key, value, *args, **kwargs):
+        if not inside:
+            return fused(query, key, value, *args, **kwargs)
+        maps = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
+        texts_last = name in ("sd3", "sd35")
+        first = key.shape[2] - tokens if texts_last else 0
+        for q in range(tokens if name == "flux" else 0, query.shape[2] - tokens * texts_last):
+            maps[-1, :, q, first + targets] = maps[-rows, :, q, first + sources]
+        return maps @ value
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+
+
+def test_maps_are_replaced_as_written(small, monkeypatch):
+    """In double precision, the fused attention with its correction against maps in the open."""
+    name, model = small[0], tiny.model(small[0])
+    model.pipe.to(torch.float64)
+
+    def last(**options):
+        with torch.no_grad():
+            return model.pipe(**arguments, **options, output_type="np").images
+
+    arguments = model.call_arguments([FROM, TO], steps=3, guidance=4.0, negative_prompt=None)
+
+    def noise():
+        return [torch.Generator().manual_seed(3) for _ in range(2)]
+
+    plain = last(generator=noise())
+    columns = edit.shared_columns(model, FROM, TO)
+    with edit.replaced_maps(model, pair(), 2, 3):
+        ours = last(generator=noise())
+    np.testing.assert_array_equal(last(generator=noise()), plain)  # and leaves nothing behind
+    explicit(name, model, columns, 2, monkeypatch)
+    theirs = last(generator=noise())
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert np.abs(ours[1] - plain[1]).max() > 1e-4
+
+
+def test_an_error_leaves_the_pipeline_as_it_was(small):
+    model = small[1]
+    before = generate(model, [FROM, TO], [3, 3]).images
+    with pytest.raises(TextlocError, match="maps were asked for 2 rows"), edit.replaced_maps(model, pair(), 2, 3):
+        generate(model, [FROM] * 3, [3] * 3)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.denoiser.modules())
+    np.testing.assert_array_equal(generate(model, [FROM, TO], [3, 3]).images, before)
+
+
+def test_an_impossible_share_is_refused():
+    with pytest.raises(TextlocError, match="0 to 1"):
+        edit.prompt_to_prompt(1.5)
+
+
+# --- inversion ------------------------------------------------------------------------------------------------
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+SCHEDULERS = {
+    "ddim": DDIMScheduler(clip_sample=False),
+    "ddim, zero snr": DDIMScheduler(clip_sample=False, **ZERO_SNR),
+    "dpm-solver": DPMSolverMultistepScheduler(solver_order=1, final_sigmas_type="zero"),
+    "dpm-solver, zero snr": DPMSolverMultistepScheduler(solver_order=1, final_sigmas_type="zero", **ZERO_SNR),
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_steps_are_taken_back(name, passes):
+    """Where the denoiser's answers do not hang on the picture, one pass is exact."""
+    scheduler = SCHEDULERS[name]
+    scheduler.set_timesteps(5)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1, 4, 2, 2, generator=generator, dtype=torch.float64)
+    answers = {
+        float(t): torch.randn(start.shape, generator=generator, dtype=torch.float64) for t in scheduler.timesteps
+    }
+    picture = start
+    for t in scheduler.timesteps:
+        picture = scheduler.step(answers[float(t)], t, picture, return_dict=False)[0]
+    with edit._taken_back(scheduler, passes) as run:
+        scheduler.set_timesteps(5)
+        found = picture
+        for t in scheduler.timesteps:
+            found = scheduler.step(answers[float(t)], t, found, return_dict=False)[0]
+    assert len(scheduler.timesteps) == 5 * passes
+    torch.testing.assert_close(run.noise, start, rtol=0, atol=1e-4)
+    scheduler.set_timesteps(5)
+    assert len(scheduler.timesteps) == 5  # restored
+
+
+def test_an_inversion_leads_back(small, monkeypatch):
+    """From the noise that was found, each family's pipeline draws what was inverted."""
+    name, model = small
+    drawn = {}
+
+    with model.first_order():
+        start = generate(model, [FROM], [5], guidance=1.0)
+        scheduler, step = model.pipe.scheduler, model.pipe.scheduler.step
+
+        def keep(*args, **kwargs):
+            out = step(*args, **kwargs)
+            drawn["picture"] = out[0] if isinstance(out, tuple) else out.prev_sample
+            return out
+
+        scheduler.step = functools.wraps(step)(keep)
+        generate(model, [FROM], [5], guidance=1.0)
+        del scheduler.step
+    monkeypatch.setattr(Model, "encode", lambda self, pictures: drawn["picture"])
+    errors = []
+    for passes in (1, 30):
+        found = edit.invert(model, start.images, [FROM], passes=passes)
+        assert found.row_evaluations == passes * model.spec.steps
+        with model.first_order():
+            back = generate(model, [FROM], [5], guidance=1.0, noise=found.noise)
+        errors.append(np.abs(back.images.astype(int) - start.images).mean())
+    assert errors[1] <= max(1, errors[0] / 4)  # random weights are not made to be taken back
+
+
+def test_a_rendered_picture_comes_back(mini):
+    """The round trip loses what the autoencoder loses, and hardly more."""
+    (one,) = edit.held_out_pairs(1)
+    picture = edit.rendered(one)
+    assert np.array_equal(picture, edit.rendered(one)) and scenes.read_colours(picture) == (one.wall, one.sign)
+    found = edit.invert(mini, picture[None], [one.source])
+    with mini.first_order():
+        back = generate(mini, [one.source], [0], noise=found.noise, guidance=1.0).images[0]
+    vae, latents = mini.pipe.vae, mini.encode(picture[None])
+    decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    ceiling = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    assert metrics.psnr(back, picture) > metrics.psnr(ceiling, picture) - 0.5 > 20
+    assert 0.5 < float(found.noise.std()) < 2
+
+
+def test_a_wrong_inversion_is_refused(mini):
+    with pytest.raises(TextlocError, match="at least one pass"):
+        edit.invert(mini, np.zeros((1, 64, 128, 3), np.uint8), [FROM], passes=0)
+    with pytest.raises(TextlocError, match="128x64 pixels, got 64x64"):
+        edit.invert(mini, np.zeros((1, 64, 64, 3), np.uint8), [FROM])
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+LAYERS, STEPS = (4, 5, 6), 6
+
+
+@pytest.fixture(scope="module")
+def compared(mini, tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("store"))
+    pairs, methods = edit.held_out_pairs(2), edit.methods(mini, LAYERS)
+    tables = {
+        given: edit.compare(mini, pairs, methods, steps=STEPS, given=given, store=store) for given in (False, True)
+    }
+    return store, pairs, methods, tables
+
+
+def test_a_table_holds_a_row_for_each_pair_and_method(mini, compared):
+    store, pairs, methods, tables = compared
+    table = tables[False]
+    assert table.method.tolist() == [m.name for m in methods] * 2
+    assert table.seed.tolist() == [p.seed for p in pairs for _ in methods]
+    rows = table.set_index(["seed", "method"]).loc[pairs[0].seed]
+    # Two rows, guided, at every step: what source and target cost.
+    both = generate(mini, [pairs[0].source, pairs[0].target], [pairs[0].seed] * 2, steps=STEPS)
+    assert rows.row_evaluations["localized"] == both.row_evaluations == 2 * 2 * STEPS
+    assert rows.row_evaluations["same seed"] == 2 * STEPS
+    assert rows.cache_bytes["same seed"] == 0
+    assert (rows.cache_bytes[["localized", "all layers", "Prompt-to-Prompt"]] > 0).all()
+    assert (rows.inversion_rows == 0).all() and not rows.given.any()
+    # The scores are those of the pictures, against the source.
+    pictures, again = edit.compare_pair(mini, pairs[0], methods, steps=STEPS)
+    mask = localize.outside_text(mini, 64, 128)
+    for row, picture in zip(again, pictures[1:], strict=True):
+        assert row["ssim_outside"] == pytest.approx(metrics.ssim(picture, pictures[0], mask))
+        assert row["mse"] == pytest.approx(metrics.mse(picture, pictures[0]))
+        assert row["cer"] == metrics.character_error_rate(row["read"], pairs[0].target_text)
+        assert row["ssim"] == pytest.approx(rows.ssim[row["method"]])
+
+
+def test_given_pictures_are_inverted_first(mini, compared):
+    _, pairs, methods, tables = compared
+    table = tables[True]
+    assert table.method.tolist() == ["round trip", *(m.name for m in methods)] * 2
+    assert (table.inversion_rows == edit.PASSES * STEPS).all() and table.given.all()
+    trip = table[table.method == "round trip"]
+    assert (trip.psnr > 20).all() and (trip.row_evaluations == STEPS).all()
+    assert table.source_read.tolist() == table.source_text.tolist()
+    # The plain target is guided and starts from noise of its own, as ever.
+    plain = [t[t.method == "plain target"].read.tolist() for t in tables.values()]
+    assert plain[0] == plain[1]
+
+
+def test_a_killed_comparison_goes_on(mini, compared, monkeypatch):
+    store, pairs, methods, tables = compared
+    monkeypatch.setattr(edit, "compare_pair", None)  # nothing is left to draw
+    again = edit.compare(mini, pairs, methods, steps=STEPS, store=store)
+    pd.testing.assert_frame_equal(again, tables[False])
+
+
+def test_a_published_table_is_taken_where_it_fits(mini, compared, monkeypatch, tmp_path):
+    store, pairs, _, tables = compared
+    monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
+    options = {"steps": STEPS, "store": store}
+    made = edit.table(mini, "methods", LAYERS, pairs, publish=True, **options)
+    pd.testing.assert_frame_equal(made, tables[False])
+    monkeypatch.setattr(edit, "compare", lambda *a, **k: "computed")
+    assert edit.table(mini, "methods", LAYERS[::-1], pairs, **options).read.tolist() == made.read.tolist()
+    assert edit.table(mini, "methods", (4, 5), pairs, **options) == "computed"
+    assert edit.table(mini, "methods", LAYERS, pairs[:1], **options) == "computed"
+    assert edit.table(mini, "given", LAYERS, pairs, **options) == "computed"
+
+
+@pytest.mark.parametrize(
+    "name, layers, said", [("all", (4,), "unknown table"), ("given", (), "at least one layer"), ("curve", (99,), "99")]
+)
+def test_a_wrong_table_is_refused(mini, name, layers, said):
+    with pytest.raises(TextlocError, match=said):
+        edit.table(mini, name, layers, edit.held_out_pairs(1))
+
+
+def test_the_curve_turns_each_dial(mini):
+    methods = edit.curve(mini, LAYERS, 16)
+    starts = [m.patch.start for m in methods if m.name == "localized"]
+    assert starts == [0, 2, 3, 5, 7, 10, 13] and starts == [m.patch.start for m in methods if m.name == "all layers"]
+    assert [m.maps for m in methods if m.maps is not None] == list(edit.SHARES)
+
+
+def test_edited_pairs_are_others_than_searched_ones():
+    searched = {(p.source_text, p.target_text) for p in prompts.make_pairs(100)}
+    edited = edit.held_out_pairs(100)
+    assert len({p.seed for p in edited} | {p.seed for p in prompts.make_pairs(100)}) == 200
+    assert len(searched & {(p.source_text, p.target_text) for p in edited}) <= 2
+
+
+def made_up():
+    values = {"localized": (1.0, 0.9), "same seed": (1.0, 0.5), "round trip": (0.0, 1.0)}
+    rows = []
+    for seed in (1, 2, 3):
+        for method, (f1, ssim) in values.items():
+            row = {"seed": seed, "method": method, "start": 0, "share": 0.0, "f1": f1, "ssim": ssim + seed / 100}
+            rows.append(row | {"row_evaluations": 64, "seconds": seed, "cache_bytes": 10 * seed})
+    return pd.DataFrame(rows)
+
+
+def test_summaries_and_differences():
+    summary = edit.summarise(made_up(), ["f1", "ssim"]).set_index("method")
+    assert summary.f1.tolist() == [1, 1, 0] and summary.n.tolist() == [3] * 3
+    assert summary.ssim["localized"] == pytest.approx(0.92) and summary.ssim_low["localized"] < 0.92
+    assert summary.cache_bytes["localized"] == 30 and summary.seconds["localized"] == 2
+    rows = edit.differences(made_up(), ["f1", "ssim"]).to_dict("records")
+    assert [(r["method"], r["score"]) for r in rows] == [("same seed", "f1"), ("same seed", "ssim")]
+    # Paired: the same in every pair, whatever the pair's own level.
+    assert [(r["mean"], r["low"], r["high"], r["n"]) for r in rows] == [
+        (0, 0, 0, 3),
+        (pytest.approx(0.4), pytest.approx(0.4), pytest.approx(0.4), 3),
+    ]
+
+
+# --- one picture ----------------------------------------------------------------------------------------------
+
+HELLO = 'A red sign on a blue wall that says "HELLO".'
+
+
+def test_the_quoted_text_is_replaced():
+    made = edit.check_text(models.spec("sd3-mini"), HELLO, "WORLD")
+    assert (made.source, made.source_text, made.target_text) == (HELLO, "HELLO", "WORLD")
+    assert made.target == HELLO.replace("HELLO", "WORLD")
+    assert edit.check_text(models.spec("sdxl"), HELLO, "Hello, world!").target_text == "Hello, world!"
+
+
+@pytest.mark.parametrize(
+    "read, ssim, said",
+    [
+        ("WORLD", 0.9, None),
+        ("WORLD", 0.2, "the picture was lost"),
+        ("HELLO", 0.9, "nothing changed"),
+        ("WORLO", 0.9, "says WORLO, not WORLD"),
+        ("", 0.9, "no text is read"),
+    ],
+)
+def test_a_failed_edit_says_so(read, ssim, said):
+    told = edit.failure("HELLO", read, pair(), ssim)
+    assert told is None if said is None else said in told
+
+
+def test_before_after_and_difference():
+    before, after = np.full((2, 3, 3), 10, np.uint8), np.full((2, 3, 3), 250, np.uint8)
+    both = edit.side_by_side(before, after, gap=1)
+    assert both.shape == (2, 11, 3) and (both[:, :3] == 10).all() and (both[:, 4:7] == 250).all()
+    assert (both[:, 8:] == 240).all()
+
+
+RIVER = HELLO.replace("HELLO", "RIVER")
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = cli.main(["edit", "sd3-mini", "--device", "cpu", *map(str, arguments)])
+    return status, *capsys.readouterr()
+
+
+def test_the_command_edits_a_generated_picture(tmp_path, capsys, monkeypatch):
+    """In the layers of a published or budgeted search, where none are named."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(localize, "published", lambda *a, **k: (SimpleNamespace(layers=(4, 5, 6)), None))
+    status, printed, err = run(capsys, "--prompt", RIVER, "--to", "STONE", "--seed", 1, "--out", out, "--json")
+    report = json.loads(printed)
+    assert (status, err) == (0, "") and report == json.loads((out / "edit.json").read_text())
+    assert (report["before"], report["after"], report["failure"]) == ("RIVER", "STONE", None)
+    assert report["layers"] == [4, 5, 6] and report["ssim_outside"] > edit.KEPT and "round_trip" not in report
+    before, after, both = (np.asarray(Image.open(out / f"{n}.png")) for n in ("before", "after", "edit"))
+    np.testing.assert_array_equal(both, edit.side_by_side(before, after))
+    assert sorted(p.name for p in out.iterdir()) == ["after.png", "before.png", "edit.json", "edit.png"]
+
+
+def test_the_command_edits_a_given_picture(tmp_path, capsys):
+    picture = scenes.render(scenes.Scene(wall="blue", sign="red", shape="sign", text="HELLO", dy=2))
+    Image.fromarray(picture).save(tmp_path / "given.png")
+    about = ["--prompt", HELLO, "--to", "WORLD", "--image", tmp_path / "given.png", "--layers", 4, 5, 6]
+    status, printed, _ = run(capsys, *about, "--out", tmp_path / "out", "--json")
+    report = json.loads(printed)
+    assert status == 0 and (report["before"], report["after"]) == ("HELLO", "WORLD")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "before.png")), picture)
+    assert report["round_trip"]["psnr"] > 22 and report["ssim_outside"] > edit.KEPT
+
+
+def test_an_edit_that_changed_nothing_has_its_own_exit_status(tmp_path, capsys):
+    about = ["--prompt", RIVER, "--to", "STONE", "--seed", 1, "--layers", 0, "--out", tmp_path]
+    status, printed, err = run(capsys, *about)
+    assert status == cli.EDIT_FAILED == 3 and "RIVER -> RIVER" in printed
+    assert err == "textloc: nothing changed: the picture still says RIVER\n" and (tmp_path / "edit.png").is_file()
+
+
+def test_bad_input_is_one_line_before_the_model_runs(tmp_path, capsys, monkeypatch):
+    out, wrong_size, no_picture = tmp_path / "out", tmp_path / "size.png", tmp_path / "text.png"
+    Image.new("RGB", (64, 64)).save(wrong_size)
+    no_picture.write_text("no picture")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(edit, "generate", forbidden)
+    for change, said in (
+        ({"--prompt": "a sign"}, "double quotes"),
+        ({"--to": " "}, "empty"),
+        ({"--to": "WORLDLY"}, "too long; this sign holds 6"),
+        ({"--to": "World"}, "cannot draw 'o'"),
+        ({"--to": 'A"B'}, "cannot hold"),
+        ({"--to": "HELLO"}, "nothing to edit"),
+        ({"--image": tmp_path / "none.png"}, "No such file"),
+        ({"--image": no_picture}, "no picture"),
+        ({"--image": tmp_path}, "Is a directory"),
+        ({"--image": wrong_size}, "128x64 pixels, got 64x64"),
+        ({"--layers": 12}, "text layers are 0 to 11"),
+        ({"--layers": 4, "--start": 16}, "steps are 0 to 15"),
+        ({"--out": no_picture / "out"}, "not a folder"),
+    ):
+        options = {"--prompt": HELLO, "--to": "WORLD", "--out": out} | change
+        status, printed, err = run(capsys, *(str(part) for option in options.items() for part in option))
+        assert (status, printed, err.count("\n")) == (2, "", 1) and said in err, change
+        assert not out.exists()
+    assert "--prompt, --to, --out" in run(capsys)[2]
+
+
+def test_the_command_makes_tables(capsys, monkeypatch, mini):
+    asked = {}
+
+    def table(model, name, layers, pairs, **options):
+        asked[name] = (tuple(layers), len(pairs), options["publish"])
+        about = dict.fromkeys(edit.SCORES, 0.5)
+        return pd.DataFrame([row | about for row in made_up().to_dict("records")])
+
+    monkeypatch.setattr(edit, "table", table)
+    status, printed, _ = run(capsys, "--table", "methods", "curve", "--layers", 4, 5, "--publish")
+    assert status == 0 and asked == {"methods": ((4, 5), 100, True), "curve": ((4, 5), 48, True)}
+    assert "localized" in printed and "0.5" in printed
+    assert run(capsys, "--table", "given", "--pairs", 0)[0] == 2
