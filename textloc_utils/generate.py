@@ -150,22 +150,33 @@ def conditions(model: Model, prompts: Sequence[str], *, batch_size: int = 64) ->
     from it. Nothing is drawn: each batch of prompts is encoded by its pipeline, up to the first denoiser call.
     """
     prompts, parts = list(prompts), []
+    check_prompts(model, prompts)
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        arguments = model.call_arguments(part, steps=model.spec.steps, guidance=1.0, negative_prompt=None)
+        parts.append(first_call(model, **arguments))
+    return join_rows(parts)
+
+
+def first_call(model: Model, **arguments) -> dict:
+    """What the pipeline, called with ``arguments``, first calls its denoiser with (``models.call_rows``).
+
+    The pipeline's call ends there; neither its noise nor this call counts anywhere.
+    """
+    rows = {}
 
     def stop(denoiser, args, kwargs):
-        parts.append(call_rows(denoiser, args, kwargs))
+        rows.update(call_rows(denoiser, args, kwargs))
         raise EnoughError
 
-    check_prompts(model, prompts)
-    handle = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+    # Ahead of all other hooks: a counter does not see a call that is not made.
+    handle = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            arguments = model.call_arguments(part, steps=model.spec.steps, guidance=1.0, negative_prompt=None)
-            with contextlib.suppress(EnoughError):
-                model.pipe(**arguments)
+        with contextlib.suppress(EnoughError):
+            model.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(0))
     finally:
         handle.remove()
-    return join_rows(parts)
+    return rows
 
 
 def save(

@@ -8,8 +8,8 @@ sentence. The rest of a prompt describes the scene, where a clown is a clown: it
 word counts as one of the list if it is that word, with any of its letters repeated; with digits and signs in place of
 some letters; with spaces or marks between its letters; or with one letter wrong, left out, added or swapped, if both
 have five letters or more, begin with the same letter, and it is no ordinary word itself. A word cut in two counts when
-the quoted text is nothing but its parts. Not found: a word spread over several quoted texts, a word inside a longer one, and
-spellings further off.
+the quoted text is nothing but its parts. Not found: a word spread over several quoted texts, a word inside a longer
+one, and spellings further off.
 
 Any callable that takes a prompt and returns :class:`Finding` objects can take the detector's place, as the one
 that :func:`classifier` makes of a transformers text classifier.
@@ -154,7 +154,7 @@ _SENTENCE = re.compile(r"[.;\n](?=\s|$)")
 def _regions(prompt: str) -> list[tuple[int, int]]:
     """The (start, end) of what the prompt asks to be written, in order and apart from each other."""
     found = sorted([*_double_quoted(prompt), *_single_quoted(prompt)])
-    quotes = [start for start, _ in found]
+    quotes = [start - 1 for start, _ in found]
     ends = [match.start() for match in _SENTENCE.finditer(prompt)]
     after = 0
     for cue in _CUE.finditer(prompt):
