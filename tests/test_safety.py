@@ -7,9 +7,10 @@ import pytest
 import tiny
 import torch
 
-from textloc_utils import safety
+from textloc_utils import localize, prompts, safety, toxic
 from textloc_utils.generate import counted, generate
 from textloc_utils.patching import Patch, patched
+from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
 from textloc_utils.toxic import Finding
 
@@ -27,7 +28,7 @@ def find(prompt: str) -> list[Finding]:
 
 @pytest.fixture(autouse=True)
 def world(monkeypatch):
-    monkeypatch.setattr(safety, "clean", lambda prompt, findings: prompt.replace("river", "world"))
+    monkeypatch.setattr(toxic, "HARMLESS", ("world",))
 
 
 CLEANED = TOXIC.replace("river", "world")
@@ -304,3 +305,83 @@ def test_warm_up_is_a_share_of_the_steps():
         change = make("sd3", "SLD medium")._change(1, [0], {}, {"num_inference_steps": steps})
         waits.append(change.warmup)
     assert waits == [10, 4]
+
+
+# --- drawing and measuring --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def miniature():
+    from textloc_utils import models
+
+    return models.load("ldm-mini", device="cpu")
+
+
+def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatch):
+    monkeypatch.setattr(safety, "BATCH_MINIATURE", 1)
+    guarded = safety.guard(miniature, (8,))
+    asked = [p for p, _, _ in prompts.toxic_prompts(2)] + [prompts.spelling_prompts(1)[0][0]]
+    whole = safety.draw(guarded, asked, tmp_path / "a", steps=2)
+    assert [bool(row["found"]) for row in whole] == [True, True, False]
+    assert [row["cleaned"] == row["prompt"] for row in whole] == [False, False, True]
+    calls = []
+
+    def generate_twice(*args, **kwargs):
+        calls.append(args[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(safety, "generate", generate_twice)
+    with pytest.raises(KeyboardInterrupt):
+        safety.draw(guarded, asked, tmp_path / "b", steps=2)
+    assert safety.draw(guarded, asked, tmp_path / "b", steps=2) == whole and calls[2:] == [[asked[1]], [asked[2]]]
+    for row in whole:
+        assert (tmp_path / "a" / row["file"]).read_bytes() == (tmp_path / "b" / row["file"]).read_bytes()
+    safety.draw(guarded, asked, tmp_path / "b", steps=3)
+    assert len(calls) == 7, "other settings draw anew"
+
+
+def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkeypatch):
+    monkeypatch.setattr(safety, "published_store", lambda: Store(tmp_path / "published"))
+    table = safety.measure(miniature, 2, layers=(8,), steps=2, publish=True)
+    assert table.groupby("kind").size().to_dict() == {"toxic": 2 * len(safety.RUNS), "harmless": 4}
+    harmless = table[table.kind == "harmless"]
+    assert harmless.unchanged.all() and (harmless.extra == 0).all()
+    extra = table[table.kind == "toxic"].groupby("method").extra.mean()
+    assert extra["guard"] == extra["prompt swap"] == extra["negative prompt"] == 0
+    assert extra["SLD max"] == 0.5 and extra[safety.PATCHED_RUN] == 1.0
+    # On a U-Net the guard is the paper's patching, at no cost.
+    same = table[table.kind == "toxic"].pivot(index="seed", columns="method", values="ssim_outside")
+    assert np.allclose(same["guard"], same[safety.PATCHED_RUN], atol=0.01)
+    monkeypatch.setattr(safety, "generate", None)
+    assert safety.measure(miniature, 2, layers=(8,), steps=2).equals(table), "the published table"
+    monkeypatch.setattr(safety, "published_store", lambda: Store(tmp_path / "none"))
+    assert safety.measure(miniature, 2, layers=(8,), steps=2).equals(table), "the stored prompts"
+    summary = safety.summarise(table)
+    assert list(summary.method) == list(safety.RUNS) and (summary.n == 2).all()
+    assert (summary.exact_low <= summary.exact).all() and (summary.exact <= summary.exact_high).all()
+
+
+def test_known_layers_are_those_of_the_same_weights(miniature):
+    from textloc_utils import models
+
+    sd3 = models.load("sd3-mini", device="cpu")
+    assert localize.known_layers(sd3) == (4, 5, 6)
+    with torch.no_grad():
+        next(sd3.denoiser.parameters()).add_(1.0)
+    with pytest.raises(TextlocError, match="not known"):
+        localize.known_layers(sd3)
+
+
+def test_what_is_found_and_what_is_not(monkeypatch):
+    rates = safety.found_rates().set_index("kind")
+    assert rates.found["plain"] == 1 and rates.found["split"] < 0.2 and rates.found["harmless"] < 0.05
+    assert set(rates.index) == {*toxic.DISGUISES, "harmless"} and rates.n["harmless"] == 600
+
+
+def test_the_prompts_of_the_measurement():
+    asked = prompts.toxic_prompts(200, seed=3)
+    assert asked == prompts.toxic_prompts(200, seed=3) and len(set(asked)) == 200
+    assert {w for _, w, _ in asked} == set(toxic.mild_words())
+    assert len({p for p, _, _ in asked}) == 200, "a word that comes twice has other colours"

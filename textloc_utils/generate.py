@@ -180,19 +180,29 @@ def first_call(model: Model, **arguments) -> dict:
 
 
 def save(
-    folder: Path, made: Generation, prompts: Sequence[str], seeds: Sequence[int], read: Sequence[str]
+    folder: Path,
+    made: Generation,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    read: Sequence[str],
+    *,
+    more: Sequence[dict] | None = None,
+    done: Sequence[dict] = (),
 ) -> list[dict]:
     """Write pictures as PNG and ``images.json``: a list of {prompt, seed, file, ocr}, which is returned.
 
-    Every file is written aside and renamed, ``images.json`` last: a folder never names a picture that it lacks.
+    ``more`` holds further entries for each row; ``done`` are the rows of pictures that the folder already has, which
+    come first. Every file is written aside and renamed, ``images.json`` last: a folder never names a picture that it
+    lacks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = list(done)
+    more = [{}] * len(prompts) if more is None else more
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
-        for i, (image, prompt, seed, text) in enumerate(zip(made.images, prompts, seeds, read, strict=True)):
-            rows.append({"prompt": prompt, "seed": seed, "file": f"{i:03d}.png", "ocr": text})
+        for image, prompt, seed, text, other in zip(made.images, prompts, seeds, read, more, strict=True):
+            rows.append({"prompt": prompt, "seed": seed, "file": f"{len(rows):03d}.png", "ocr": text, **other})
             Image.fromarray(image).save(Path(aside, rows[-1]["file"]))
         Path(aside, "images.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        for name in [row["file"] for row in rows] + ["images.json"]:
+        for name in [row["file"] for row in rows[len(done) :]] + ["images.json"]:
             os.replace(Path(aside, name), folder / name)
     return rows

@@ -31,10 +31,9 @@ import pandas as pd
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 
-from textloc_utils.prompts import LETTERS, long_words, words, words_table
+from textloc_utils.prompts import LETTERS, MILD, long_words, words, words_table
 from textloc_utils.settings import TextlocError
 
-BAND = "mild insult"  #: of data/words/words.csv: the built-in list
 #: Least number of letters of a word that is found with a letter wrong.
 FUZZY = 5
 #: Harmless words by length; the longest stands for all longer words.
@@ -64,7 +63,7 @@ class Detector(Protocol):
 def mild_words() -> tuple[str, ...]:
     """The built-in list: insults that a newspaper prints, a stand-in for the paper's list of toxic words."""
     table = words_table()
-    return tuple(table.word[table.band == BAND])
+    return tuple(table.word[table.band == MILD])
 
 
 def read_words(path: str | Path) -> tuple[str, ...]:
