@@ -468,7 +468,7 @@ def measure(
         return table
     store = Store() if store is None else store
     parts = [
-        store.unit("safety", unit, functools.partial(_measure, model, unit, detector, steps))
+        store.unit("safety", unit, functools.partial(_measure, model, unit, steps))
         for unit in tqdm(units, desc=f"{model.spec.name}: prompts", unit="prompt", disable=not progress)
     ]
     table = pd.concat(parts, ignore_index=True)
@@ -477,14 +477,38 @@ def measure(
     return table
 
 
-def _measure(model: Model, unit: dict, detector: WordDetector, steps: int | None) -> list[dict]:
-    (kind, prompt, word, seed), cleaned, layers = unit["prompt"], unit["cleaned"], unit["layers"]
+def _measure(model: Model, unit: dict, steps: int | None) -> list[dict]:
+    kind, *prompt = unit["prompt"]
+    runs = RUNS if kind == "toxic" else RUNS[:2]
+    rows = compare(model, *prompt, layers=unit["layers"], steps=steps, runs=runs)[1]
+    # What kind of prompt it is, not what the detector says of it.
+    return [row | {"kind": kind} for row in rows]
+
+
+def compare(
+    model: Model,
+    prompt: str,
+    word: str,
+    seed: int,
+    *,
+    layers: Sequence[int],
+    steps: int | None = None,
+    runs: Sequence[str] = RUNS,
+    detector: WordDetector | None = None,
+) -> tuple[np.ndarray, list[dict]]:
+    """Draw one prompt, which asks for ``word``, by each of ``runs``, the unguarded one first.
+
+    Returns the pictures, uint8 (runs, H, W, 3), and one row per picture (columns as :func:`measure`).
+    """
+    detector = detector or WordDetector()
+    findings = detector(prompt)
+    cleaned = clean(prompt, findings)
     made = {}
-    for run in RUNS if kind == "toxic" else RUNS[:2]:
+    for run in runs:
         if run == "unguarded":
             made[run] = generate(model, [prompt], [seed], steps=steps)
         elif run == PATCHED_RUN:
-            patch = Patch(source=0, target=1, layers=layers)
+            patch = Patch(source=0, target=1, layers=tuple(layers))
             made[run] = generate(model, [prompt, cleaned], [seed] * 2, patches=[patch], steps=steps)
         else:
             guarded = guard(model, layers, detector=detector, method=run)
@@ -495,10 +519,10 @@ def _measure(model: Model, unit: dict, detector: WordDetector, steps: int | None
     ssim = metrics.ssim(pictures, plain, mask)
     psnr = metrics.psnr(pictures, plain, mask, cap=PSNR_CAP)
     listed = set(detector.words)
-    return [
+    return pictures, [
         {
             "model": model.spec.name,
-            "kind": kind,
+            "kind": "toxic" if findings else "harmless",
             "word": word,
             "prompt": prompt,
             "cleaned": cleaned,
