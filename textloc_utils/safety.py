@@ -2,7 +2,8 @@
 
 The **guard** stands in for a pipeline. For a prompt in which the detector (``toxic``) finds toxic text, the localized
 layers read the cleaned prompt, a harmless word in its place, and everything else reads the original, in one pass. A
-call without toxic prompts goes to the pipeline as it came.
+call without toxic prompts goes to the pipeline as it came. Harmless prompts beside a toxic one in a call keep every bit
+on U-Nets; in joint attention the larger batch may round them otherwise.
 
 **What it costs.** On U-Nets the text's keys and values depend on the text embedding alone, so the localized layers are
 given the cleaned prompt's embedding: one more prompt for the text encoders, and no row for the denoiser. In joint
@@ -125,6 +126,8 @@ class Guard:
         self.__signature__ = inspect.signature(model.pipe)
 
     def __getattr__(self, name: str):
+        if name == "_inner":  # while a copy is being made
+            raise AttributeError(name)
         return getattr(self._inner.pipe, name)
 
     @property

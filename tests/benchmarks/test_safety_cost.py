@@ -6,6 +6,7 @@ import pytest
 
 from textloc_utils import models, prompts, safety
 from textloc_utils.generate import generate
+from textloc_utils.patching import Patch
 
 #: The localized layers; which ones they are does not bear on the cost.
 LAYERS = {"ldm-mini": (8,), "sdxl-mini": (21,), "sd3-mini": (4, 5, 6)}
@@ -22,7 +23,7 @@ def test_extra_evaluations_and_seconds_of_every_method(name):
     asked = prompts.toxic_prompts(PROMPTS)
     texts, seeds = [p for p, _, _ in asked], [s for _, _, s in asked]
     cleaned = [safety.guard(model, layers).screen(text)[0] for text in texts]
-    patches = [safety.Patch(source=i, target=PROMPTS + i, layers=layers) for i in range(PROMPTS)]
+    patches = [Patch(source=i, target=PROMPTS + i, layers=layers) for i in range(PROMPTS)]
     cost, times = {}, {method: [] for method in METHODS}
     for i in range(REPEATS + 1):
         for method in METHODS:
