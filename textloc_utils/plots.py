@@ -171,7 +171,8 @@ def trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
                 yerr=errors[1],
                 fmt=mark,
                 color=colour,
-                markersize=6,
+                markerfacecolor="none",  # marks that lie on each other are all seen
+                markersize=8,
                 elinewidth=1,
                 label=row["method"],
             )

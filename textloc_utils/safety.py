@@ -513,6 +513,8 @@ def compare(
         elif run == PATCHED_RUN:
             patch = Patch(source=0, target=1, layers=tuple(layers))
             made[run] = generate(model, [prompt, cleaned], [seed] * 2, patches=[patch], steps=steps)
+        elif run == "prompt swap":  # also in a second stage, which a guard does not reach
+            made[run] = generate(model, [cleaned], [seed], steps=steps)
         else:
             guarded = guard(model, layers, detector=detector, method=run)
             made[run] = generate(guarded.model, [prompt], [seed], steps=steps)
