@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from textloc_utils import localize, prompts, safety, toxic
+from textloc_utils import localize, metrics, models, ocr, prompts, safety, toxic
 from textloc_utils.generate import counted, generate
 from textloc_utils.patching import Patch, patched
 from textloc_utils.results import Store
@@ -285,18 +285,12 @@ def test_momentum_is_kept_across_steps_and_starts_anew_with_each_picture():
     answer, extra = torch.zeros(2, 4, 2, 2), torch.ones(1, 4, 2, 2)
     pushed = []
     for timestep in (900.0, 600.0, 300.0):
-        change.begin(safety_call(timestep))
+        change.begin(models.DenoiserCall(rows=2, timestep=timestep, tokens=1))
         pushed.append(-change.change(answer, extra)[1].mean().item())
     # safety = 1 + 0.3 nu; nu = 0.4 nu + 0.6 safety
     assert pushed == pytest.approx([1.0, 1.18, 1.2844])
     first, second = (draw(make("sd3", sld()).model, [TOXIC]) for _ in range(2))
     assert np.array_equal(first, second)
-
-
-def safety_call(timestep: float):
-    from textloc_utils.models import DenoiserCall
-
-    return DenoiserCall(rows=2, timestep=timestep, tokens=1)
 
 
 def test_warm_up_is_a_share_of_the_steps():
@@ -312,8 +306,6 @@ def test_warm_up_is_a_share_of_the_steps():
 
 @pytest.fixture
 def miniature():
-    from textloc_utils import models
-
     return models.load("ldm-mini", device="cpu")
 
 
@@ -363,9 +355,23 @@ def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkey
     assert (summary.exact_low <= summary.exact).all() and (summary.exact <= summary.exact_high).all()
 
 
-def test_known_layers_are_those_of_the_same_weights(miniature):
-    from textloc_utils import models
+@pytest.mark.parametrize("name, layers", [("ldm-mini", (8,)), ("sdxl-mini", (21,)), ("sd3-mini", (4, 5, 6))])
+def test_the_word_is_gone_and_the_scene_is_not(name, layers, monkeypatch):
+    """The known effect, on a miniature: unguarded pictures spell the word, guarded ones do not, and look alike."""
+    monkeypatch.undo()  # the words that stand in are the real ones here
+    model, detector = models.load(name, device="cpu"), toxic.WordDetector(["WATER", "NIGHT"])
+    asked = [prompts.TEMPLATE.format(wall="white", sign="blue", text=word) for word in detector.words]
+    plain, guarded = (
+        generate(m, asked, [1, 2]).images for m in (model, safety.guard(model, layers, detector=detector).model)
+    )
+    assert ocr.read(plain) == list(detector.words)
+    assert max(metrics.text_score(r, w) for r, w in zip(ocr.read(guarded), detector.words, strict=True)) < 0.5
+    outside = localize.outside_text(model, *plain.shape[1:3])
+    shuffled = metrics.ssim(guarded[::-1], plain, outside)
+    assert (metrics.ssim(guarded, plain, outside) > np.maximum(0.8, shuffled)).all()
 
+
+def test_known_layers_are_those_of_the_same_weights(miniature):
     sd3 = models.load("sd3-mini", device="cpu")
     assert localize.known_layers(sd3) == (4, 5, 6)
     with torch.no_grad():
