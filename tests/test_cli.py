@@ -70,6 +70,7 @@ def test_models_lists_what_the_book_needs(capsys):
     "command", [[], ["models"], ["generate"], ["localize"], ["train"], ["lora"], ["lora", "train"]]
 )
 @pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["edit"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["train"], ["guard"], ["safety"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -105,6 +106,40 @@ def test_bad_input_of_a_localization_is_one_line(tmp_path, capsys):
         (["sd3-mini", "--budget", 0], "budget"),
     ):
         assert said in fails(capsys, "localize", *arguments)
+
+
+def test_bad_input_of_a_guard_is_one_line_and_writes_nothing(tmp_path, capsys):
+    out, words, empty = tmp_path / "out", tmp_path / "words.txt", tmp_path / "empty.txt"
+    words.write_text("two words\n")
+    empty.write_text("\n")
+    for arguments, said in (
+        (["sd4", "--prompt", HELLO], "known models"),
+        (["sd3-mini", "--file", tmp_path / "none.txt"], "cannot read"),
+        (["sd3-mini", "--file", empty], "no prompt"),
+        (["sd3-mini", "--prompt", HELLO, "--words", words], "one word"),
+        (["sd3-mini", "--prompt", HELLO, "--layers", 12], "0 to 11"),
+        (["sd3-mini", "--prompt", HELLO, "--steps", 0], "at least 1"),
+        (["sd3-mini", "--prompt", prompts.replace_text(HELLO, "A" * 40)], "too long"),
+        (["sdxl-mini", "--prompt", HELLO, "--layers", -1], "out of range"),
+    ):
+        assert said in fails(capsys, "guard", *arguments, "--out", out)
+    assert "out of range" in fails(capsys, "safety", "sd3-mini", "--layers", 12)
+    assert not out.exists()
+
+
+def test_guard_draws_a_file_of_prompts(tmp_path, capsys):
+    file, words = tmp_path / "prompts.txt", tmp_path / "words.txt"
+    file.write_text(f"{HELLO}\n\n{prompts.replace_text(HELLO, 'S T U P 1 D')}\n")
+    words.write_text("stupid\n")
+    arguments = ["guard", "sd3-mini", "--file", file, "--words", words, "--steps", 2, "--out", tmp_path / "out"]
+    assert cli.main([*map(str, arguments), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == json.loads((tmp_path / "out/images.json").read_text())
+    assert [row["found"] for row in rows] == [[], ["STUPID"]] and rows[0]["cleaned"] == HELLO
+    assert sorted(os.listdir(tmp_path / "out")) == ["000.png", "001.png", "images.json"]
+    assert cli.main(list(map(str, arguments))) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 2 and "found STUPID" in said
 
 
 def test_localize_prints_what_scripts_need(tmp_path, capsys, monkeypatch):

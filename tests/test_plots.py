@@ -108,3 +108,22 @@ def test_trade_off_joins_the_settings_of_each_method():
     assert lines["localized"].get_xdata().tolist() == [0.95, 0.9, 0.8]
     assert lines["localized"].get_ydata().tolist() == [0.3, 0.7, 1.0]
     assert axis.get_xlabel() == "SSIM" and axis.get_ylabel() == "f1"
+def test_the_trade_off_has_a_mark_per_method_at_its_means():
+    row = {"ssim_outside": 0.9, "ssim_outside_low": 0.8, "ssim_outside_high": 1.0, "near": 0.2}
+    row |= {"near_low": 0.1, "near_high": 0.4}
+    table = pd.DataFrame([row | {"method": "guard"}, row | {"method": "prompt swap", "near": 0.3}])
+    figure = plots.trade_off({"m": table, "n": table.iloc[:1]})
+    left, right = figure.axes
+    assert len(left.containers) == 2 and len(right.containers) == 1
+    points = [tuple(c.lines[0].get_xydata()[0]) for c in left.containers]
+    assert points == [(0.9, 0.2), (0.9, 0.3)]
+    assert left.containers[0].lines[0].get_color() == right.containers[0].lines[0].get_color()
+
+
+def test_found_has_a_bar_per_kind_and_tells_harmless_ones_apart():
+    rows = {"kind": ["plain", "spaced", "harmless"], "found": [1.0, 0.9, 0.02], "low": [1.0, 0.8, 0.0]}
+    axis = plots.found(pd.DataFrame(rows | {"high": [1.0, 0.95, 0.05]})).axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [1.0, 0.9, 0.02]
+    colours = [bar.get_facecolor() for bar in axis.patches]
+    assert colours[0] == colours[1] != colours[2]
+    assert [t.get_text() for t in axis.get_yticklabels()] == rows["kind"]

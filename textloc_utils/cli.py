@@ -203,6 +203,26 @@ def _lora_eval(args) -> None:
 
 def _lora_study(args) -> None:
     from textloc_utils import lora_study, models, ocr
+def _guard(args) -> None:
+    from textloc_utils import models, ocr, safety, toxic
+
+    folder = check_writable(args.out)
+    ocr.tesseract_version()
+    asked = args.prompt or prompts.read_prompts(args.file)
+    detector = toxic.WordDetector(toxic.read_words(args.words) if args.words else None)
+    model = models.load(args.model, device=args.device, model_path=args.model_path)
+    guarded = safety.guard(model, args.layers, detector=detector)
+    rows = safety.draw(guarded, asked, folder, seed=args.seed, steps=args.steps, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for row in rows:
+        found = f"found {', '.join(row['found'])}; " if row["found"] else ""
+        print(f"{folder / row['file']}  {found}reads {row['ocr'] or 'nothing'}  <- {row['prompt']}")
+
+
+def _safety(args) -> None:
+    from textloc_utils import models, ocr, safety
 
     work = preset(args.preset)
     ocr.tesseract_version()
@@ -257,6 +277,15 @@ def _edit(args) -> int:
         print(f"textloc: {report['failure']}", file=sys.stderr)
         return EDIT_FAILED
     return 0
+    options = {"layers": args.layers, "steps": work.steps, "progress": sys.stderr.isatty(), "publish": args.publish}
+    table = safety.measure(model, work.sweep_pairs, args.seed, **options)
+    for row in safety.summarise(table).itertuples():
+        print(
+            f"{row.method:<16} toxic text {row.exact:.3f} [{row.exact_low:.3f}, {row.exact_high:.3f}]  "
+            f"SSIM outside {row.ssim_outside:.3f}  extra rows {row.extra:.0%}  {row.seconds:.2f} s"
+        )
+    guarded = table[(table.kind == "harmless") & (table.method == "guard")]
+    print(f"harmless pictures unchanged bit for bit: {guarded.unchanged.sum()} of {len(guarded)}")
 
 
 def _print_effects(table) -> None:
@@ -430,6 +459,38 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--pairs", type=int, metavar="N", help="of a table (default: 100, for curves 48)")
     edit.add_argument("--publish", action="store_true", help="write the tables to the data folder, for the book")
     edit.set_defaults(run=_edit)
+    guard = commands.add_parser(
+        "guard",
+        help="draw prompts and keep toxic text out of the pictures",
+        description="Draw prompts; where one asks for toxic text, the localized layers read it with a harmless word in "
+        "its place. Started again, it goes on where it was.",
+    )
+    _model(guard)
+    asked = guard.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", nargs="+", metavar="PROMPT", help="prompts, their texts in quotes")
+    asked.add_argument("--file", metavar="FILE", help="a text file with one prompt in each line")
+    guard.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG files and images.json")
+    _layers(guard)
+    guard.add_argument("--words", metavar="FILE", help="your own list, one word in each line (default: mild insults)")
+    guard.add_argument(
+        "--seed", type=int, default=42, help="seed of the noise, the same for every prompt (default: 42)"
+    )
+    guard.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    guard.add_argument("--json", action="store_true", help="print what images.json holds")
+    guard.set_defaults(run=_guard)
+
+    safety = commands.add_parser(
+        "safety",
+        help="measure the guard against negative prompt, Safe Latent Diffusion and prompt swap",
+        description="Measure the guard on toxic and harmless prompts. Results are kept prompt by prompt: a killed run "
+        "goes on where it was.",
+    )
+    _model(safety)
+    _layers(safety)
+    safety.add_argument("--preset", default="book", choices=PRESETS, help="how many prompts and steps (default: book)")
+    safety.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
+    safety.add_argument("--publish", action="store_true", help="write the table to the data folder, for the book")
+    safety.set_defaults(run=_safety)
 
     train = commands.add_parser(
         "train",
@@ -508,6 +569,12 @@ def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a name from `textloc models`")
     command.add_argument("--model-path", metavar="DIR", help="a local folder or another repository of the same family")
     _place(command)
+
+
+def _layers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--layers", type=int, nargs="+", metavar="L", help="the localized layers (default: the published search's)"
+    )
 
 
 def _place(command: argparse.ArgumentParser) -> None:

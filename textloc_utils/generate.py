@@ -157,38 +157,59 @@ def conditions(model: Model, prompts: Sequence[str], *, batch_size: int = 64) ->
     from it. Nothing is drawn: each batch of prompts is encoded by its pipeline, up to the first denoiser call.
     """
     prompts, parts = list(prompts), []
-
-    def stop(denoiser, args, kwargs):
-        parts.append(call_rows(denoiser, args, kwargs))
-        raise EnoughError
-
     check_prompts(model, prompts)
-    handle = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            arguments = model.call_arguments(part, steps=model.spec.steps, guidance=1.0, negative_prompt=None)
-            with contextlib.suppress(EnoughError):
-                model.pipe(**arguments)
-    finally:
-        handle.remove()
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        arguments = model.call_arguments(part, steps=model.spec.steps, guidance=1.0, negative_prompt=None)
+        parts.append(first_call(model, **arguments))
     return join_rows(parts)
 
 
+def first_call(model: Model, **arguments) -> dict:
+    """What the pipeline, called with ``arguments``, first calls its denoiser with (``models.call_rows``).
+
+    The pipeline's call ends there; neither its noise nor this call counts anywhere.
+    """
+    rows = {}
+
+    def stop(denoiser, args, kwargs):
+        rows.update(call_rows(denoiser, args, kwargs))
+        raise EnoughError
+
+    # Ahead of all other hooks: a counter does not see a call that is not made.
+    handle = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with contextlib.suppress(EnoughError):
+            model.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(0))
+    finally:
+        handle.remove()
+    return rows
+
+
 def save(
-    folder: Path, made: Generation, prompts: Sequence[str], seeds: Sequence[int], read: Sequence[str]
+    folder: Path,
+    made: Generation,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    read: Sequence[str],
+    *,
+    more: Sequence[dict] | None = None,
+    done: Sequence[dict] = (),
 ) -> list[dict]:
     """Write pictures as PNG and ``images.json``: a list of {prompt, seed, file, ocr}, which is returned.
 
-    Every file is written aside and renamed, ``images.json`` last: a folder never names a picture that it lacks.
+    ``more`` holds further entries for each row; ``done`` are the rows of pictures that the folder already has, which
+    come first. Every file is written aside and renamed, ``images.json`` last: a folder never names a picture that it
+    lacks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = list(done)
+    more = [{}] * len(prompts) if more is None else more
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
-        for i, (image, prompt, seed, text) in enumerate(zip(made.images, prompts, seeds, read, strict=True)):
-            rows.append({"prompt": prompt, "seed": seed, "file": f"{i:03d}.png", "ocr": text})
+        for image, prompt, seed, text, other in zip(made.images, prompts, seeds, read, more, strict=True):
+            rows.append({"prompt": prompt, "seed": seed, "file": f"{len(rows):03d}.png", "ocr": text, **other})
             Image.fromarray(image).save(Path(aside, rows[-1]["file"]))
         Path(aside, "images.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        for name in [row["file"] for row in rows] + ["images.json"]:
+        for name in [row["file"] for row in rows[len(done) :]] + ["images.json"]:
             os.replace(Path(aside, name), folder / name)
     return rows

@@ -10,6 +10,7 @@ takes of the source's score: a layer may erase the source's text and need others
 ``share`` (0.9) is taken; then every layer of it, the weakest first, is left out if the others still reach it.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -623,6 +624,24 @@ def published(
     told = table.attrs["provenance"]["found"]
     intervals = {name: told[name] and metrics.Interval(**told[name]) for name in ("score", "reached")}
     return Found(**told | intervals | {name: tuple(told[name]) for name in ("layers", "effects")}), table
+
+
+def known_layers(model: Model) -> tuple[int, ...]:
+    """The localized layers of a model: a published search's of the same weights, else the paper's.
+
+    Raises TextlocError for a model of which neither is known.
+    """
+    for how in ("exhaustive", "budgeted"):
+        with contextlib.suppress(TextlocError):
+            about = published_store().load_published(_published_name(model, how)).attrs["provenance"]
+            if about["key"]["weights"] == fingerprint(model):
+                return tuple(about["found"]["layers"])
+    if not model.spec.paper_layers:
+        raise TextlocError(
+            f"the localized layers of {model.spec.name} are not known: name them, or run textloc localize "
+            f"{model.spec.name} --publish first"
+        )
+    return model.spec.paper_layers
 
 
 def published_store() -> Store:

@@ -492,14 +492,37 @@ def take_rows(given: dict, rows: Sequence[int], batch: int) -> dict:
     return {name: pick(name, value) for name, value in given.items()}
 
 
-def select_rows(denoiser: nn.Module, args: tuple, kwargs: dict, pictures: Sequence[int], texts: Sequence[int]) -> dict:
-    """The arguments of a denoiser's call for other rows: row i takes the noisy picture of the call's row
-    ``pictures[i]``, and everything else that comes per row (texts, pooled texts, timesteps, sizes) of ``texts[i]``.
+#: Arguments that belong to the noisy picture rather than to the text: noise level, FLUX's distilled guidance.
+_PICTURES = ("timestep", "guidance")
+
+
+def select_rows(
+    denoiser: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    pictures: Sequence[int],
+    texts: Sequence[int],
+    extra: dict | None = None,
+) -> dict:
+    """The arguments of a denoiser's call for other rows: row i takes the noisy picture, and its noise level, of the
+    call's row ``pictures[i]``, and everything else that comes per row (texts, pooled texts, sizes) of ``texts[i]``.
+
+    ``texts`` count the call's own rows, then those of ``extra``, rows of another :func:`call_rows`.
     """
     given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
     given.pop("self")
     sample = _sample_name(given)
-    return take_rows(given, texts, given[sample].shape[0]) | {sample: given[sample][list(pictures)]}
+    batch, own = given[sample].shape[0], {n: given.pop(n) for n in (sample, *_PICTURES) if n in given}
+    joined = batch
+    if extra is not None:
+        joined += extra["encoder_hidden_states"].shape[0]
+        given |= join_rows([{n: given[n] for n in extra if n in given}, {n: extra[n] for n in extra if n in given}])
+    return take_rows(given, texts, joined) | take_rows(own, pictures, batch)
+
+
+def with_answer(output, answer: torch.Tensor):
+    """What a denoiser returned, with another tensor in it."""
+    return (answer, *output[1:]) if isinstance(output, tuple) else type(output)(sample=answer)
 
 
 def _sample_name(given: Container[str]) -> str:
@@ -643,7 +666,7 @@ class Model:
         out = {"prompt": list(prompts), "num_inference_steps": steps, "guidance_scale": guidance}
         height, width = self.spec.stage1 or (self.spec.height, self.spec.width)
         out |= {"height": height, "width": width} | other
-        takes = inspect.signature(type(self.pipe).__call__).parameters
+        takes = inspect.signature(self.pipe).parameters  # also of what stands in for a pipeline
         if "max_sequence_length" in takes and self.spec.max_sequence_length:
             out.setdefault("max_sequence_length", self.spec.max_sequence_length)
         if negative_prompt is not None:

@@ -216,6 +216,54 @@ def trade_off(
         axis.set_xlabel(picture.replace("_", " ").replace("ssim", "SSIM"))
     axes[0].set(ylabel=text.replace("_", " "), ylim=(-0.03, 1.05))
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+def trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Toxic text left in the pictures against what is left of the rest, one panel per model, with 95 % intervals.
+
+    ``tables`` are ``safety.summarise``'s, by model.
+    """
+    figure = _figure(figsize=(9, 3.2))
+    axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    methods = list(dict.fromkeys(m for table in tables.values() for m in table.method))
+    looks = dict(
+        zip(methods, zip(sns.color_palette("colorblind", len(methods)), "osD^vP*X<>", strict=False), strict=True)
+    )
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        for row in table.to_dict("records"):
+            colour, mark = looks[row["method"]]
+            errors = [
+                np.abs([[row[s] - row[f"{s}_low"]], [row[f"{s}_high"] - row[s]]]) for s in ("ssim_outside", "near")
+            ]
+            axis.errorbar(
+                row["ssim_outside"],
+                row["near"],
+                xerr=errors[0],
+                yerr=errors[1],
+                fmt=mark,
+                color=colour,
+                markerfacecolor="none",  # marks that lie on each other are all seen
+                markersize=8,
+                elinewidth=1,
+                label=row["method"],
+            )
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel("SSIM outside the text")
+    axes[0].set(ylabel="toxic text read back", ylim=(-0.04, 1.04))
+    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    sns.despine(figure)
+    return figure
+
+
+def found(table: pd.DataFrame) -> Figure:
+    """Share of prompts in which toxic text is found, by kind, with 95 % intervals (``safety.found_rates``)."""
+    figure = _figure(figsize=(7, 3.6))
+    axis = figure.subplots()
+    place = np.arange(len(table))[::-1]
+    colours = [SOURCE if kind == "harmless" else TARGET for kind in table.kind]
+    axis.barh(place, table.found, color=colours, height=0.7)
+    error = np.abs(np.stack([table.found - table.low, table.high - table.found]))
+    axis.errorbar(table.found, place, xerr=error, fmt="none", ecolor=QUIET, elinewidth=1)
+    axis.set_yticks(place, table.kind)
+    axis.set(xlabel="share found to be toxic", xlim=(0, 1.02))
     sns.despine(figure)
     return figure
 

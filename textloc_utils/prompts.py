@@ -19,6 +19,8 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black
 SHAPES = ("sign", "plate", "banner")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+MILD = "mild insult"  #: the band of held-out words that stands in for toxic ones
+
 #: The template that every miniature knows best; the benchmarks of the book use it.
 TEMPLATE = 'A {sign} sign on a {wall} wall that says "{text}".'
 #: GlyphControl's SimpleBench template: the noise decides about wall and sign.
@@ -144,7 +146,7 @@ def make_pairs(
     if n < 1:
         raise TextlocError(f"at least one pair is needed, got {n}")
     templates = (template,) if isinstance(template, str) else tuple(template)
-    pool, rng, colours = _test_words(), random.Random(seed), _colour_pairs()
+    pool, rng, colours = test_words(), random.Random(seed), _colour_pairs()
     rng.shuffle(colours)
     pairs = []
     while len(pairs) < n:
@@ -174,6 +176,17 @@ def make_pairs(
     return pairs
 
 
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one in each line; TextlocError for a file that cannot be read or holds none."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextlocError(f"cannot read prompts from {path}: {error}") from None
+    if not lines:
+        raise TextlocError(f"{path} holds no prompt")
+    return lines
+
+
 def load_pairs(path: str | Path, n: int, seed: int = 42) -> list[Pair]:
     """``n`` pairs from a text file of prompts, one in each line with its text in double quotes.
 
@@ -181,10 +194,7 @@ def load_pairs(path: str | Path, n: int, seed: int = 42) -> list[Pair]:
     the same prompt saying another line's text. Raises TextlocError for a file that cannot be read, a line without one
     quoted text, or fewer than two different texts.
     """
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextlocError(f"cannot read prompts from {path}: {error}") from None
+    lines = read_prompts(path)
     texts = [quoted_text(line) for line in lines]
     if len(set(texts)) < 2:
         raise TextlocError(f"{path} needs at least two different quoted texts, one prompt in each line")
@@ -201,10 +211,23 @@ def load_pairs(path: str | Path, n: int, seed: int = 42) -> list[Pair]:
 
 def spelling_prompts(n: int = 200, seed: int = 42) -> list[tuple[str, str, int]]:
     """The spelling test: ``n`` (prompt, word, seed) over held-out words and all colour combinations."""
-    pool, rng, colours = _test_words(), random.Random(seed), _colour_pairs()
+    pool, rng, colours = test_words(), random.Random(seed), _colour_pairs()
     out = []
     for i, word in enumerate(rng.sample(pool, n)):
         wall, sign = colours[i % len(colours)]
+        out.append((TEMPLATE.format(wall=wall, sign=sign, text=word), word, seed + i))
+    return out
+
+
+def toxic_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
+    """As :func:`spelling_prompts`, over the mild insults; more prompts than words come with other colours and noise."""
+    table, rng, colours = words_table(), random.Random(seed), _colour_pairs()
+    pool = list(table.word[table.band == MILD])
+    rng.shuffle(pool)
+    rng.shuffle(colours)
+    out = []
+    for i in range(n):
+        (wall, sign), word = colours[i % len(colours)], pool[i % len(pool)]
         out.append((TEMPLATE.format(wall=wall, sign=sign, text=word), word, seed + i))
     return out
 
@@ -221,9 +244,10 @@ def long_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
     return out
 
 
-def _test_words() -> list[str]:
+def test_words() -> list[str]:
+    """The held-out words that are no insults, common first."""
     table = words_table()
-    return list(table.word[(table.split == "held-out") & (table.band != "mild insult")])
+    return list(table.word[(table.split == "held-out") & (table.band != MILD)])
 
 
 def _colour_pairs() -> list[tuple[str, str]]:

@@ -1,0 +1,220 @@
+"""The detector: what it finds, what it leaves alone, and that no prompt upsets it."""
+
+import random
+import time
+import unicodedata
+
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForSequenceClassification, TextClassificationPipeline
+
+from textloc_utils import prompts, toxic
+from textloc_utils.settings import TextlocError
+
+DETECT = toxic.WordDetector()
+SAYS = 'A red sign on a blue wall that says "{}".'
+
+
+def words_in(prompt: str) -> list[str]:
+    return [f.word for f in DETECT(prompt)]
+
+
+def test_the_list_is_mild_and_held_out():
+    listed = toxic.mild_words()
+    assert len(listed) > 100 and "STUPID" in listed
+    assert set(listed) <= set(prompts.words("held-out")) and not set(listed) & set(prompts.words("train"))
+
+
+@pytest.mark.parametrize("kind", [k for k in toxic.DISGUISES if k not in ("misspelt", "inside a word", "split")])
+def test_every_listed_word_is_found_in_disguise(kind):
+    rng = random.Random(0)
+    written = {word: toxic.DISGUISES[kind](word, rng) for word in toxic.mild_words()}
+    # What is all digits is a number.
+    missed = [w for w, text in written.items() if not text.isdigit() and words_in(SAYS.format(text))[:1] != [w]]
+    # Cut in two, these are two ordinary words.
+    assert set(missed) <= ({"GOOF", "GOON", "MEAN"} if kind == "cut in two" else set())
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("s t u p i d", "STUPID"),
+        ("A S T U P I D one", "STUPID"),
+        ("you $tup1d fool!", "STUPID FOOL"),
+        ("L0SER", "LOSER"),
+        ("PIG!", "PIG"),
+        ("ꜱᴛᴜᴘɪᴅ", "STUPID"),
+        ("🅢🅣🅤🅟🅘🅓", "STUPID"),
+        ("ѕtuріd", "STUPID"),
+        ("STUPID/IDIOT", "STUPID IDIOT"),
+        ("STUPED", "STUPID"),
+        ("STUIPD", "STUPID"),
+        ("FOOOOL", "FOOL"),
+        ("S\u200bT\u00adU\u2060P\ufe0fID", "STUPID"),
+        ("Stüpid\u0308", "STUPID"),
+    ],
+)
+def test_spellings(text, word):
+    assert " ".join(words_in(SAYS.format(text))) == word
+
+
+@pytest.mark.parametrize(
+    "text", ["HELLO", "GO ON", "FOL", "CLOWNFISH", "SHARE", "1984", "", " ", "I AM A BIT FAR", "TOP 10"]
+)
+def test_harmless_texts(text):
+    assert words_in(SAYS.format(text)) == []
+
+
+@pytest.mark.parametrize(
+    "prompt, found",
+    [
+        ('A clown beside a sign that says "HELLO".', []),
+        ("A sign saying STUPID things. A pig sits below.", ["STUPID"]),
+        ("A sign that says 'STUPID' isn't a clown's", ["STUPID"]),
+        ("“STUPID” and «PIG» and 「RAT」", ["STUPID", "PIG", "RAT"]),
+        ('"he said "STUPID" aloud"', ["STUPID"]),
+        ('a sign: "STUPID', ["STUPID"]),
+        ('"STU" and "PID"', []),
+        ("a stupid pig", []),
+    ],
+)
+def test_where_it_looks(prompt, found):
+    assert words_in(prompt) == found
+
+
+def test_findings_point_at_the_prompt():
+    prompt = 'A sign that says "SO S\u200bT\u200bÚPID\u0301, PIG" here'
+    first, second = DETECT(prompt)
+    assert prompt[first.start : first.end] == first.text == "S\u200bT\u200bÚPID\u0301"
+    assert second.text == second.word == "PIG"
+    assert toxic.clean(prompt, [first, second]) == 'A sign that says "SO GARDEN, SUN" here'
+
+
+@pytest.mark.parametrize("word", ["STUPID", "PIG", "MORONS", "EXTRAORDINARY", "AX"])
+def test_the_replacement_fits_and_is_harmless(word):
+    new = toxic.harmless_word(word)
+    lengths = [len(w) for w in toxic.HARMLESS]
+    assert len(new) == min(max(len(word), min(lengths)), max(lengths)) and toxic.harmless_word(word) == new
+    assert words_in(SAYS.format(new)) == []
+
+
+def test_a_list_of_ones_own(tmp_path):
+    (tmp_path / "words.txt").write_text("cabbage\n\nTURNIP\n")
+    detect = toxic.WordDetector(toxic.read_words(tmp_path / "words.txt"))
+    assert [f.word for f in detect(SAYS.format("c4bbag3 STUPID TURNIPP"))] == ["CABBAGE", "TURNIP"]
+
+
+@pytest.mark.parametrize("content", [b"", b"two words\n", b"A\n", b"caf\xc3\xa9\n", b"\xff\xfe", b"A" * 31])
+def test_bad_lists_are_named(tmp_path, content):
+    (tmp_path / "words.txt").write_bytes(content)
+    with pytest.raises(TextlocError, match="words.txt"):
+        toxic.read_words(tmp_path / "words.txt")
+
+
+def test_missing_list():
+    with pytest.raises(TextlocError, match="none.txt"):
+        toxic.read_words("none.txt")
+
+
+def test_a_transformers_classifier_takes_its_place():
+    tokenizer = tiny.tokenizer("clip", 64)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=2, **shape))
+    model.classifier.bias.data = model.classifier.bias.data.new_tensor([-9.0, 9.0])
+    classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
+    detect = toxic.classifier(classify, labels={"LABEL_1"}, threshold=0.9)
+    (found,) = detect(SAYS.format("hello world"))
+    assert found.text == "hello world" and toxic.clean(SAYS.format("hello world"), [found])
+    assert detect("a red sign on a wall") == []
+    assert toxic.classifier(classify, labels={"LABEL_0"})(SAYS.format("hello")) == []
+    with pytest.raises(TextlocError, match="threshold"):
+        toxic.classifier(classify, labels={"LABEL_0"}, threshold=2)
+
+
+# --- no prompt upsets it --------------------------------------------------------------------------------------
+
+ODD = "\"'“”„«»「」`´ \t\n\u200b\u0301\u202e\ufeff\U000e0041\ud800.,;!|$@013457A\u0410\u03b1ßﬁ🅰🇸STUPIDstupid"
+
+
+def check(prompt: str) -> None:
+    found = DETECT(prompt)
+    places = [(f.start, f.end) for f in found]
+    assert all(0 <= a < b <= len(prompt) and prompt[a:b] == f.text for (a, b), f in zip(places, found, strict=True))
+    assert all(b <= c for (_, b), (c, _) in zip(places, places[1:], strict=False))
+    cleaned = toxic.clean(prompt, found)
+    assert (cleaned == prompt) == (not found)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.one_of(st.text(), st.text(ODD, max_size=60), st.text(st.characters(codec=None), max_size=40).map(SAYS.format))
+)
+def test_any_text_is_read(prompt):
+    check(prompt)
+
+
+def test_thousands_of_odd_prompts():
+    rng = random.Random(0)
+    began = time.perf_counter()
+    for _ in range(3000):
+        check("".join(rng.choice(ODD) for _ in range(rng.randrange(80))))
+    for _ in range(1000):
+        check('says "' + "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(40))))
+    assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        '"' * 50_000,
+        "'a" * 50_000,
+        '"' + "S " * 50_000,
+        '"' + "S" * 100_000,
+        '"' + "STUPID " * 15_000,
+        "says " * 20_000,
+        'says "x". ' * 10_000,
+        '"' + "\u0301" * 100_000,
+        '"' + "1" * 100_000 + "L" * 10,
+        "“" * 30_000 + "”" * 30_000,
+    ],
+    ids=range(10),
+)
+def test_huge_prompts_take_bounded_time(prompt):
+    began = time.perf_counter()
+    check(prompt)
+    # About 10 microseconds a character where nothing else runs.
+    assert time.perf_counter() - began < 1e-4 * len(prompt)
+
+
+def test_time_grows_with_length_only():
+    def seconds(n: int) -> float:
+        prompt = "".join(random.Random(n).choices(ODD, k=n))
+        began = time.perf_counter()
+        DETECT(prompt)
+        return time.perf_counter() - began
+
+    seconds(1000)
+    assert min(seconds(80_000) for _ in range(2)) < 40 * max(seconds(8_000) for _ in range(3))
+
+
+# --- how well it finds ----------------------------------------------------------------------------------------
+
+
+def test_detection_counts_every_prompt():
+    bad = [(SAYS.format(w), w) for w in ("STUPID", "PIG")]
+    good = [(SAYS.format(w), w) for w in ("HELLO", "CLOUD", "SHARE")]
+    table = toxic.detection(DETECT, bad, good)
+    assert (table.kind == "harmless").sum() == 3 and not table.found[~table.toxic].any()
+    assert table.found[table.kind == "plain"].all() and not table.found[table.kind == "split"].any()
+    assert set(table.kind) == {*toxic.DISGUISES, "harmless"}
+    written = table.prompt[table.kind == "accents"].iloc[0]
+    assert unicodedata.normalize("NFD", written) != written or "\u0301" in written
+
+
+def test_words_never_seen_are_hardly_blocked():
+    """Harmless held-out words, which are not among the ordinary words that the detector knows."""
+    pool = [w for w in (*prompts.words("held-out"), *prompts.long_words("held-out")) if w not in toxic.mild_words()]
+    wrong = [w for w in pool if words_in(SAYS.format(w))]
+    assert len(wrong) / len(pool) < 0.04, wrong
