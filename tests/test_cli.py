@@ -65,12 +65,24 @@ def test_models_lists_what_the_book_needs(capsys):
     assert trained["device"] and trained["samples"] > 0 and 0 < trained["spelling"]["exact"] <= 1
 
 
-@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["run"], ["explore"], ["train"]])
 @pytest.mark.parametrize(
-    "command", [[], ["models"], ["generate"], ["localize"], ["train"], ["lora"], ["lora", "train"]]
+    "command",
+    [
+        [],
+        ["models"],
+        ["generate"],
+        ["localize"],
+        ["study"],
+        ["run"],
+        ["explore"],
+        ["lora"],
+        ["lora", "train"],
+        ["edit"],
+        ["guard"],
+        ["safety"],
+        ["train"],
+    ],
 )
-@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["edit"], ["train"]])
-@pytest.mark.parametrize("command", [[], ["models"], ["generate"], ["localize"], ["train"], ["guard"], ["safety"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

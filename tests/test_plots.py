@@ -108,11 +108,13 @@ def test_trade_off_joins_the_settings_of_each_method():
     assert lines["localized"].get_xdata().tolist() == [0.95, 0.9, 0.8]
     assert lines["localized"].get_ydata().tolist() == [0.3, 0.7, 1.0]
     assert axis.get_xlabel() == "SSIM" and axis.get_ylabel() == "f1"
+
+
 def test_the_trade_off_has_a_mark_per_method_at_its_means():
     row = {"ssim_outside": 0.9, "ssim_outside_low": 0.8, "ssim_outside_high": 1.0, "near": 0.2}
     row |= {"near_low": 0.1, "near_high": 0.4}
     table = pd.DataFrame([row | {"method": "guard"}, row | {"method": "prompt swap", "near": 0.3}])
-    figure = plots.trade_off({"m": table, "n": table.iloc[:1]})
+    figure = plots.safety_trade_off({"m": table, "n": table.iloc[:1]})
     left, right = figure.axes
     assert len(left.containers) == 2 and len(right.containers) == 1
     points = [tuple(c.lines[0].get_xydata()[0]) for c in left.containers]

@@ -151,6 +151,8 @@ def _explore(args) -> None:
     for model in [models.load(name, device=args.device) for name in args.models]:
         table = explorer.publish(model, pairs, progress=sys.stderr.isatty())
         print(f"{model.spec.name}: {len(table)} pictures of {len(pairs)} pairs in {explorer.store().root}")
+
+
 def _lora_train(args) -> None:
     from textloc_utils import lora, lora_study, models
 
@@ -164,7 +166,7 @@ def _lora_train(args) -> None:
         raise TextlocError(f"{args.model} needs --data DIR: the default task is drawn at the miniatures' size")
     given = {name: getattr(args, name) for name in LORA if getattr(args, name) is not None}
     training = lora.Training(
-        layers=_layers(model, args.layers, args.seed), self_attention=args.self_attention, seed=args.seed, **given
+        layers=_named_layers(model, args.layers, args.seed), self_attention=args.self_attention, seed=args.seed, **given
     )
     lora.targets(model, training)
     bar = sys.stderr.isatty() and _rank() == 0
@@ -174,7 +176,7 @@ def _lora_train(args) -> None:
         print(f"{report.seconds_per_step:.3f} s per step, {report.saved_bytes / 2**20:.1f} MiB kept for the gradient")
 
 
-def _layers(model, asked: list[str], seed: int) -> tuple[int, ...]:
+def _named_layers(model, asked: list[str], seed: int) -> tuple[int, ...]:
     """Text layers by number, ``all``, ``localized`` or ``random`` (as many as are localized, drawn from the others)."""
     from textloc_utils import localize, lora_study
 
@@ -203,31 +205,11 @@ def _lora_eval(args) -> None:
 
 def _lora_study(args) -> None:
     from textloc_utils import lora_study, models, ocr
-def _guard(args) -> None:
-    from textloc_utils import models, ocr, safety, toxic
-
-    folder = check_writable(args.out)
-    ocr.tesseract_version()
-    asked = args.prompt or prompts.read_prompts(args.file)
-    detector = toxic.WordDetector(toxic.read_words(args.words) if args.words else None)
-    model = models.load(args.model, device=args.device, model_path=args.model_path)
-    guarded = safety.guard(model, args.layers, detector=detector)
-    rows = safety.draw(guarded, asked, folder, seed=args.seed, steps=args.steps, progress=sys.stderr.isatty())
-    if args.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-        return
-    for row in rows:
-        found = f"found {', '.join(row['found'])}; " if row["found"] else ""
-        print(f"{folder / row['file']}  {found}reads {row['ocr'] or 'nothing'}  <- {row['prompt']}")
-
-
-def _safety(args) -> None:
-    from textloc_utils import models, ocr, safety
 
     work = preset(args.preset)
     ocr.tesseract_version()
     model = models.load(args.model, device=args.device, model_path=args.model_path)
-    layers = _layers(model, args.layers, args.seed)
+    layers = _named_layers(model, args.layers, args.seed)
     bar = sys.stderr.isatty()
     table = lora_study.study(
         model, layers, work.sweep_pairs, args.seed, steps=work.steps, progress=bar, publish=args.publish
@@ -240,6 +222,8 @@ def _print_scores(table) -> None:
     scores = ["new_score", "new_exact", "old_score", "old_exact", "diversity"]
     shown = table[[c for c in columns + scores if c in table]]
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+
+
 def _edit(args) -> int:
     from textloc_utils import edit, localize, models, ocr
 
@@ -277,6 +261,32 @@ def _edit(args) -> int:
         print(f"textloc: {report['failure']}", file=sys.stderr)
         return EDIT_FAILED
     return 0
+
+
+def _guard(args) -> None:
+    from textloc_utils import models, ocr, safety, toxic
+
+    folder = check_writable(args.out)
+    ocr.tesseract_version()
+    asked = args.prompt or prompts.read_prompts(args.file)
+    detector = toxic.WordDetector(toxic.read_words(args.words) if args.words else None)
+    model = models.load(args.model, device=args.device, model_path=args.model_path)
+    guarded = safety.guard(model, args.layers, detector=detector)
+    rows = safety.draw(guarded, asked, folder, seed=args.seed, steps=args.steps, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for row in rows:
+        found = f"found {', '.join(row['found'])}; " if row["found"] else ""
+        print(f"{folder / row['file']}  {found}reads {row['ocr'] or 'nothing'}  <- {row['prompt']}")
+
+
+def _safety(args) -> None:
+    from textloc_utils import models, ocr, safety
+
+    work = preset(args.preset)
+    ocr.tesseract_version()
+    model = models.load(args.model, device=args.device, model_path=args.model_path)
     options = {"layers": args.layers, "steps": work.steps, "progress": sys.stderr.isatty(), "publish": args.publish}
     table = safety.measure(model, work.sweep_pairs, args.seed, **options)
     for row in safety.summarise(table).itertuples():
@@ -431,7 +441,9 @@ def parser() -> argparse.ArgumentParser:
     explore.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")
     _place(explore)
     explore.set_defaults(run=_explore)
+
     _lora(commands.add_parser("lora", help="adapters on chosen text layers: train, measure, compare"))
+
     edit = commands.add_parser(
         "edit",
         help="replace the text in a picture and keep the picture",
@@ -459,6 +471,7 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--pairs", type=int, metavar="N", help="of a table (default: 100, for curves 48)")
     edit.add_argument("--publish", action="store_true", help="write the tables to the data folder, for the book")
     edit.set_defaults(run=_edit)
+
     guard = commands.add_parser(
         "guard",
         help="draw prompts and keep toxic text out of the pictures",

@@ -184,6 +184,10 @@ def adapter_losses(tables: Mapping[str, pd.DataFrame]) -> Figure:
         axis.set_xlabel("training step")
     axes[0].set_ylabel("training loss")
     axes[-1].legend(frameon=False, fontsize=8)
+    sns.despine(figure)
+    return figure
+
+
 def trade_off(
     curves: Mapping[str, pd.DataFrame], points: Mapping[str, pd.DataFrame], *, text: str, picture: str
 ) -> Figure:
@@ -216,7 +220,11 @@ def trade_off(
         axis.set_xlabel(picture.replace("_", " ").replace("ssim", "SSIM"))
     axes[0].set(ylabel=text.replace("_", " "), ylim=(-0.03, 1.05))
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-def trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    sns.despine(figure)
+    return figure
+
+
+def safety_trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Toxic text left in the pictures against what is left of the rest, one panel per model, with 95 % intervals.
 
     ``tables`` are ``safety.summarise``'s, by model.
