@@ -157,12 +157,12 @@ def test_any_text_is_read(prompt):
 
 def test_thousands_of_odd_prompts():
     rng = random.Random(0)
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(3000):
         check("".join(rng.choice(ODD) for _ in range(rng.randrange(80))))
     for _ in range(1000):
         check('says "' + "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(40))))
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -182,18 +182,18 @@ def test_thousands_of_odd_prompts():
     ids=range(10),
 )
 def test_huge_prompts_take_bounded_time(prompt):
-    began = time.perf_counter()
+    began = time.process_time()
     check(prompt)
-    # About 10 microseconds a character where nothing else runs.
-    assert time.perf_counter() - began < 1e-4 * len(prompt)
+    # Processor time, which other processes hardly change; about 10 microseconds a character.
+    assert time.process_time() - began < 1e-4 * len(prompt)
 
 
 def test_time_grows_with_length_only():
     def seconds(n: int) -> float:
         prompt = "".join(random.Random(n).choices(ODD, k=n))
-        began = time.perf_counter()
+        began = time.process_time()
         DETECT(prompt)
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     seconds(1000)
     assert min(seconds(80_000) for _ in range(2)) < 40 * max(seconds(8_000) for _ in range(3))
