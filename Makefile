@@ -98,7 +98,7 @@ test: setup chromium
 	@store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; \
 	  TEXTLOC_RESULTS="$$store" OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 \
 	  $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile \
-	  --nbval-lax --nbval-cell-timeout=$(CELL_TIMEOUT) notebooks
+	  --nbval-lax --nbval-cell-timeout=$(CELL_TIMEOUT) notebooks/*.ipynb
 
 benchmark: setup
 	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -s tests/benchmarks
