@@ -27,6 +27,16 @@ os.environ["TEXTLOC_RESULTS"] = _STORE.name
 
 
 @pytest.fixture(autouse=True)
+def own_accelerator():
+    """The accelerate library keeps the first precision of a process for good; each test chooses its own."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
 def empty_result_store(tmp_path, monkeypatch):
     """Each test starts from an empty store: a cached answer is no check."""
     monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "results"))

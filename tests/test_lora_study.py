@@ -230,10 +230,10 @@ def test_layers_by_name(model, monkeypatch):
         layers = (4, 5)
 
     monkeypatch.setattr(localize, "published", lambda *a, **k: (Found, None))
-    assert cli._layers(model, ["all"], 0) == tuple(range(12))
-    assert cli._layers(model, ["localized"], 0) == (4, 5)
-    assert cli._layers(model, ["random"], 1) == lora_study.random_layers(model, (4, 5), 1)
-    assert cli._layers(model, ["7", "3"], 0) == (3, 7)
+    assert cli._named_layers(model, ["all"], 0) == tuple(range(12))
+    assert cli._named_layers(model, ["localized"], 0) == (4, 5)
+    assert cli._named_layers(model, ["random"], 1) == lora_study.random_layers(model, (4, 5), 1)
+    assert cli._named_layers(model, ["7", "3"], 0) == (3, 7)
 
 
 def test_bad_input_of_an_adapter_is_one_line(tmp_path, capsys):
