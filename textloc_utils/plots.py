@@ -50,9 +50,10 @@ def strip(images: Sequence[np.ndarray], titles: Sequence[str], *, label: str, wi
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG", optimize=True)
         data, text = base64.b64encode(file.getvalue()).decode(), html.escape(title)
+        told = html.escape(f"{label}: {title}")
         cells.append(
             f'<figure style="margin:0;flex:none;width:{width}px">'
-            f'<img alt="{text}" src="data:image/png;base64,{data}" style="width:100%;image-rendering:pixelated">'
+            f'<img alt="{told}" src="data:image/png;base64,{data}" style="width:100%;image-rendering:pixelated">'
             f'<figcaption style="font-size:.8em;text-align:center">{text}</figcaption></figure>'
         )
     box = "display:flex;gap:8px;overflow-x:auto;padding-bottom:8px"
