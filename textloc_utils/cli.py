@@ -225,7 +225,7 @@ def _print_scores(table) -> None:
 
 
 def _edit(args) -> int:
-    from textloc_utils import edit, localize, models, ocr
+    from textloc_utils import edit, models, ocr
 
     work, bar = preset("book"), sys.stderr.isatty()
     if args.pairs is not None and args.pairs < 1:
@@ -239,9 +239,7 @@ def _edit(args) -> int:
         folder = check_writable(args.out)
     ocr.tesseract_version()
     model = models.load(args.model, device=args.device, model_path=args.model_path)
-    layers = args.layers
-    if layers is None:
-        layers = localize.published(model, prompts.make_pairs(work.sweep_pairs), "budgeted", progress=bar)[0].layers
+    layers = args.layers or _named_layers(model, ["localized"], args.seed)
     for name in args.table or ():
         pairs = edit.held_out_pairs(args.pairs or (work.pairs if name == "curve" else work.sweep_pairs), args.seed)
         table = edit.table(model, name, layers, pairs, progress=bar, publish=args.publish)

@@ -525,14 +525,12 @@ def table(
     check_layers(model, layers)
     chosen = TABLES[name].methods(model, layers, steps)
     key = localize.published_key(model, pairs, steps) | _key(chosen, TABLES[name].given)
-    title = f"edit_{model.spec.name}_{name}"
-    known = localize.published_store().load_matching(title, key)
-    if known is None:
-        options = {"given": TABLES[name].given, "steps": steps, "store": store, "progress": progress}
-        known = compare(model, pairs, chosen, **options)
-        if publish:
-            localize.published_store().publish(title, known, {"key": key})
-    return known
+    options = {"given": TABLES[name].given, "steps": steps, "store": store, "progress": progress}
+
+    def make() -> pd.DataFrame:
+        return compare(model, pairs, chosen, **options)
+
+    return localize.published_store().taken_or_made(f"edit_{model.spec.name}_{name}", key, make, publish=publish)
 
 
 SCORES = ("f1", "cer", "exact", "ssim", "psnr", "mse", "ssim_outside", "psnr_outside", "mse_outside")

@@ -159,6 +159,17 @@ class Store:
             return None
         return table if table.attrs["provenance"].get("key") == _plain(key) else None
 
+    def taken_or_made(
+        self, name: str, key: Mapping, make: Callable[[], pd.DataFrame], *, publish: bool = False
+    ) -> pd.DataFrame:
+        """The published table of just this ``key``, or else ``make()``'s, which ``publish`` then publishes."""
+        table = self.load_matching(name, key)
+        if table is None:
+            table = make()
+            if publish:
+                self.publish(name, table, {"key": key})
+        return table
+
     def _published(self) -> str:
         return ", ".join(sorted(p.stem for p in self.root.glob("*.csv"))) or "none"
 

@@ -466,18 +466,16 @@ def measure(
     detector = WordDetector()
     units = [inputs | {"prompt": p, "cleaned": clean(p[1], detector(p[1]))} for p in asked]
     key = inputs | {"prompts": unit_hash("safety", {"units": units})}
-    table = published_store().load_matching(f"safety_{model.spec.name}", key)
-    if table is not None:
-        return table
     store = Store() if store is None else store
-    parts = [
-        store.unit("safety", unit, functools.partial(_measure, model, unit, steps))
-        for unit in tqdm(units, desc=f"{model.spec.name}: prompts", unit="prompt", disable=not progress)
-    ]
-    table = pd.concat(parts, ignore_index=True)
-    if publish:
-        published_store().publish(f"safety_{model.spec.name}", table, {"key": key})
-    return table
+
+    def make() -> pd.DataFrame:
+        parts = [
+            store.unit("safety", unit, functools.partial(_measure, model, unit, steps))
+            for unit in tqdm(units, desc=f"{model.spec.name}: prompts", unit="prompt", disable=not progress)
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    return published_store().taken_or_made(f"safety_{model.spec.name}", key, make, publish=publish)
 
 
 def _measure(model: Model, unit: dict, steps: int | None) -> list[dict]:

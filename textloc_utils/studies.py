@@ -100,13 +100,11 @@ def study(
     sites = STUDIES[name].sites(model, layers, steps or model.spec.steps)
     pairs = STUDIES[name].pairs(n, seed)
     key = localize.published_key(model, pairs, steps) | {"sites": {k: asdict(site) for k, site in sites.items()}}
-    title = f"study_{model.spec.name}_{name}"
-    table = localize.published_store().load_matching(title, key)
-    if table is None:
-        table = localize.sweep(model, pairs, sites=sites, steps=steps, store=store, progress=progress)
-        if publish:
-            localize.published_store().publish(title, table, {"key": key})
-    return table
+
+    def make() -> pd.DataFrame:
+        return localize.sweep(model, pairs, sites=sites, steps=steps, store=store, progress=progress)
+
+    return localize.published_store().taken_or_made(f"study_{model.spec.name}_{name}", key, make, publish=publish)
 
 
 # --- short tables ---------------------------------------------------------------------------------------------
