@@ -72,6 +72,32 @@ def test_a_run_starts_from_a_shipped_miniature(tmp_path):
         assert max((a[k].float() - b[k]).abs().max() for k in a) < 1e-3
 
 
+def test_a_compiled_run_compiles_training_steps_alone_and_changes_nothing(prepared, tmp_path, monkeypatch):
+    calls = []  # of compiled passes: are gradients taken?
+
+    def compiled(forward, **options):
+        return lambda *args, **kwargs: calls.append(torch.is_grad_enabled()) or forward(*args, **kwargs)
+
+    def evaluate(pipe, spec):
+        assert "forward" not in vars(pipe.transformer)
+        return {}
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    budget = replace(TINY, samples=8, evaluations=1)
+    for name in ("plain", "fast"):
+        shutil.copytree(prepared, tmp_path / name)
+        training.train(
+            "sd3-mini", tmp_path / name, budget=budget, compiled=name == "fast", device="cpu", log=lambda line: None
+        )
+    assert calls == [True, True]
+    a, b = (
+        load_file(tmp_path / name / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("plain", "fast")
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_what_a_run_can_start_from(tmp_path):
     with pytest.raises(TextlocError, match="no trained miniature in .*; give a folder of data/miniatures"):
         training.train("sd3-mini", tmp_path / "run", start=tmp_path)

@@ -223,6 +223,7 @@ def deepfloyd(seed: int = 0) -> IFPipeline:
                 mid_block_type="UNetMidBlock2DSimpleCrossAttn",
                 up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
                 cross_attention_norm="group_norm",
+                only_cross_attention=(False, True),  # the middle block's layer alone attends to the picture, too
                 addition_embed_type="text",
                 addition_embed_type_num_heads=2,
                 act_fn="gelu",

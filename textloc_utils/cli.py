@@ -328,6 +328,7 @@ def _train(args) -> None:
         seed=args.seed,
         device=args.device,
         precision=args.precision,
+        compiled=args.compile,
         start=args.start and Path(args.start),
     )
     if report is not None:  # the main process
@@ -523,6 +524,9 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         choices=["auto", "fp32", "bf16"],
         help="auto: bf16 where the device computes in it",
+    )
+    train.add_argument(
+        "--compile", action="store_true", help="compile the denoiser first: minutes to begin with, then faster steps"
     )
     _place(train)
     train.set_defaults(run=_train)

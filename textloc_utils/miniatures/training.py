@@ -204,14 +204,15 @@ def train(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    compiled: bool = False,
     start: Path | None = None,
     log=print,
 ) -> dict | None:
     """Train miniature ``name`` in ``folder``, or go on where its checkpoint was.
 
     ``budget`` defaults to the recipe's. A new run begins with the weights of the shipped miniature in the folder
-    ``start`` where one is given, else with untrained ones. Returns the training report, None in other processes than
-    the main one.
+    ``start`` where one is given, else with untrained ones. With ``compiled`` torch compiles the denoiser's forward
+    pass first. Returns the training report, None in other processes than the main one.
 
     The EMA weights are evaluated ``budget.evaluations`` times, evenly over the budget, into
     ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``. A second stage follows in
@@ -234,14 +235,15 @@ def train(
     accelerator.wait_for_everyone()
     second = getattr(rules, "Stage2", None)
     part = _part(budget, 1 - second.SHARE) if second else budget
-    report = _train_stage(name, rules, folder, part, seed, accelerator, precision, log, start)
+    report = _train_stage(name, rules, folder, part, seed, accelerator, precision, compiled, log, start)
     if second:
         rules, part = second(folder / "pipeline"), _part(budget, second.SHARE, evaluations=0)
         place = start and start / "stage2"
-        stage2 = _train_stage(name, rules, folder / "stage2", part, seed, accelerator, precision, log, place)
+        folder2 = folder / "stage2"
+        stage2 = _train_stage(name, rules, folder2, part, seed, accelerator, precision, compiled, log, place)
         if main:
             report["stage2"] = stage2
-            shutil.copytree(folder / "stage2" / "pipeline", folder / "pipeline" / "stage2")
+            shutil.copytree(folder2 / "pipeline", folder / "pipeline" / "stage2")
     if main:
         if before is not None:
             earlier = before.get("before", {"samples": 0, "seconds": 0})
@@ -279,6 +281,7 @@ def _train_stage(
     seed: int,
     accelerator: Accelerator,
     precision: str,
+    compiled: bool,
     log,
     start: Path | None,
 ) -> dict:
@@ -319,6 +322,9 @@ def _train_stage(
     ema.to(accelerator.device)
     # Several modules' parameters step under one wrapped module, so that processes share one gradient exchange.
     wrapped = accelerator.prepare(objective)
+    # Set on the module itself while it trains, so that evaluations, whose shapes differ, run as ever.
+    fast = {"forward": torch.compile(objective.denoiser.forward, dynamic=False)} if compiled else {}
+    vars(objective.denoiser).update(fast)
 
     def save() -> None:
         part = checkpoint.with_suffix(".part")
@@ -343,9 +349,12 @@ def _train_stage(
         ema.copy_to(objective.parameters())
         pipe.to(accelerator.device)
         objective.eval()
+        for part in fast:
+            delattr(objective.denoiser, part)
         with torch.no_grad():
             result = {"samples": state["samples"], "seconds": round(state["seconds"]), **evaluate(pipe, spec)}
         objective.train()
+        vars(objective.denoiser).update(fast)
         ema.restore(objective.parameters())
         evaluations.append(result)
         write_json(evaluations_file, evaluations)
@@ -413,6 +422,7 @@ def _train_stage(
         "device": "cpu" if cpu else torch.cuda.get_device_name(),
         "processes": processes,
         "precision": precision,
+        "compiled": compiled,
         "torch": torch.__version__,
         **{k: state[k] for k in ("step", "samples", "losses")},
         "seconds": round(state["seconds"]),
