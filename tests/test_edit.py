@@ -430,10 +430,9 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_the_command_edits_a_generated_picture(tmp_path, capsys, monkeypatch):
-    """In the layers of a published or budgeted search, where none are named."""
+def test_the_command_edits_a_generated_picture(tmp_path, capsys):
+    """In the layers of the published search, where none are named."""
     out = tmp_path / "out"
-    monkeypatch.setattr(localize, "published", lambda *a, **k: (SimpleNamespace(layers=(4, 5, 6)), None))
     status, printed, err = run(capsys, "--prompt", RIVER, "--to", "STONE", "--seed", 1, "--out", out, "--json")
     report = json.loads(printed)
     assert (status, err) == (0, "") and report == json.loads((out / "edit.json").read_text())

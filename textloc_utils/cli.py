@@ -118,7 +118,7 @@ def _study(args) -> None:
             _print_effects(localize.effect_intervals(part))
         return
     model = models.load(args.model, device=args.device, model_path=args.model_path)
-    layers = args.layers or localize.search(model, prompts.make_pairs(work.pairs, args.seed), steps=work.steps).layers
+    layers = args.layers or localize.known_layers(model)
     options = {"steps": work.steps, "progress": bar, "publish": args.publish}
     for name in args.study or studies.STUDIES:
         print(f"{name}, layers {' '.join(map(str, layers))}")
@@ -183,8 +183,7 @@ def _named_layers(model, asked: list[str], seed: int) -> tuple[int, ...]:
     if asked == ["all"]:
         return tuple(range(len(model.layers)))
     if asked in (["localized"], ["random"]):
-        pairs = prompts.make_pairs(preset("book").sweep_pairs)
-        layers = localize.published(model, pairs, "budgeted", progress=sys.stderr.isatty())[0].layers
+        layers = localize.known_layers(model)
         return layers if asked == ["localized"] else lora_study.random_layers(model, layers, seed)
     try:
         return tuple(sorted({int(layer) for layer in asked}))
@@ -225,7 +224,7 @@ def _print_scores(table) -> None:
 
 
 def _edit(args) -> int:
-    from textloc_utils import edit, models, ocr
+    from textloc_utils import edit, localize, models, ocr
 
     work, bar = preset("book"), sys.stderr.isatty()
     if args.pairs is not None and args.pairs < 1:
@@ -239,7 +238,7 @@ def _edit(args) -> int:
         folder = check_writable(args.out)
     ocr.tesseract_version()
     model = models.load(args.model, device=args.device, model_path=args.model_path)
-    layers = args.layers or _named_layers(model, ["localized"], args.seed)
+    layers = args.layers or localize.known_layers(model)
     for name in args.table or ():
         pairs = edit.held_out_pairs(args.pairs or (work.pairs if name == "curve" else work.sweep_pairs), args.seed)
         table = edit.table(model, name, layers, pairs, progress=bar, publish=args.publish)
@@ -404,7 +403,7 @@ def parser() -> argparse.ArgumentParser:
     _model(study)
     study.add_argument("--study", nargs="+", choices=["colours", "steps", "parts", "length"], help="default: all")
     study.add_argument(
-        "--layers", type=int, nargs="+", metavar="L", help="the localized layers (default: a budgeted search's)"
+        "--layers", type=int, nargs="+", metavar="L", help="the localized layers (default: the published search's)"
     )
     study.add_argument(
         "--runs",
@@ -455,7 +454,7 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--to", metavar="NEW", help="the new text")
     edit.add_argument("--image", metavar="FILE", help="a picture of the model's size (default: drawn from the prompt)")
     edit.add_argument("--seed", type=int, default=42, help="seed of the noise (default: 42)")
-    edit.add_argument("--layers", type=int, nargs="+", metavar="L", help="default: those that a budgeted search finds")
+    edit.add_argument("--layers", type=int, nargs="+", metavar="L", help="default: the published search's")
     edit.add_argument(
         "--start", type=int, default=0, help="the step from which the layers read the new text (default: 0)"
     )
@@ -539,7 +538,7 @@ def _lora(command: argparse.ArgumentParser) -> None:
         "nargs": "+",
         "metavar": "L",
         "default": ["localized"],
-        "help": "localized (by a budgeted search; default), all, random (as many others), or numbers",
+        "help": "localized (by the published search; default), all, random (as many others), or numbers",
     }
 
     train = commands.add_parser(

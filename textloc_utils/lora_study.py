@@ -195,24 +195,21 @@ def study(
     todo = [arm for at in seeds for arm in arms(model, layers, at, training)]
     inputs = _inputs(model, n, seed, steps)
     key = inputs | {"scenes": SCENES, "arms": [asdict(arm) for arm in todo]}
-    title = f"lora_{model.spec.name}"
-    table = published_store().load_matching(title, key)
-    if table is not None:
-        return table
-    prompts.long_prompts(n, seed)
-    ocr.tesseract_version()
-    store = Store() if store is None else store
-    data = lora.prepare(model, *drawn_scenes(SCENES))
-    before = store.unit("lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)])
-    rows = [before.assign(**_row(model))]
-    for arm in tqdm(todo, desc=f"{model.spec.name}: arms", unit="run", disable=not progress):
-        unit = inputs | {"scenes": SCENES, "training": asdict(arm.training)}  # the same in both comparisons: done once
-        row = store.unit("lora", unit, lambda arm=arm: [_run(model, data, arm, n, seed, steps)])
-        rows.append(row.assign(arm=arm.name, equal=arm.equal))
-    table = pd.concat(rows, ignore_index=True)[list(rows[-1])]
-    if publish:
-        published_store().publish(title, table, {"key": key})
-    return table
+
+    def make() -> pd.DataFrame:
+        prompts.long_prompts(n, seed)
+        ocr.tesseract_version()
+        kept = Store() if store is None else store
+        data = lora.prepare(model, *drawn_scenes(SCENES))
+        before = kept.unit("lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)])
+        rows = [before.assign(**_row(model))]
+        for arm in tqdm(todo, desc=f"{model.spec.name}: arms", unit="run", disable=not progress):
+            unit = inputs | {"scenes": SCENES, "training": asdict(arm.training)}  # once for both comparisons
+            row = kept.unit("lora", unit, lambda arm=arm: [_run(model, data, arm, n, seed, steps)])
+            rows.append(row.assign(arm=arm.name, equal=arm.equal))
+        return pd.concat(rows, ignore_index=True)[list(rows[-1])]
+
+    return published_store().taken_or_made(f"lora_{model.spec.name}", key, make, publish=publish)
 
 
 def _row(model: Model, arm: Arm | None = None, report: lora.Report | None = None) -> dict:

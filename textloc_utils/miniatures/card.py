@@ -91,7 +91,7 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         + (f"; autoencoder {vae['seconds'] / 60:.0f} minutes, {vae['psnr_db']} dB" if vae else "")
         + (f"; stage II {_spent(report['stage2'])}" if "stage2" in report else "")
         + (
-            f"; started from the weights of a run of {report['before']['samples']:,} samples"
+            f"; started from weights that had seen {report['before']['samples']:,} samples"
             if "before" in report
             else ""
         ),
