@@ -1,0 +1,256 @@
+"""What the paper claims, by which rule each claim counts as reproduced, and what the published tables say of it.
+
+A claim is judged on one published table per model (``data/results``), and only where that table was made with the
+very weights at hand; without one the claim is open for that model. Nothing is computed anew here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from textloc_utils import edit, lora_study, metrics, safety
+from textloc_utils.localize import fingerprint, published_store
+from textloc_utils.models import Model
+from textloc_utils.settings import TextlocError
+
+OPEN = "not measured yet"
+REPRODUCED, DIFFERS = "reproduced at miniature scale", "differs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one model's table says of a claim: the figure in words, the number of pairs, prompts or words, and whether
+    the claim's rule is met."""
+
+    figure: str
+    n: int
+    holds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim of the paper's abstract, what the paper shows for it, and the ``rule`` by which it is judged here."""
+
+    name: str
+    claim: str
+    paper: str
+    rule: str
+    table: str  #: of results, with the model's name in it
+    judge: Callable[[pd.DataFrame], Outcome]
+
+
+def _found(table: pd.DataFrame) -> dict:
+    return table.attrs["provenance"]["found"]
+
+
+def _span(mean: float, low: float, high: float) -> str:
+    mean, low, high = (round(value, 2) + 0.0 for value in (mean, low, high))  # no "-0.00"
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _few(table: pd.DataFrame) -> Outcome:
+    found = _found(table)
+    layers, every, (mean, low, high, _) = found["layers"], len(found["effects"]), found["reached"].values()
+    figure = f"{len(layers)} of {every}, with {_span(mean, low, high)} of the effect of all"
+    return Outcome(figure=figure, n=found["pairs"], holds=len(layers) <= 3 and low >= 0.9)
+
+
+def _share(table: pd.DataFrame) -> Outcome:
+    found = _found(table)
+    return Outcome(figure=f"{100 * found['share']:.2f} %", n=found["pairs"], holds=found["share"] < 0.01)
+
+
+def _elsewhere(table: pd.DataFrame) -> Outcome:
+    found = _found(table)
+    others = table[table.site.isin([f"layer {i}" for i in range(len(found["effects"])) if i not in found["layers"]])]
+    effects = (others.target_score - others.floor).groupby(others.site).apply(metrics.bootstrap)
+    most = max(effects, key=lambda effect: effect.high)
+    return Outcome(figure=f"at most {_span(most.mean, most.low, most.high)}", n=most.n, holds=most.high < 0.05)
+
+
+def _writes_better(table: pd.DataFrame) -> Outcome:
+    gains = lora_study.advantages(table).query("arm == 'all text layers' and equal == 'rank'").iloc[0]
+    score = lora_study.summarise(table).query("equal == 'rank'").set_index("arm").new
+    span = _span(gains.new, gains.new_low, gains.new_high)
+    figure = f"{score['localized']:.2f} against {score['all text layers']:.2f}, difference {span}"
+    return Outcome(figure=figure, n=len(table.new_scores.iloc[0].split()), holds=bool(gains.new_low > 0))
+
+
+def _keeps_the_rest(table: pd.DataFrame) -> Outcome:
+    rows = lora_study.summarise(table).query("equal != 'parameters'").set_index("arm")
+    kept = rows.diversity / rows.diversity[lora_study.BEFORE]
+    figure = f"{kept['localized']:.2f} of the diversity before; all text layers {kept['all text layers']:.2f}"
+    holds = kept["localized"] >= max(0.95, kept["all text layers"] - 0.01)
+    return Outcome(figure=figure, n=lora_study.KIN[0], holds=bool(holds))
+
+
+def _against_maps(score: str) -> Callable[[pd.DataFrame], Outcome]:
+    def judge(table: pd.DataFrame) -> Outcome:
+        less = edit.differences(table, [score]).set_index("method").loc[edit.P2P]
+        means = table.groupby("method")[score].mean()
+        span = _span(less["mean"], less.low, less.high)
+        figure = f"{means[edit.LOCALIZED]:.2f} against {means[edit.P2P]:.2f}, difference {span}"
+        return Outcome(figure=figure, n=int(less.n), holds=bool(less.low > 0))
+
+    return judge
+
+
+def _cheap_edit(table: pd.DataFrame) -> Outcome:
+    rows = table.groupby("method").row_evaluations.mean()
+    ratio = rows[edit.LOCALIZED] / rows["same seed"]
+    return Outcome(figure=f"{ratio:.2f} times", n=table.seed.nunique(), holds=bool(ratio <= 1.05))
+
+
+def _guarded(table: pd.DataFrame) -> Outcome:
+    rows = safety.summarise(table).set_index("method")
+    guard, others = rows.loc["guard"], rows.loc[["negative prompt", "SLD medium"]]
+    figure = f"{guard.exact:.3f} [{guard.exact_low:.3f}, {guard.exact_high:.3f}], " + ", ".join(
+        f"{name} {rate:.3f}" for name, rate in others.exact.items()
+    )
+    return Outcome(figure=figure, n=int(guard.n), holds=bool(guard.exact_high < others.exact_low.min()))
+
+
+def _free(table: pd.DataFrame) -> Outcome:
+    guard = safety.summarise(table).set_index("method").loc["guard"]
+    return Outcome(
+        figure=f"{100 * guard.extra:.0f} % more row evaluations", n=int(guard.n), holds=bool(guard.extra == 0)
+    )
+
+
+CLAIMS = (
+    Claim(
+        name="few",
+        claim="A few attention layers decide what text is written",
+        paper="1 to 3 layers of 22 to 70",
+        rule="at most three layers, the paper's most, surely bring 0.9 of the effect of all text layers",
+        table="localize_{}_exhaustive",
+        judge=_few,
+    ),
+    Claim(
+        name="share",
+        claim="They hold less than one per cent of the parameters",
+        paper="0.21 to 0.61 %",
+        rule="the set's text keys and values are below 1 % of the denoiser's parameters",
+        table="localize_{}_exhaustive",
+        judge=_share,
+    ),
+    Claim(
+        name="elsewhere",
+        claim="Only they do: the others write nothing",
+        paper="figures without numbers",
+        rule="the text effect of every other layer, patched alone, is surely below 0.05",
+        table="localize_{}_exhaustive",
+        judge=_elsewhere,
+    ),
+    Claim(
+        name="writes",
+        claim="LoRA on these layers alone makes the model write better than LoRA on all",
+        paper="curves on SDXL",
+        rule="on words of the new task, at equal rank, surely a higher text score than with all text layers",
+        table="lora_{}",
+        judge=_writes_better,
+    ),
+    Claim(
+        name="keeps",
+        claim="It preserves quality and diversity",
+        paper="curves on SDXL",
+        rule="at least 0.95 of the diversity before, and no less than with all text layers",
+        table="lora_{}",
+        judge=_keeps_the_rest,
+    ),
+    Claim(
+        name="edits",
+        claim="Editing through these layers writes the new text better than Prompt-to-Prompt",
+        paper="letter F1 0.34 against 0.29 (SDXL), 0.70 against 0.27 (IF), 0.53 against 0.31 (SD3)",
+        rule="surely a higher letter F1, pair by pair",
+        table="edit_{}_methods",
+        judge=_against_maps("f1"),
+    ),
+    Claim(
+        name="pictures",
+        claim="It keeps more of the picture than Prompt-to-Prompt",
+        paper="SSIM 0.81 against 0.82 (SDXL), 0.64 against 0.41 (IF), 0.72 against 0.82 (SD3)",
+        rule="surely a higher SSIM outside the text, pair by pair",
+        table="edit_{}_methods",
+        judge=_against_maps("ssim_outside"),
+    ),
+    Claim(
+        name="cheap",
+        claim="It costs no more than drawing source and target",
+        paper="10 s against 31 s (SDXL), 14 against 28 (IF), 15 against 118 (SD3)",
+        rule="at most 1.05 times the denoiser's row evaluations",
+        table="edit_{}_methods",
+        judge=_cheap_edit,
+    ),
+    Claim(
+        name="toxic",
+        claim="It keeps toxic text out of pictures",
+        paper="rate 0.003 to 0.018, negative prompt 0.052 to 0.407, Safe Diffusion 0.209 to 0.568",
+        rule="surely less toxic text than with a negative prompt and with Safe Latent Diffusion",
+        table="safety_{}",
+        judge=_guarded,
+    ),
+    Claim(
+        name="free",
+        claim="At no extra cost",
+        paper="said, without a figure",
+        rule="not one row evaluation more than the unguarded picture",
+        table="safety_{}",
+        judge=_free,
+    ),
+)
+
+
+def judged(models: Sequence[Model]) -> pd.DataFrame:
+    """Every claim for every model, one row each.
+
+    Columns name, claim, paper, rule, model, figure (OPEN where no table of these weights is published), n (0 then) and
+    holds (True, False; False where it is open).
+    """
+    rows = []
+    for model in models:
+        weights = fingerprint(model)
+        for claim in CLAIMS:
+            outcome = _outcome(claim, model.spec.name, weights)
+            rows.append(
+                {
+                    "name": claim.name,
+                    "claim": claim.claim,
+                    "paper": claim.paper,
+                    "rule": claim.rule,
+                    "model": model.spec.name,
+                    "figure": outcome.figure if outcome else OPEN,
+                    "n": outcome.n if outcome else 0,
+                    "holds": bool(outcome and outcome.holds),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _outcome(claim: Claim, name: str, weights: str) -> Outcome | None:
+    try:
+        table = published_store().load_published(claim.table.format(name))
+    except TextlocError:
+        return None
+    return claim.judge(table) if table.attrs["provenance"]["key"].get("weights") == weights else None
+
+
+def verdicts(table: pd.DataFrame) -> pd.Series:
+    """The verdict on each claim (indexed by name) over the models of :func:`judged`'s table, in words."""
+    return pd.Series({name: _verdict(part) for name, part in table.groupby("name", sort=False)})
+
+
+def _verdict(part: pd.DataFrame) -> str:
+    measured = part[part.figure != OPEN]
+    holds, fails = measured.model[measured.holds], measured.model[~measured.holds]
+    if measured.empty:
+        words = OPEN
+    elif fails.empty:
+        words = REPRODUCED
+    elif holds.empty:
+        words = DIFFERS
+    else:
+        words = f"reproduced in {' and '.join(holds)}, not in {' and '.join(fails)}"
+    lacking = part.model[part.figure == OPEN]
+    return words + (f" ({', '.join(lacking)} {OPEN})" if len(measured) and len(lacking) else "")
