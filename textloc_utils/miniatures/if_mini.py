@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import T5EncoderModel
 
 from textloc_utils.miniatures import scenes, unets
-from textloc_utils.miniatures.encoders import TEXT_WIDTH, pretrain_on_places, t5_config
+from textloc_utils.miniatures.encoders import TEXT_WIDTH, pretrain_to_be_read, t5_config
 from textloc_utils.miniatures.scenes import RUNS
 from textloc_utils.miniatures.tokenizers import letter_tokenizer
 from textloc_utils.models import FIXED_TOKENS
@@ -38,7 +38,7 @@ SPEC = {
     "text_box": scenes.letters_region(),
 }
 #: For the model card.
-ENCODERS = "a T5 trained beforehand on captions alone: which letter a token is, and its place in the word"
+ENCODERS = "a T5 trained beforehand on captions alone: which letter stands where, which colour is whose"
 #: As the U-Nets on latents, with stage II's share on top.
 BUDGET = unets.BUDGET | {
     "samples": 270_000,
@@ -100,8 +100,8 @@ def pipeline() -> IFPipeline:
 
 
 def pretrain(pipe: IFPipeline, seed: int, steps: int) -> float:
-    """Teach the T5 from captions alone, before the denoiser: see :func:`.encoders.pretrain_on_places`."""
-    return pretrain_on_places(pipe.text_encoder, pipe.tokenizer, seed, steps)
+    """Teach the T5 from captions alone, before the denoiser: see :func:`.encoders.pretrain_to_be_read`."""
+    return pretrain_to_be_read(pipe.text_encoder, pipe.tokenizer, seed, steps)
 
 
 class VarianceLoss(unets.VelocityLoss):
