@@ -26,7 +26,7 @@ def drawn(request):
 
 
 def test_what_is_shipped():
-    assert SHIPPED == list(models.MINIATURES)
+    assert list(models.MINIATURES) == SHIPPED
 
 
 def test_spelling_is_as_good_as_the_card_says(drawn):
