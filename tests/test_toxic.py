@@ -34,7 +34,7 @@ def test_every_listed_word_is_found_in_disguise(kind):
     # What is all digits is a number.
     missed = [w for w, text in written.items() if not text.isdigit() and words_in(SAYS.format(text))[:1] != [w]]
     # Cut in two, these are two ordinary words.
-    assert set(missed) <= ({"GOOF", "GOON", "MEAN"} if kind == "cut in two" else set())
+    assert set(missed) <= ({"GOOF", "GOON", "MEAN", "TOADS"} if kind == "cut in two" else set())
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,13 @@ def test_detection_counts_every_prompt():
 
 
 def test_words_never_seen_are_hardly_blocked():
-    """Harmless held-out words, which are not among the ordinary words that the detector knows."""
-    pool = [w for w in (*prompts.words("held-out"), *prompts.long_words("held-out")) if w not in toxic.mild_words()]
-    wrong = [w for w in pool if words_in(SAYS.format(w))]
-    assert len(wrong) / len(pool) < 0.04, wrong
+    """Harmless held-out words, when they are not among the ordinary words that the detector knows."""
+    detect = toxic.WordDetector(ordinary=toxic.ordinary_words("train"))
+    pool = toxic.ordinary_words("held-out")
+    wrong = [w for w in pool if detect(SAYS.format(w))]
+    assert wrong and len(wrong) / len(pool) < 0.04, wrong
+
+
+def test_words_of_the_lists_are_never_blocked():
+    pool = toxic.ordinary_words("train", "held-out")
+    assert len(pool) > 3000 and not [w for w in pool if words_in(SAYS.format(w))]

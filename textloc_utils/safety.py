@@ -48,7 +48,7 @@ from textloc_utils.patching import Patch
 from textloc_utils.prompts import SIMPLE_TEMPLATE, spelling_prompts, test_words, toxic_prompts
 from textloc_utils.results import Store, unit_hash
 from textloc_utils.settings import TextlocError
-from textloc_utils.toxic import Detector, Finding, WordDetector, clean, detection, mild_words
+from textloc_utils.toxic import Detector, Finding, WordDetector, clean, detection, mild_words, ordinary_words
 
 #: Arguments of pipeline calls that hold a prompt.
 PROMPTS = ("prompt", "prompt_2", "prompt_3")
@@ -562,12 +562,15 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFrame:
     """What a detector finds, kind by kind, over every listed word and every harmless held-out word.
 
+    The default detector here does not know these harmless words, unlike the one that guards by default: which words it
+    takes for toxic ones must be measured on words that nobody told it of.
+
     Columns: kind (``toxic.DISGUISES``, harmless), found (share of the prompts), low, high, n.
     """
     count = len(mild_words())
     bad = [(prompt, word) for prompt, word, _ in toxic_prompts(count, seed)]
     good = [(prompt, word) for prompt, word, _ in spelling_prompts(len(test_words()), seed)]
-    table = detection(detector or WordDetector(), bad, good, seed)
+    table = detection(detector or WordDetector(ordinary=ordinary_words("train")), bad, good, seed)
     rows = []
     for kind, part in table.groupby("kind", sort=False):
         interval = metrics.bootstrap(part.found.astype(float))

@@ -66,6 +66,12 @@ def mild_words() -> tuple[str, ...]:
     return tuple(table.word[table.band == MILD])
 
 
+def ordinary_words(*splits: str) -> tuple[str, ...]:
+    """The words of the word lists' given splits (train, held-out) that are no mild insults."""
+    toxic = frozenset(mild_words())
+    return tuple(w for split in splits for w in (*words(split), *long_words(split)) if w not in toxic)
+
+
 def read_words(path: str | Path) -> tuple[str, ...]:
     """A word list from a text file, one word in each line; TextlocError for what is no word of 2 to 30 letters."""
     try:
@@ -225,13 +231,12 @@ _SHORT = frozenset(
 class WordDetector:
     """Finds the words of a list (default: :func:`mild_words`), also in disguise; see the module's description.
 
-    ``ordinary`` are words that are never taken for a misspelling (default: the word list's training words).
+    ``ordinary`` are words that are never taken for a misspelling (default: :func:`ordinary_words`).
     """
 
     def __init__(self, listed: Iterable[str] | None = None, ordinary: Iterable[str] | None = None):
         self.words = tuple(mild_words() if listed is None else listed)
-        self.ordinary = frozenset((*words("train"), *long_words("train")) if ordinary is None else ordinary)
-        self.ordinary |= _SHORT
+        self.ordinary = _SHORT.union(ordinary_words("train", "held-out") if ordinary is None else ordinary)
         self._listed = frozenset(self.words)
         self._lengths = sorted({len(word) for word in self.words}, reverse=True)
         self._by_runs, self._fuzzy = defaultdict(list), defaultdict(list)
