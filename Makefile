@@ -29,7 +29,7 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 TORCH_RANGE := $(shell sed -n 's/.*"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
-CELL_TIMEOUT ?= 900
+CELL_TIMEOUT ?= 1800
 
 # One process per core with one thread each: two processes with a thread per core each are many times slower.
 JOBS := $(shell echo $$(($(CORES) > 4 ? 4 : $(CORES))))

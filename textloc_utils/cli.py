@@ -430,7 +430,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, help="draws words, colours and noise (default: the notebook's)")
     run.add_argument("--out", metavar="DIR", help="folder for the executed notebooks; needed with other parameters")
     run.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time (default: one per core, at most 4)")
-    run.add_argument("--timeout", type=int, default=900, metavar="SECONDS", help="for one cell (default: 900)")
+    run.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="for one cell (default: 1800)")
     run.set_defaults(run=_run)
 
     explore = commands.add_parser("explore", help="draw the pictures of the book's layer explorer into the data folder")

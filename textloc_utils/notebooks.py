@@ -69,7 +69,7 @@ def plan(notebooks: Sequence[str | Path], parameters: Mapping, out: str | Path |
 
 
 def execute(
-    planned: Sequence[Execution], *, jobs: int | None = None, timeout: int = 900, progress: bool = False
+    planned: Sequence[Execution], *, jobs: int | None = None, timeout: int = 1800, progress: bool = False
 ) -> list[Execution]:
     """Execute what is out of date, ``jobs`` notebooks at a time (default: a process per core); returns those executed.
 
