@@ -90,22 +90,30 @@ def test_when_a_layer_appeared():
         studies.appeared(rows, 0.95)
 
 
-def test_seeds_are_swept_and_published(tmp_path, monkeypatch):
+def test_other_training_seeds_are_searched_and_published(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     (run / "pipeline").symlink_to(models.spec("sd3-mini").source)
     (run / "report.json").write_text(json.dumps({"name": "sd3-mini", "seed": 7}))
-    (run / "evaluations.json").write_text(json.dumps([{"samples": 5, "characters": 0.5, "target": [0.0, 0.4]}]))
+    (run / "evaluations.json").write_text(json.dumps([{"samples": 5, "characters": 0.5, "target": [0.0] * 11 + [0.4]}]))
     monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
+    monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "store"))
     with pytest.raises(TextlocError, match="no finished run"):
         studies.publish_seeds("sd3-mini", [tmp_path], 1)
     with pytest.raises(TextlocError, match="run of sd3-mini"):
         studies.publish_seeds("ldm-mini", [run], 1)
-    monkeypatch.setattr(localize, "sweep", lambda model, pairs, **k: effects({"layer 0": 0.1}))
-    table = studies.publish_seeds("sd3-mini", [run], 1)
-    assert table.training_seed.tolist() == [7, 7]
+    with pytest.raises(TextlocError, match=r"training seed of its own, got \[0, 7, 7\]"):
+        studies.publish_seeds("sd3-mini", [run, run], 1)
+
+    table = studies.publish_seeds("sd3-mini", [run], 1).set_index(["training_seed", "layer"])
+    # The same weights under another name: their layers are the shipped miniature's.
+    assert table.index.tolist() == [(seed, layer) for seed in (0, 7) for layer in range(12)]
+    alike = ["mean", "low", "high", "chosen", "score", "reached"]
+    assert table.loc[0][alike].equals(table.loc[7][alike]) and table.chosen.any() and not table.chosen.all()
+    assert table.loc[7].characters.eq(0.5).all() and (table["mean"].loc[0] > 0.2).sum() == table.loc[0].chosen.sum()
     logs = localize.published_store().load_published("seeds_sd3-mini_training")
-    assert logs.target.tolist() == [0.0, 0.4] and logs.layer.tolist() == [0, 1] and set(logs.training_seed) == {7}
+    assert logs[logs.training_seed == 7].target.tolist() == [0.0] * 11 + [0.4]
+    assert logs[logs.training_seed == 0].samples.max() == table.samples.loc[0].iloc[0]
 
 
 def test_the_command_prints_effects_per_site(capsys, monkeypatch):
@@ -114,3 +122,16 @@ def test_the_command_prints_effects_per_site(capsys, monkeypatch):
     assert cli.main(["study", "sd3-mini", "--study", "parts", "--layers", "4", "5", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "parts, layers 4 5" in out and "keys" in out and "0.50 [0.50, 0.50]" in out
+
+
+def test_the_command_prints_the_set_of_every_training_seed(capsys, monkeypatch, tmp_path):
+    rows = [
+        {"training_seed": seed, "layer": layer, "mean": 0.4, "low": 0.3, "high": 0.5, "chosen": layer == seed}
+        for seed in (0, 1)
+        for layer in (0, 1)
+    ]
+    monkeypatch.setattr(studies, "publish_seeds", lambda *a, **k: pd.DataFrame(rows))
+    assert cli.main(["study", "sd3-mini", "--runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "training seed 0: layers 0\n" in out and "training seed 1: layers 1\n" in out
+    assert out.count("layer 1 ") == 2 and "0.40 [0.30, 0.50]" in out

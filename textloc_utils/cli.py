@@ -113,9 +113,9 @@ def _study(args) -> None:
     ocr.tesseract_version()
     if args.runs:
         table = studies.publish_seeds(args.model, [Path(run) for run in args.runs], work.pairs, args.seed, progress=bar)
-        for seed, part in table.groupby("training_seed"):
-            print(f"training seed {seed}")
-            _print_effects(localize.effect_intervals(part))
+        for seed, part in table.groupby("training_seed", sort=False):
+            print(f"training seed {seed}: layers {' '.join(map(str, part.layer[part.chosen]))}")
+            _print_effects(part.assign(site="layer " + part.layer.astype(str)))
         return
     model = models.load(args.model, device=args.device, model_path=args.model_path)
     layers = args.layers or localize.known_layers(model)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from textloc_utils import localize
 from textloc_utils.localize import Site
-from textloc_utils.models import Model, check_layers, load
+from textloc_utils.models import Model, check_layers, load, training_log
 from textloc_utils.prompts import Pair, make_pairs
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
@@ -175,32 +175,63 @@ def appeared(evaluations: pd.DataFrame, least: float = 0.2) -> dict[str, int]:
 
 
 def publish_seeds(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress: bool = False) -> pd.DataFrame:
-    """Sweep the layers of a miniature trained again from other seeds, and publish the outcome with the training logs.
+    """Search the layers of a miniature trained again from other seeds exhaustively, and publish what came out.
 
-    ``runs`` are folders of ``textloc train``, finished. Written to the package's data: ``results/seeds_NAME.csv``, the
-    single-layer sweep over ``n`` pairs for each training seed, and ``results/seeds_NAME_training.csv``, one row per
-    seed, evaluation and layer (columns training_seed, samples, characters, layer, target). Returns the first.
+    ``runs`` are folders of ``textloc train``, finished; the miniature that comes with the package is searched beside
+    them, over the same ``n`` pairs. Written to the package's data and returned: ``results/seeds_NAME.csv``, one row per
+    training seed and layer with columns training_seed, samples and characters (the training's end), layer, mean, low,
+    high (text effect of the layer alone, 95 % interval), chosen (of the localized set), share (of the denoiser's
+    parameters), score and reached (of the set, see ``localize.Found``). Beside it ``results/seeds_NAME_training.csv``,
+    one row per training seed, evaluation and layer: training_seed, samples, characters, layer, target.
+
+    Raises TextlocError for an unfinished run, one of another model, and two runs from one training seed.
     """
-    sweeps, logs = [], []
-    for folder in runs:
-        try:
-            report = json.loads((folder / "report.json").read_text())
-            evaluations = json.loads((folder / "evaluations.json").read_text())
-        except OSError:
-            raise TextlocError(f"{folder} is no finished run of textloc train") from None
-        if report["name"] != name:
-            raise TextlocError(f"{folder} is a run of {report['name']}, not of {name}")
-        trained = {"training_seed": report["seed"]}
-        model = load(name, model_path=str(folder / "pipeline"))
-        pairs = make_pairs(n, seed)
-        sweeps.append(localize.sweep(model, pairs, progress=progress).assign(**trained))
+    pairs = make_pairs(n, seed)
+    shipped = load(name)
+    known = training_log(shipped.spec)
+    if known is None:
+        raise TextlocError(f"{name} is no miniature with a training log")
+    trained = [(known["report"], known["evaluations"], None), *(_finished(name, folder) for folder in runs)]
+    seeds = [report["seed"] for report, *_ in trained]
+    if len(set(seeds)) < len(seeds):
+        raise TextlocError(
+            f"every run must have a training seed of its own, got {seeds} (the first is the shipped one's)"
+        )
+    rows, logs = [], []
+    for report, evaluations, pipeline in trained:
+        model = load(name, model_path=str(pipeline)) if pipeline else shipped
+        options = {"progress": progress}
+        found = localize.search(model, pairs, how="exhaustive", **options)
+        effects = localize.effect_intervals(localize.sweep(model, pairs, **options)).set_index("site")
+        about = {"training_seed": report["seed"]}
+        end = evaluations[-1]
+        rows += [
+            about
+            | {"samples": end["samples"], "characters": end["characters"], "layer": layer}
+            | effects.loc[localize.name_of([layer]), ["mean", "low", "high"]].to_dict()
+            | {"chosen": layer in found.layers, "share": found.share}
+            | {"score": found.score.mean, "reached": found.reached.mean}
+            for layer in range(len(found.effects))
+        ]
         logs += [
-            trained | {"samples": row["samples"], "characters": row["characters"], "layer": layer, "target": target}
+            about | {"samples": row["samples"], "characters": row["characters"], "layer": layer, "target": target}
             for row in evaluations
             for layer, target in enumerate(row["target"])
         ]
-    table = pd.concat(sweeps, ignore_index=True)
-    about = {"pairs": n, "seed": seed, "training_seeds": sorted({row["training_seed"] for row in logs})}
-    localize.published_store().publish(f"seeds_{name}", table, about)
-    localize.published_store().publish(f"seeds_{name}_training", pd.DataFrame(logs), about)
+    told = {"pairs": n, "seed": seed, "training_seeds": seeds, "key": {"weights": localize.fingerprint(shipped)}}
+    table = pd.DataFrame(rows)
+    localize.published_store().publish(f"seeds_{name}", table, told)
+    localize.published_store().publish(f"seeds_{name}_training", pd.DataFrame(logs), told)
     return table
+
+
+def _finished(name: str, folder: Path) -> tuple[dict, list[dict], Path]:
+    """The report, the evaluations and the pipeline of a finished run of ``textloc train``."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        evaluations = json.loads((folder / "evaluations.json").read_text())
+    except OSError:
+        raise TextlocError(f"{folder} is no finished run of textloc train") from None
+    if report["name"] != name:
+        raise TextlocError(f"{folder} is a run of {report['name']}, not of {name}")
+    return report, evaluations, folder / "pipeline"
