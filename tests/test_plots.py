@@ -107,7 +107,7 @@ def test_trade_off_joins_the_settings_of_each_method():
     assert list(lines) == ["localized", "Prompt-to-Prompt", "same seed"]
     assert lines["localized"].get_xdata().tolist() == [0.95, 0.9, 0.8]
     assert lines["localized"].get_ydata().tolist() == [0.3, 0.7, 1.0]
-    assert axis.get_xlabel() == "SSIM" and axis.get_ylabel() == "f1"
+    assert axis.get_xlabel() == "SSIM" and axis.get_ylabel() == "F1"
 
 
 def test_the_trade_off_has_a_mark_per_method_at_its_means():

@@ -219,7 +219,7 @@ def trade_off(
             )
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel(picture.replace("_", " ").replace("ssim", "SSIM"))
-    axes[0].set(ylabel=text.replace("_", " "), ylim=(-0.03, 1.05))
+    axes[0].set(ylabel=text.replace("_", " ").replace("f1", "F1"), ylim=(None, 1.01))
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     sns.despine(figure)
     return figure
