@@ -42,7 +42,7 @@ def trained(localized: float = 0.9, diversity: float = 30.0) -> pd.DataFrame:
 
 
 def edited(f1: float = 0.9, ssim: float = 0.9, rows: int = 80) -> pd.DataFrame:
-    methods = {"localized": (f1, ssim, rows), "Prompt-to-Prompt": (0.6, 0.8, 80), "same seed": (0.9, 0.7, 80)}
+    methods = {"localized": (f1, ssim, rows), "Prompt-to-Prompt": (0.6, 0.8, 80), "same seed": (0.9, 0.7, 40)}
     return pd.DataFrame(
         {"seed": seed, "method": name, "f1": a, "ssim_outside": b, "row_evaluations": c}
         for name, (a, b, c) in methods.items()
