@@ -251,6 +251,11 @@ def _verdict(part: pd.DataFrame) -> str:
     elif holds.empty:
         words = DIFFERS
     else:
-        words = f"reproduced in {' and '.join(holds)}, not in {' and '.join(fails)}"
+        words = f"reproduced in {_listed(holds)}, not in {_listed(fails)}"
     lacking = part.model[part.figure == OPEN]
     return words + (f" ({', '.join(lacking)} {OPEN})" if len(measured) and len(lacking) else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    *rest, last = names
+    return f"{', '.join(rest)} and {last}" if rest else last
