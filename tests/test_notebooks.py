@@ -90,9 +90,28 @@ def test_parameters_give_what_plain_papermill_gives(tmp_path, run):
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", path, plain]
     command += ["-p", "MODELS", "sd3-mini ldm-mini", "-p", "PRESET", "smoke", "-p", "SEED", "7"]
     subprocess.run(command, check=True, capture_output=True)
-    strip = ["--keep-output", "--keep-count", "--extra-keys", notebooks.STRIPPED, plain]
-    subprocess.run([sys.executable, "-m", "nbstripout", *strip], check=True)
+    assert cli.main(["strip", str(plain)]) == 0
     assert plain.read_bytes() == (tmp_path / "out/one.ipynb").read_bytes()
+
+
+def test_what_the_kernel_cut_apart_is_one_output(tmp_path, capsys):
+    def stream(text, name="stdout"):
+        return nbformat.v4.new_output("stream", text=text, name=name)
+
+    whole, apart = nbformat.v4.new_code_cell("1", id="a"), nbformat.v4.new_code_cell("1", id="a")
+    whole.outputs = [stream("one\ntwo\n"), stream("oh\n", "stderr"), stream("three\n")]
+    apart.outputs = [stream("one"), stream("\n"), stream("two\n"), stream("oh\n", "stderr"), stream("three\n")]
+    paths = tmp_path / "whole.ipynb", tmp_path / "apart.ipynb"
+    for path, cell in zip(paths, (whole, apart), strict=True):
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    assert cli.main(["strip", *map(str, paths)]) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    outputs = nbformat.read(paths[1], as_version=4).cells[0].outputs
+    assert [o.text for o in outputs] == ["one\ntwo\n", "oh\n", "three\n"]
+
+    paths[0].write_text("no notebook")
+    assert cli.main(["strip", str(paths[0])]) == 2
+    assert "is no notebook that can be read" in capsys.readouterr().err
 
 
 def test_a_failure_leaves_the_old_notebook_and_finishes_the_others(tmp_path, capsys):

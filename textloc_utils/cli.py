@@ -143,6 +143,13 @@ def _run(args) -> None:
     print(f"{len(executed)} notebooks executed, {current} up to date" if executed else f"all {current} are up to date")
 
 
+def _strip(args) -> None:
+    from textloc_utils import notebooks
+
+    for path in args.notebooks:
+        notebooks.strip(path)
+
+
 def _explore(args) -> None:
     from textloc_utils import explorer, models, ocr
 
@@ -432,6 +439,15 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time (default: one per core, at most 4)")
     run.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="for one cell (default: 1800)")
     run.set_defaults(run=_run)
+
+    strip = commands.add_parser(
+        "strip",
+        help="take out of executed notebooks what differs from run to run",
+        description="What `textloc run` does after papermill: times and papermill's notes go, and what a cell printed "
+        "becomes one output. Two runs of a notebook then give the same bytes.",
+    )
+    strip.add_argument("notebooks", metavar="NOTEBOOK", nargs="+", help="notebook files, changed in place")
+    strip.set_defaults(run=_strip)
 
     explore = commands.add_parser("explore", help="draw the pictures of the book's layer explorer into the data folder")
     explore.add_argument("models", metavar="MODEL", nargs="+", help="names from `textloc models`")

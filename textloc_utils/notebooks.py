@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 from tqdm import tqdm
 
 from textloc_utils.results import LIBRARIES
@@ -114,12 +115,37 @@ def _execute(execution: Execution, key: str, timeout: int) -> str | None:
     if ran.returncode:
         lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
         return f"{lines[-1] if lines else f'exit status {ran.returncode}'} (see {log})"
-    strip = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, scratch]
-    subprocess.run([sys.executable, "-m", "nbstripout", *strip], check=True)
+    strip(scratch)
     execution.out.parent.mkdir(parents=True, exist_ok=True)
     os.replace(scratch, execution.out)
     execution.stamp.write_text(json.dumps({"key": key, "sha256": _digest(execution.out)}))
     return None
+
+
+def strip(path: str | Path) -> None:
+    """Take out of an executed notebook what differs from run to run, so that two runs give the same bytes.
+
+    Times and papermill's notes go, and what a cell printed becomes one output, however the kernel cut it apart.
+    Raises TextlocError for a file that is no notebook.
+    """
+    path = Path(path)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+        raise TextlocError(f"{path} is no notebook that can be read: {error}") from None
+    for cell in notebook.cells:
+        joined = []
+        for output in cell.get("outputs", ()):
+            last = joined[-1] if joined else {}
+            if output.output_type == last.get("output_type") == "stream" and output.name == last["name"]:
+                last["text"] += output.text
+            else:
+                joined.append(output)
+        if joined:
+            cell.outputs = joined
+    nbformat.write(notebook, path)
+    options = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, path]
+    subprocess.run([sys.executable, "-m", "nbstripout", *options], check=True)
 
 
 # --- what outputs depend on -------------------------------------------------------------------------------------
