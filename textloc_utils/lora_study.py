@@ -34,6 +34,7 @@ SEEDS = (0, 1, 2)
 SCENES = 1024  #: of the new task, drawn once for all arms
 REFERENCE_RANK = 2  #: of all text layers, whose number of parameters every arm gets where these are equal
 KIN = (8, 6)  #: prompts that leave the colours open, and pictures of each, for the diversity
+ROUNDS, ROUND_STEPS = 4, 4  #: how a step's time is taken, see :func:`seconds_per_step`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +185,10 @@ def study(
 
     ``n`` held-out words of each task are drawn by ``seed``, in ``steps`` denoising steps (default: the model's own);
     ``training`` is what the arms share (default: :func:`shared`). Columns as :func:`measure`, and model, arm, equal,
-    seed, layers, rank, parameters, seconds_per_step, saved_bytes, peak_bytes (0 on the CPU) and losses (per step,
-    joined by spaces). The first row is the model without adapters. The published table where it fits, otherwise done
-    now, run by run in the store, and with ``publish`` written to the package's data as ``results/lora_MODEL.csv``.
+    seed, layers, rank, parameters, seconds_per_step (see :func:`seconds_per_step`), saved_bytes, peak_bytes (0 on the
+    CPU) and losses (per step, joined by spaces). The first row is the model without adapters. The published table where
+    it fits, otherwise done now, run by run in the store, and with ``publish`` written to the package's data as
+    ``results/lora_MODEL.csv``.
     """
     if not layers:
         raise TextlocError("the study needs at least one localized layer")
@@ -207,9 +209,25 @@ def study(
             unit = inputs | {"scenes": SCENES, "training": asdict(arm.training)}  # once for both comparisons
             row = kept.unit("lora", unit, lambda arm=arm: [_run(model, data, arm, n, seed, steps)])
             rows.append(row.assign(arm=arm.name, equal=arm.equal))
+        taken = seconds_per_step(model, data, [arm.training for arm in todo])
+        rows[1:] = [row.assign(seconds_per_step=each) for row, each in zip(rows[1:], taken, strict=True)]
         return pd.concat(rows, ignore_index=True)[list(rows[-1])]
 
     return published_store().taken_or_made(f"lora_{model.spec.name}", key, make, publish=publish)
+
+
+def seconds_per_step(model: Model, data: lora.Data, trainings: Sequence[Training]) -> list[float]:
+    """Time of a training step of each, medians over rounds in which all take turns.
+
+    So what else the machine does slows all alike, and ratios hold; the first round warms up.
+    """
+    kinds = [replace(training, seed=0, steps=min(ROUND_STEPS, training.steps)) for training in trainings]
+    seconds = {kind: [] for kind in kinds}
+    for _ in range(ROUNDS):
+        for kind in seconds:
+            seconds[kind].append(lora.train(model, data, kind).seconds_per_step)
+            lora.remove(model)
+    return [float(np.median(seconds[kind][1:])) for kind in kinds]
 
 
 def _row(model: Model, arm: Arm | None = None, report: lora.Report | None = None) -> dict:
