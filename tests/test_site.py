@@ -144,6 +144,8 @@ def test_the_first_page_is_small(open_page):
     page, _ = open_page("index.html")
     page.wait_for_url("**/book/index.html")
     page.wait_for_load_state("networkidle")
+    finding = page.locator("main img[alt*='localized layers']")  # the finding in one picture, without scrolling
+    assert finding.count() == 1 and finding.bounding_box()["y"] < 450
     entries = "[...performance.getEntriesByType('resource'), ...performance.getEntriesByType('navigation')]"
     sizes = page.evaluate(f"{entries}.map(e => e.decodedBodySize)")
     assert len(sizes) > 10 and 0 < sum(sizes) < 1.5 * 2**20

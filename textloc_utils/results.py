@@ -197,7 +197,7 @@ _this_provenance = provenance  # publish() has an argument of that name
 
 
 def record(name: str, value):
-    """Record a scalar of a notebook for the book's prose (``{glue:text}``) and return it."""
+    """Record a notebook's scalar for the book's prose (``{glue:text}``), or a figure for another page; returns it."""
     try:
         from myst_nb import glue
     except ImportError:

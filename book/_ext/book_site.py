@@ -11,6 +11,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -56,6 +57,17 @@ def resolve_short_names(app: Sphinx, env, node, content):
         return None
     domain, target = env.get_domain("py"), f"textloc_utils.{node['reftarget']}"
     return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, content)
+
+
+def describe_glued(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """A picture glued from another page comes without its alternative text, which is that page's."""
+    for image in doctree.findall(nodes.image):
+        if "alt" not in image:
+            name = Path(image["uri"]).name
+            pages = map(app.env.get_doctree, sorted(app.env.found_docs))
+            same = (other for page in pages for other in page.findall(nodes.image) if Path(other["uri"]).name == name)
+            if texts := [other["alt"] for other in same if "alt" in other]:
+                image["alt"] = texts[0]
 
 
 def finish_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
@@ -109,6 +121,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", know_repository)
     app.connect("source-read", list_modules)
     app.connect("missing-reference", resolve_short_names)
+    app.connect("doctree-resolved", describe_glued)
     app.connect("html-page-context", finish_page, priority=900)  # after the extensions that add scripts
     app.connect("build-finished", drop_icons)
     app.add_css_file("book.css")
