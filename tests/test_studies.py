@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 
 from textloc_utils import cli, localize, models, prompts, studies
 from textloc_utils.localize import Site
@@ -114,6 +115,15 @@ def test_other_training_seeds_are_searched_and_published(tmp_path, monkeypatch):
     logs = localize.published_store().load_published("seeds_sd3-mini_training")
     assert logs[logs.training_seed == 7].target.tolist() == [0.0] * 11 + [0.4]
     assert logs[logs.training_seed == 0].samples.max() == table.samples.loc[0].iloc[0]
+
+    model = models.load("sd3-mini")
+    long, short = studies.training_seeds(model)
+    assert len(long) == 24 and short.training_seed.tolist() == [0, 7] and short.appeared[1] == 5
+    chosen = [str(layer) for layer, chosen in enumerate(table.chosen.loc[7]) if chosen]
+    assert set(short.layers) == {" ".join(chosen)} and short.characters[1] == 0.5
+    with torch.no_grad():  # of other weights nothing is published
+        next(model.denoiser.parameters()).add_(1.0)
+    assert studies.training_seeds(model) is None
 
 
 def test_the_command_prints_effects_per_site(capsys, monkeypatch):

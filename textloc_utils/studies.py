@@ -225,6 +225,30 @@ def publish_seeds(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, pr
     return table
 
 
+def training_seeds(model: Model) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """What :func:`publish_seeds` published for this very model, None if nothing: its table, and a short one.
+
+    The short one has one row per training seed: training_seed, layers (of the set, joined by spaces), share, score,
+    reached and characters, as there, and ``appeared``, the samples after which a layer alone wrote (see
+    :func:`appeared`).
+    """
+    names = (f"seeds_{model.spec.name}", f"seeds_{model.spec.name}_training")
+    store, weights = localize.published_store(), localize.fingerprint(model)
+    try:
+        table, training = map(store.load_published, names)
+    except TextlocError:
+        return None
+    if any(each.attrs["provenance"]["key"]["weights"] != weights for each in (table, training)):
+        return None
+    rows = []
+    for seed, part in table.groupby("training_seed", sort=False):
+        log = training[training.training_seed == seed].groupby("samples").target.agg(list).reset_index()
+        about = part.iloc[0][["share", "score", "reached", "characters"]]
+        layers = " ".join(map(str, part.layer[part.chosen]))
+        rows.append({"training_seed": seed, "layers": layers, **about, "appeared": appeared(log)["samples"]})
+    return table, pd.DataFrame(rows)
+
+
 def _finished(name: str, folder: Path) -> tuple[dict, list[dict], Path]:
     """The report, the evaluations and the pipeline of a finished run of ``textloc train``."""
     try:
