@@ -1,6 +1,7 @@
 """Studies patch the sites they name, and their short tables say what the long ones hold."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -93,18 +94,19 @@ def test_when_a_layer_appeared():
 
 def test_other_training_seeds_are_searched_and_published(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "pipeline").symlink_to(models.spec("sd3-mini").source)
-    (run / "report.json").write_text(json.dumps({"name": "sd3-mini", "seed": 7}))
-    (run / "evaluations.json").write_text(json.dumps([{"samples": 5, "characters": 0.5, "target": [0.0] * 11 + [0.4]}]))
+    shutil.copytree(models.spec("sd3-mini").source, run)
+    log = {"report": {"name": "sd3-mini", "seed": 7}}
+    log["evaluations"] = [{"samples": 5, "characters": 0.5, "target": [0.0] * 11 + [0.4]}]
+    (run / "training.json").write_text(json.dumps(log))
     monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
     monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "store"))
-    with pytest.raises(TextlocError, match="no finished run"):
+    with pytest.raises(TextlocError, match="holds no miniature"):
         studies.publish_seeds("sd3-mini", [tmp_path], 1)
-    with pytest.raises(TextlocError, match="run of sd3-mini"):
+    with pytest.raises(TextlocError, match="holds sd3-mini, not ldm-mini"):
         studies.publish_seeds("ldm-mini", [run], 1)
+    copy = shutil.copytree(run, tmp_path / "copy")
     with pytest.raises(TextlocError, match=r"training seed of its own, got \[0, 7, 7\]"):
-        studies.publish_seeds("sd3-mini", [run, run], 1)
+        studies.publish_seeds("sd3-mini", [run, copy], 1)
 
     table = studies.publish_seeds("sd3-mini", [run], 1).set_index(["training_seed", "layer"])
     # The same weights under another name: their layers are the shipped miniature's.

@@ -416,7 +416,7 @@ def parser() -> argparse.ArgumentParser:
         "--runs",
         nargs="+",
         metavar="DIR",
-        help="instead: finished runs of `textloc train MODEL` with other seeds; are their layers the same? Published",
+        help="instead: what `textloc train MODEL --seed N --ship DIR` wrote; are the layers the same? Published",
     )
     study.add_argument("--preset", default="book", choices=PRESETS, help="how many pairs and steps (default: book)")
     study.add_argument("--seed", type=int, default=42, help="draws words, colours and noise (default: 42)")

@@ -177,34 +177,35 @@ def appeared(evaluations: pd.DataFrame, least: float = 0.2) -> dict[str, int]:
 def publish_seeds(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress: bool = False) -> pd.DataFrame:
     """Search the layers of a miniature trained again from other seeds exhaustively, and publish what came out.
 
-    ``runs`` are folders of ``textloc train``, finished; the miniature that comes with the package is searched beside
-    them, over the same ``n`` pairs. Written to the package's data and returned: ``results/seeds_NAME.csv``, one row per
-    training seed and layer with columns training_seed, samples and characters (the training's end), layer, mean, low,
-    high (text effect of the layer alone, 95 % interval), chosen (of the localized set), share (of the denoiser's
-    parameters), score and reached (of the set, see ``localize.Found``). Beside it ``results/seeds_NAME_training.csv``,
-    one row per training seed, evaluation and layer: training_seed, samples, characters, layer, target.
+    ``runs`` are the folders that ``textloc train --ship`` wrote; the miniature that comes with the package is searched
+    beside them, over the same ``n`` pairs. Written to the package's data and returned: ``results/seeds_NAME.csv``, one
+    row per training seed and layer with columns training_seed, samples and characters (the training's end), layer,
+    mean, low, high (text effect of the layer alone, 95 % interval), chosen (of the localized set), share (of the
+    denoiser's parameters), score and reached (of the set, see ``localize.Found``). Beside it
+    ``results/seeds_NAME_training.csv``, one row per training seed, evaluation and layer: training_seed, samples,
+    characters, layer, target.
 
-    Raises TextlocError for an unfinished run, one of another model, and two runs from one training seed.
+    Raises TextlocError for a folder without a miniature, one of another model, and two from one training seed.
     """
     pairs = make_pairs(n, seed)
     shipped = load(name)
     known = training_log(shipped.spec)
     if known is None:
         raise TextlocError(f"{name} is no miniature with a training log")
-    trained = [(known["report"], known["evaluations"], None), *(_finished(name, folder) for folder in runs)]
-    seeds = [report["seed"] for report, *_ in trained]
+    trained = {None: known} | {folder: _finished(name, folder) for folder in runs}
+    seeds = [log["report"]["seed"] for log in trained.values()]
     if len(set(seeds)) < len(seeds):
         raise TextlocError(
             f"every run must have a training seed of its own, got {seeds} (the first is the shipped one's)"
         )
     rows, logs = [], []
-    for report, evaluations, pipeline in trained:
-        model = load(name, model_path=str(pipeline)) if pipeline else shipped
+    for folder, log in trained.items():
+        model = load(name, model_path=str(folder)) if folder else shipped
         options = {"progress": progress}
         found = localize.search(model, pairs, how="exhaustive", **options)
         effects = localize.effect_intervals(localize.sweep(model, pairs, **options)).set_index("site")
-        about = {"training_seed": report["seed"]}
-        end = evaluations[-1]
+        about = {"training_seed": log["report"]["seed"]}
+        end = log["evaluations"][-1]
         rows += [
             about
             | {"samples": end["samples"], "characters": end["characters"], "layer": layer}
@@ -215,7 +216,7 @@ def publish_seeds(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, pr
         ]
         logs += [
             about | {"samples": row["samples"], "characters": row["characters"], "layer": layer, "target": target}
-            for row in evaluations
+            for row in log["evaluations"]
             for layer, target in enumerate(row["target"])
         ]
     told = {"pairs": n, "seed": seed, "training_seeds": seeds, "key": {"weights": localize.fingerprint(shipped)}}
@@ -249,13 +250,12 @@ def training_seeds(model: Model) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     return table, pd.DataFrame(rows)
 
 
-def _finished(name: str, folder: Path) -> tuple[dict, list[dict], Path]:
-    """The report, the evaluations and the pipeline of a finished run of ``textloc train``."""
+def _finished(name: str, folder: Path) -> dict:
+    """The training log of a miniature that ``textloc train --ship`` wrote."""
     try:
-        report = json.loads((folder / "report.json").read_text())
-        evaluations = json.loads((folder / "evaluations.json").read_text())
+        log = json.loads((folder / "training.json").read_text())
     except OSError:
-        raise TextlocError(f"{folder} is no finished run of textloc train") from None
-    if report["name"] != name:
-        raise TextlocError(f"{folder} is a run of {report['name']}, not of {name}")
-    return report, evaluations, folder / "pipeline"
+        raise TextlocError(f"{folder} holds no miniature; textloc train {name} --ship {folder} writes one") from None
+    if log["report"]["name"] != name:
+        raise TextlocError(f"{folder} holds {log['report']['name']}, not {name}")
+    return log
