@@ -1,4 +1,4 @@
-"""nbval takes what notebooks record for the book within a tolerance, and all other checked output exactly."""
+"""nbval takes what notebooks record within a tolerance, all other output exactly."""
 
 import contextlib
 import copy
@@ -8,17 +8,20 @@ from functools import partial
 from nbval.plugin import IPyNbCell
 
 RECORDED = "application/papermill.record/text/plain"
-#: Of numbers that are no integers: absolute up to 1 (scores, shares, SSIM), relative above (per cent, PSNR). Another
-#: machine's arithmetic moves a picture in a hundred; the effects that the chapters tell of are five times as large.
+#: Of numbers that are no integers: absolute up to 1 (scores, shares, SSIM), relative
+#: above (per cent, PSNR). Another machine's arithmetic moves a picture in a hundred;
+#: the effects that the chapters tell of are five times as large.
 TOLERANCE = 0.02
 
 
 def alike(new: str, old: str) -> bool:
-    """Whether two recorded values, as text, are numbers within the tolerance; integers must be equal."""
+    """Whether two values, as text, are within the tolerance; of integers, equal."""
     with contextlib.suppress(ValueError):
         return int(new) == int(old)
     try:
-        return math.isclose(float(new), float(old), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        return math.isclose(
+            float(new), float(old), rel_tol=TOLERANCE, abs_tol=TOLERANCE
+        )
     except ValueError:
         return False
 
@@ -30,7 +33,7 @@ def pytest_itemcollected(item):
 
 
 def compared(exactly, test, ref, **options) -> bool:
-    """nbval's own comparison, after recorded values near the reference's have taken its text."""
+    """nbval's own comparison, after recorded values took the text of near ones."""
     test = copy.deepcopy(test)
     for new, old in zip(test, ref, strict=False):
         new, old = new.get("data", {}), old.get("data", {})

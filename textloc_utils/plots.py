@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -345,13 +346,14 @@ def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
     figure = _figure(figsize=(9, 2.6 * len(evaluations) + 0.2))
     axes = figure.subplots(len(evaluations), 1, squeeze=False)[:, 0]
     for axis, (name, rows) in zip(axes, evaluations.items(), strict=True):
+        every = math.ceil(len(rows) / 16)  # as many labels as can be read
         sns.heatmap(
             np.array(rows.target.tolist()).T,
             ax=axis,
             vmin=0,
             vmax=1,
             cmap="rocket_r",
-            xticklabels=[f"{s / 1000:.0f}" for s in rows.samples],
+            xticklabels=["" if at % every else f"{s / 1000:.0f}" for at, s in enumerate(rows.samples)],
             cbar_kws={"label": "target letters"},
         )
         axis.set_title(name, loc="left", fontsize=10)
