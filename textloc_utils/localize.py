@@ -594,8 +594,8 @@ def publish(
 ) -> None:
     """Write a search's outcome to the package's data, as ``results/localize_MODEL_SEARCH.csv`` with its provenance.
 
-    The table holds the sweep's rows and those of the set after an exhaustive search, else one row per layer with its
-    effect.
+    The table holds the sweep's rows and those of the set after an exhaustive search, :func:`cheap`'s rows after one
+    without pictures, and one row per layer with its effect after a budgeted one.
     """
     table = _outcome(model, pairs, found, steps, options)
     about = {"found": asdict(found), "key": _search_key(model, pairs, found.search, share, budget, steps)}
@@ -670,6 +670,8 @@ def _outcome(model: Model, pairs: Sequence[Pair], found: Found, steps: int | Non
             drawn = sweep(model, pairs, sites=joint([found.layers]), steps=steps, **options)
             table = pd.concat([table, drawn[drawn.site == together]], ignore_index=True)
         return table
+    if found.search in onestep.DEPTHS:
+        return cheap(model, pairs, depth=found.search, steps=steps, **options)
     return pd.DataFrame({"layer": range(len(found.effects)), "effect": found.effects})
 
 
