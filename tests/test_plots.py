@@ -77,7 +77,7 @@ def test_adapter_losses_have_a_line_per_arm():
     table = pd.DataFrame({"arm": ["a", "a", "b", "b"], "step": [1, 2, 1, 2], "loss": [0.5, 0.4, 0.5, 0.3]})
     figure = plots.adapter_losses({"m": table, "n": table})
     assert [line.get_ydata().tolist() for line in figure.axes[1].lines] == [[0.5, 0.4], [0.5, 0.3]]
-    assert [t.get_text() for t in figure.axes[1].get_legend().get_texts()] == ["a", "b"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
 
 
 def test_a_strip_holds_the_very_pictures_and_escapes_their_titles():

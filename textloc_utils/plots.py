@@ -168,7 +168,8 @@ def adapters(tables: Mapping[str, pd.DataFrame]) -> Figure:
                 style = {"fmt": "o", "color": colour, "markerfacecolor": fill, "capsize": 2, "markersize": 5}
                 axis.errorbar(place, part[task], error, label=f"{label}, equal {equal}", **style)
         axis.set_xticks(range(len(arms)), arms)
-        axis.set(ylabel="text score", ylim=(-0.03, 1.03))
+        low = min(table.new_low.min(), table.old_low.min())
+        axis.set(ylabel="text score", ylim=(np.floor(10 * low) / 10 - 0.02, 1.02))
         axis.set_title(name, loc="left", fontsize=10)
     axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     sns.despine(figure)
@@ -185,7 +186,8 @@ def adapter_losses(tables: Mapping[str, pd.DataFrame]) -> Figure:
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel("training step")
     axes[0].set_ylabel("training loss")
-    axes[-1].legend(frameon=False, fontsize=8)
+    named = max((axis.get_legend_handles_labels() for axis in axes), key=lambda each: len(each[1]))
+    figure.legend(*named, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     sns.despine(figure)
     return figure
 
