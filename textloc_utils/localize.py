@@ -681,4 +681,5 @@ def _published_name(model: Model, how: str) -> str:
 
 def _search_key(model: Model, pairs: Sequence[Pair], how: str, share: float, budget: float, steps: int | None) -> dict:
     rule = {"share": share} | ({"budget": budget} if how == "budgeted" else {})
+    rule |= {"levels": onestep.LEVELS} if how in onestep.DEPTHS else {}
     return published_key(model, pairs, steps) | rule
