@@ -1,6 +1,8 @@
 """Sampling: noise per row, cost, what is handed to each pipeline class, and mistakes."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +78,11 @@ def test_negative_prompt(sd3):
     ldm = tiny.model("ldm")
     with pytest.raises(TextlocError, match="LDMTextToImagePipeline takes no negative prompt"):
         generate(ldm, [HELLO], [1], negative_prompt="red")
+    flux = tiny.model("flux")  # ignores it without true guidance
+    with pytest.raises(TextlocError, match="FluxPipeline reads a negative prompt only with a true_cfg_scale above 1"):
+        generate(flux, [HELLO], [1], negative_prompt="red")
+    plain = generate(flux, [HELLO], [1]).images
+    assert far(plain, generate(flux, [HELLO], [1], negative_prompt="red", true_cfg_scale=3.0).images) > 0.1
 
 
 def test_keyword_arguments_reach_the_pipeline(sd3):
@@ -118,3 +125,19 @@ def test_save(sd3, tmp_path):
     assert rows[1] == {"prompt": WORLD, "seed": 2, "file": "001.png", "ocr": ""}
     for row, image in zip(rows, made.images, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / row["file"])), image)
+
+
+def test_a_killed_save_names_no_picture_of_another_call(sd3, tmp_path, monkeypatch):
+    first, second = (generate(sd3, [HELLO, WORLD], seeds) for seeds in ([1, 2], [3, 4]))
+    save(tmp_path, first, [HELLO, WORLD], [1, 2], ["", ""])
+    replace = os.replace
+
+    def killed(old, new):
+        replace(old, new)
+        if Path(new).name == "000.png":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, second, [HELLO, WORLD], [3, 4], ["", ""])
+    assert json.loads((tmp_path / "images.json").read_text()) == []

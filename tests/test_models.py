@@ -279,3 +279,14 @@ def test_other_devices_and_dtypes(miniature):
         models.load("sd3-mini", device="gpu")
     with pytest.raises(TextlocError, match="the CPU computes in float32"):
         models.load("sd3-mini", device="cpu", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["if-mini", "sd3-mini"])
+def test_in_half_precision_t5_keeps_in_float32_what_overflows(name, monkeypatch):
+    """On the meta device, which takes any dtype: the pipeline's own move would cast these weights, too."""
+    monkeypatch.setattr(models, "pick_device", lambda device: torch.device("meta"))
+    pipe = models.load(name, dtype="float16").pipe
+    t5 = pipe.text_encoder_3 if name == "sd3-mini" else pipe.text_encoder
+    kinds = {key.split(".")[-2]: tensor.dtype for key, tensor in t5.state_dict().items()}
+    assert kinds["wo"] == torch.float32 and kinds["wi_0"] == torch.float16
+    assert next((pipe.transformer if name == "sd3-mini" else pipe.unet).parameters()).dtype == torch.float16

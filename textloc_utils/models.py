@@ -672,6 +672,10 @@ class Model:
         if negative_prompt is not None:
             if "negative_prompt" not in takes:
                 raise TextlocError(f"{type(self.pipe).__name__} takes no negative prompt")
+            if "true_cfg_scale" in takes and out.get("true_cfg_scale", 1) <= 1:
+                raise TextlocError(
+                    f"{type(self.pipe).__name__} reads a negative prompt only with a true_cfg_scale above 1"
+                )
             out["negative_prompt"] = [negative_prompt] * len(prompts)
         return out
 
@@ -701,7 +705,7 @@ class Model:
         """What a pipeline call needs besides its arguments to start from ``noise`` (rows, ...), inside the block."""
         if noise is None:
             yield {}
-        elif "latents" in inspect.signature(type(self.pipe).__call__).parameters:
+        elif "latents" in inspect.signature(self.pipe).parameters:  # also of what stands in for a pipeline
             yield {"latents": noise}
         else:  # IFPipeline takes no noise; it draws it in a method of its own
             self.pipe.prepare_intermediate_images = lambda *args, **kwargs: noise
@@ -731,7 +735,7 @@ class Model:
             self.pipe.scheduler = before
 
     @torch.no_grad()
-    def encode(self, pictures: np.ndarray, batch_size: int = 32) -> torch.Tensor:
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
         """What the denoiser draws, for pictures uint8 (n, H, W, 3) of the model's size: latents, or pixels -1 to 1.
 
         Latents are the autoencoder's mean, shifted and scaled, packed into tokens where the denoiser takes them so.
@@ -743,7 +747,9 @@ class Model:
             return nn.functional.interpolate(x, size, mode="area").to(self.device)
         # Some autoencoders overflow in half precision.
         dtype, vae = vae.dtype, vae.float()
-        parts = [vae.encode(part.to(self.device)).latent_dist.mode() for part in x.split(batch_size)]
+        # In float32 a full-size picture takes several gigabytes on its way.
+        size = 32 if self.spec.miniature else 1
+        parts = [vae.encode(part.to(self.device)).latent_dist.mode() for part in x.split(size)]
         vae.to(dtype)
         latents = (torch.cat(parts) - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
         pack = getattr(self.pipe, "_pack_latents", None)
@@ -901,9 +907,10 @@ def load(
     pipe = _from_pretrained(chosen, local, dtype)
     if chosen.miniature:
         _check_complete(Path(chosen.source), pipe)
-    pipe.to(place, dtype)
+    # The place alone: a second naming of the dtype would also take it to what T5 has to keep in float32.
+    pipe.to(place)
     stage2 = _load_stage2(chosen, pipe, local, dtype)
-    return Model.from_pipeline(pipe, chosen, stage2 and stage2.to(place, dtype))
+    return Model.from_pipeline(pipe, chosen, stage2 and stage2.to(place))
 
 
 def _load_stage2(
