@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
+import torch
 
 from textloc_utils import localize, models, prompts
 from textloc_utils.localize import Site
@@ -173,6 +175,57 @@ def test_a_pair_s_effect_starts_at_its_own_floor():
     assert values[0] == pytest.approx(0.25) and values[1:].min() == 0 and values[1:].max() == pytest.approx(0.5)
     with pytest.raises(TextlocError, match="nothing to localize"):
         localize.reached(effects * 0, "layer 0")
+
+
+def test_a_set_that_was_dropped_early_is_resampled_with_the_others():
+    """Both sets do the same where both were drawn: they come out of every resample of the pairs together."""
+    rng = np.random.default_rng(0)
+    both = rng.random(30)
+    effects = pd.DataFrame({"layer 0": both, "layers 0 1": both, "all layers": 1.0})
+    whole = localize.reached(effects, "layer 0")
+    assert np.array_equal(whole, localize.reached(effects, "layers 0 1"))
+    effects.loc[8:, "layer 0"] = np.nan
+    part = localize.reached(effects, "layer 0")
+    assert part[0] == pytest.approx(both[:8].mean())
+    assert np.corrcoef(part[1:], localize.reached(effects, "layers 0 1")[1:])[0, 1] > 0.2
+    assert np.std(part[1:]) > np.std(whole[1:])
+
+
+def test_effects_that_cancel_out_over_the_pairs_are_none(model, monkeypatch):
+    """Every layer but one goes up in one pair as much as it goes down in the next."""
+    rows = [
+        {
+            "seed": s,
+            "layer": i,
+            "effect": 0.3 if i == 3 else 0.2 * (-1) ** s,
+            "depth": "one-step",
+            "row_evaluations": 1.0,
+        }
+        for s in range(6)
+        for i in range(12)
+    ]
+    monkeypatch.setattr(localize, "cheap", lambda *a, **k: pd.DataFrame(rows))
+    found = localize.search(model, prompts.make_pairs(6), how="one-step")
+    assert found.layers == (3,) and found.reached.mean == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("name", "sources"), [("sd3", 10), ("flux", 10), ("ldm", 3)])
+def test_a_pair_costs_what_is_budgeted(name, sources):
+    tinied = tiny.model(name)
+    texts = {"source": 'A sign that says "HELLO"', "target": 'A sign that says "WORLD"'}
+    texts |= {"source_text": "HELLO", "target_text": "WORLD", "wall": "", "sign": "", "shape": "", "seed": 1}
+    sites = {str(i): Site(layers=(i % 3,)) for i in range(sources - 1)}
+    _, rows = localize.patch_pair(tinied, prompts.Pair(**texts), sites, steps=2)
+    assert sum(row["row_evaluations"] for row in rows) == pytest.approx(localize._cost(tinied, sources, 2))
+
+
+def test_models_that_differ_in_other_parts_than_the_denoiser_are_told_apart():
+    base, other, third = (models.Model.from_pipeline(tiny.BUILDERS["sd3"]()) for _ in range(3))
+    assert localize.fingerprint(base) == localize.fingerprint(other)
+    with torch.no_grad():
+        next(other.pipe.text_encoder.parameters()).add_(1)
+    third.pipe.scheduler = type(third.pipe.scheduler).from_config(third.pipe.scheduler.config, shift=9.0)
+    assert len({localize.fingerprint(each) for each in (base, other, third)}) == 3
 
 
 def test_rank_agreement():

@@ -12,6 +12,7 @@ takes of the source's score: a layer may erase the source's text and need others
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 from scipy import stats
+from torch import nn
 from tqdm.auto import tqdm
 
 from textloc_utils import metrics, ocr, onestep
@@ -29,7 +31,7 @@ from textloc_utils.models import Model, check_layers
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.settings import PATIENCE, TextlocError, data_dir
 
 ROWS = 3  #: part of a stored unit's key: raised whenever its rows change
 PSNR_CAP = 60.0  #: dB; two identical pictures would be infinitely alike
@@ -77,11 +79,27 @@ def single_layers(model: Model) -> dict[str, Site]:
 
 
 def fingerprint(model: Model) -> str:
-    """Short hash of a denoiser's weights (64 values of each tensor): retraining makes stored results stale."""
+    """Short hash of a model's weights (64 values of each tensor): other weights make stored results stale.
+
+    A miniature is trained as a whole, so that its denoiser stands for it. Other models may share a denoiser and differ
+    in their encoders, autoencoder, second stage or scheduler.
+    """
     digest = hashlib.sha256()
-    for name, tensor in model.denoiser.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+
+    def take(module: nn.Module) -> None:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+
+    take(model.denoiser)
+    if not model.spec.miniature:
+        stages = [model.pipe.components, model.stage2.components if model.stage2 else {}]
+        for name, part in sorted((f"{i} {n}", part) for i, of in enumerate(stages) for n, part in of.items()):
+            digest.update(f"{name} {type(part).__name__}".encode())
+            if isinstance(part, nn.Module) and part is not model.denoiser:
+                take(part)
+        settings = {k: v for k, v in model.pipe.scheduler.config.items() if not k.startswith("_")}
+        digest.update(repr(sorted(settings.items())).encode())
     return digest.hexdigest()[:16]
 
 
@@ -114,7 +132,7 @@ def patch_pair(
     """
     for site in sites.values():
         check_layers(model, site.layers)
-    size = batch_size or (BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE)
+    size = batch_size or _batch(model)
     todo = ([Site()] if source else []) + list(sites.values())
     room = max(1, size - 1)
     drawn, cost = [], 0
@@ -242,7 +260,7 @@ def units(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import PartialState
 
-        state = PartialState(cpu=model.device.type == "cpu")
+        state = PartialState(cpu=model.device.type == "cpu", timeout=PATIENCE)
         for pair in bar(pairs[state.process_index :: state.num_processes]):
             unit(pair)
         state.wait_for_everyone()
@@ -262,7 +280,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     for site, part in table.groupby("site", sort=False):
         row = {"site": site}
         for score in ("target_score", "source_score", "exact", "ssim_outside", "psnr_outside"):
-            interval = metrics.bootstrap(part[score].astype(float).to_numpy())
+            interval = metrics.estimate(part[score])
             row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
         rows.append(row | {"n": len(part)})
     return pd.DataFrame(rows)
@@ -283,15 +301,18 @@ def effect_intervals(table: pd.DataFrame) -> pd.DataFrame:
 def reached(effects: pd.DataFrame, site: str, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Share of the all-layer patch's effect that a site reaches: the estimate, then ``resamples`` bootstrap values.
 
-    Pairs are resampled whole; a pair counts where the site was drawn.
+    Pairs are resampled whole, the same ones for every site of a table; a pair counts where the site was drawn.
     """
-    both = effects[[site, "all layers"]].dropna().to_numpy()
-    if both.mean(0)[1] <= 0:
+    both = effects[[site, "all layers"]].to_numpy()
+    drawn = ~np.isnan(both).any(1)
+    both = np.where(drawn[:, None], both, 0.0)
+    if both[:, 1].sum() <= 0:
         raise TextlocError("patching all layers brings no target text: there is nothing to localize in this model")
     rows = np.random.default_rng(seed).integers(len(both), size=(resamples, len(both)))
-    means = np.concatenate([both.mean(0)[None], both[rows].mean(1)])
+    # Both are taken over the same pairs, so that their sums have the ratio of their means.
+    sums = np.concatenate([both.sum(0)[None], both[rows].sum(1)])
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(means[:, 1] > 0, means[:, 0] / means[:, 1], 0.0)
+        return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], 0.0)
 
 
 def rank_agreement(a: pd.DataFrame, b: pd.DataFrame, *, resamples: int = RESAMPLES, seed: int = 0) -> metrics.Interval:
@@ -328,7 +349,8 @@ class Found:
 
     ``layers`` is the set, ``effects`` the mean effect of each layer alone (text effects, or one-step ones), ``score``
     the set's mean target score (None where nothing was drawn), ``reached`` the share of the all-layer patch's effect,
-    ``confidence`` the share of bootstrap resamples of the pairs in which the same set comes out of those compared,
+    ``confidence`` the share of bootstrap resamples of the pairs in which the same set comes out of those compared (each
+    on the pairs on which it was drawn),
     ``share`` its part of the denoiser's parameters (key and value maps), ``row_evaluations`` the cost, units that were
     already stored included, and ``seconds`` the wall time of this run.
     """
@@ -442,9 +464,7 @@ def _exhaustive(model: Model, pairs: Sequence[Pair], share: float, options: dict
 
 
 def _budgeted(model: Model, pairs: Sequence[Pair], share: float, budget: float, options: dict) -> Found:
-    steps = options["steps"] or model.spec.steps
-    guided = 2 if model.spec.guidance > 1 else 1
-    limit = budget * len(pairs) * (len(single_layers(model)) + 2) * steps * guided
+    limit = budget * len(pairs) * _cost(model, len(single_layers(model)) + 1, options["steps"])
     screened = cheap(model, pairs[:SCREEN], **options)
     effects = layer_table(screened).mean().to_numpy()
     order, spent = _order(effects), screened.row_evaluations.sum()
@@ -457,7 +477,7 @@ def _budgeted(model: Model, pairs: Sequence[Pair], share: float, budget: float, 
             sets = [tuple(sorted(order[:n])) for n in range(1, leading + 1)]
         else:
             sets = [tuple(i for i in chosen if i != layer) for layer in reversed(order) if layer in chosen] + [chosen]
-        best, seen = _race(drawn, sets, pairs, share, limit - spent, steps * guided, seen)
+        best, seen = _race(drawn, sets, pairs, share, limit - spent, seen)
         if best is None and leading < len(order):  # even the largest falls short
             leading, chosen = min(len(order), 2 * leading), ()
             continue
@@ -473,7 +493,6 @@ def _race(
     pairs: Sequence[Pair],
     share: float,
     limit: float,
-    row_cost: int,
     seen: int,
 ) -> tuple[tuple[int, ...] | None, int]:
     """The smallest of the sets that reaches the share, None if none does, and the number of pairs it was drawn on."""
@@ -486,26 +505,37 @@ def _race(
         most = min(map(len, sure), default=len(sets[-1]))
         alive = [s for s in alive if bounds[s][1] >= share and (len(s) < most or s in sure[:1] or not sure)]
         more = min(len(pairs), int(np.ceil(n * GROWTH)))
-        cost = (more - n) * (len(alive) + 2) * row_cost
+        cost = (more - n) * _cost(drawn.model, len(alive) + 1, drawn.options["steps"])
         if len(alive) <= 1 and (not alive or alive[0] in sure) or more == n or drawn.rows + cost > limit:
             good = [s for s in alive if values[s][0] >= share]
             return (min(good, key=len) if good else None), n
         n = more
 
 
+def _cost(model: Model, sources: int, steps: int | None) -> int:
+    """Row evaluations of one pair with this many pictures of the source: each batch draws the target, too."""
+    rows = sources + math.ceil(sources / (_batch(model) - 1))
+    # FLUX is told its guidance, and has no negatives beside the prompts.
+    guided = model.spec.guidance > 1 and not getattr(model.denoiser.config, "guidance_embeds", False)
+    return rows * (steps or model.spec.steps) * (2 if guided else 1)
+
+
+def _batch(model: Model) -> int:
+    return BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
+
+
 def _cheap_only(model: Model, pairs: Sequence[Pair], share: float, how: str, options: dict) -> Found:
     table = cheap(model, pairs, depth=how, **options)
     layers = layer_table(table)
-    values = np.maximum(layers.to_numpy(), 0)
 
     def choose(mean: np.ndarray) -> tuple[int, ...]:
         return tuple(sorted(_order(mean)[: _leading(mean, share)]))
 
-    chosen = choose(values.mean(0))
+    values = layers.to_numpy()
     rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    means = values[rows].mean(1)
-    part = means[:, chosen].sum(1) / np.maximum(means.sum(1), 1e-12)
-    estimate = values.mean(0)[list(chosen)].sum() / max(values.mean(0).sum(), 1e-12)
+    means = np.maximum(np.concatenate([values.mean(0)[None], values[rows].mean(1)]), 0)
+    chosen = choose(means[0])
+    estimate, *part = means[:, chosen].sum(1) / np.maximum(means.sum(1), 1e-12)
     return Found(
         model=model.spec.name,
         search=how,
@@ -513,7 +543,7 @@ def _cheap_only(model: Model, pairs: Sequence[Pair], share: float, how: str, opt
         effects=tuple(layers.mean().tolist()),
         score=None,
         reached=metrics.Interval(float(estimate), *map(float, np.percentile(part, [2.5, 97.5])), len(pairs)),
-        confidence=float(np.mean([choose(mean) == chosen for mean in means])),
+        confidence=float(np.mean([choose(mean) == chosen for mean in means[1:]])),
         share=parameter_share(model, chosen),
         pairs=len(pairs),
         row_evaluations=round(table.row_evaluations.sum()),

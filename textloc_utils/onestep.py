@@ -11,12 +11,13 @@ layer l patched. The one-step effect of layer l is::
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 import torch
 
-from textloc_utils.generate import EnoughError, counted
+from textloc_utils.generate import BATCH_FULL_SIZE, EnoughError, counted
 from textloc_utils.models import TEXT_FIRST, Model, check_prompts, read_call, select_rows
 from textloc_utils.patching import Patch, patched
 from textloc_utils.prompts import Pair
@@ -126,13 +127,17 @@ def _call(model: Model, args: tuple, kwargs: dict, texts: list[int]) -> torch.Te
 
 
 def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
-    """One evaluation of the target, the source, and the source patched at every layer."""
-    layers = range(len(model.layers))
-    patches = [Patch(source=2 + i, target=0, layers=(i,)) for i in layers]
-    with patched(model, patches, 2 + len(layers)):
-        answers = _call(model, args, kwargs, [1, 0] + [0] * len(layers)).flatten(1).double()
-    direction = answers[0] - answers[1]
-    return ((answers[2:] - answers[1]) @ direction / direction.square().sum()).tolist(), 0
+    """Evaluations of the target, the source, and the source patched at every layer: one, or more of a large model."""
+    layers, effects = range(len(model.layers)), []
+    size = len(layers) if model.spec.miniature else BATCH_FULL_SIZE
+    for start in range(0, len(layers), size):
+        part = layers[start : start + size]
+        patches = [Patch(source=2 + i, target=0, layers=(layer,)) for i, layer in enumerate(part)]
+        with patched(model, patches, 2 + len(part)):
+            answers = _call(model, args, kwargs, [1, 0] + [0] * len(part)).flatten(1).double()
+        direction = answers[0] - answers[1]
+        effects += ((answers[2:] - answers[1]) @ direction / direction.square().sum()).tolist()
+    return effects, 0
 
 
 @torch.enable_grad()
@@ -157,12 +162,15 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
         for handle in handles:
             handle.remove()
     direction = (target - source).detach()
-    gradients = torch.autograd.grad((source * direction).sum() / direction.square().sum(), list(added.values()))
+    # Of a size that half precision can hold, by a power of two: other than that it changes no bit.
+    scale = 2.0 ** -math.floor(math.log2(float(direction.abs().max() / direction.square().sum())))
+    along = (source * direction).sum() * (scale / direction.square().sum())
+    gradients = torch.autograd.grad(along, list(added.values()))
     gradients = dict(zip(added, gradients, strict=True))
     tokens = read_call(model.denoiser, args, kwargs).tokens
     values = [0.0] * len(model.layers)
     for layer, name in names:
         rows = slice(None, tokens if layer.context == TEXT_FIRST else None)
         change = outputs[name][0::2, rows] - outputs[name][1::2, rows]
-        values[layer.index] += float((gradients[name][1::2, rows].double() * change.double()).sum())
+        values[layer.index] += float((gradients[name][1::2, rows].double() * change.double()).sum()) / scale
     return values, len(outputs[names[0][1]])

@@ -4,6 +4,7 @@ Paths come from the package's own location or from an environment variable, neve
 directory, so that papermill, nbval and the command line agree on them.
 """
 
+import datetime
 import logging
 import os
 import warnings
@@ -21,6 +22,10 @@ def data_dir() -> Path:
 def results_dir() -> Path:
     """Folder of the result store (``TEXTLOC_RESULTS`` overrides it)."""
     return Path(os.environ.get("TEXTLOC_RESULTS", data_dir() / "results"))
+
+
+#: How long a process of several waits for the others, which may have most of the work to do.
+PATIENCE = datetime.timedelta(days=1)
 
 
 class TextlocError(Exception):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,7 +32,7 @@ from textloc_utils.generate import step_generator
 from textloc_utils.miniatures import autoencoder, scenes
 from textloc_utils.miniatures.evaluation import evaluate
 from textloc_utils.models import ModelSpec, pick_device
-from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
+from textloc_utils.settings import PATIENCE, TextlocError, check_writable, quiet_libraries
 
 RECIPES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
 LENGTHS = (3, 4, 5, 6, scenes.RUNS)  #: what the pool holds, an equal share of each
@@ -228,7 +228,11 @@ def train(
     check_writable(folder).mkdir(parents=True, exist_ok=True)
     if precision == "auto":
         precision = "bf16" if autoencoder.has_bf16(place) else "fp32"
-    accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    accelerator = Accelerator(
+        cpu=place.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],  # the main process prepares the data alone
+    )
     main = accelerator.is_main_process
     if main:
         prepare(name, folder, budget, seed, str(accelerator.device), log, start)
