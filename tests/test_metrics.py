@@ -62,6 +62,19 @@ def test_bootstrap_refuses(values):
         metrics.bootstrap(values)
 
 
+def test_rates_have_an_interval_at_their_ends_too():
+    none, some = metrics.rate([False] * 100), metrics.rate([True] * 30 + [False] * 70)
+    z = 1.959964
+    assert (none.mean, none.low, none.n) == (0.0, 0.0, 100) and none.high == pytest.approx(z**2 / (100 + z**2))
+    centre, half = (0.3 + z**2 / 200) / (1 + z**2 / 100), z * np.sqrt(0.3 * 0.7 / 100 + z**2 / 40000) / (1 + z**2 / 100)
+    assert (some.low, some.high) == pytest.approx((centre - half, centre + half), abs=1e-5)
+    assert metrics.rate([True, True]).high == 1.0 and metrics.rate([True, True]).low < 0.5
+    with pytest.raises(TextlocError, match="at least one value"):
+        metrics.rate([])
+    assert metrics.estimate([True, False]) == metrics.rate([True, False])
+    assert metrics.estimate([1.0, 0.5]) == metrics.bootstrap([1.0, 0.5])
+
+
 def test_paired_difference():
     a, b = [0.9, 0.5, 0.7], [0.4, 0.0, 0.2]
     interval = metrics.paired_difference(a, b)

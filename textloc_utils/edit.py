@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from textloc_utils import localize, metrics, ocr
-from textloc_utils.generate import generate
+from textloc_utils.generate import check_seeds, generate
 from textloc_utils.localize import PSNR_CAP, Site
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, ModelSpec, check_layers, check_prompts, image_and_text
@@ -546,7 +546,7 @@ def summarise(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFra
     for (method, start, share), part in table.groupby(["method", "start", "share"], sort=False):
         row = {"method": method, "start": start, "share": share, "n": len(part)}
         for score in scores:
-            interval = metrics.bootstrap(part[score].astype(float).to_numpy())
+            interval = metrics.estimate(part[score])
             row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
         costs = {"row_evaluations": part.row_evaluations.mean(), "seconds": part.seconds.mean()}
         rows.append(row | costs | {"cache_bytes": part.cache_bytes.max()})
@@ -635,6 +635,7 @@ def report(
     picture also round_trip, the scores of what the source prompt draws from the inverted noise.
     """
     found = None
+    check_seeds([pair.seed])
     check_prompts(model, [pair.source, pair.target])
     check_layers(model, method.patch.layers if method.patch is not None else ())
     last = (steps or model.spec.steps) - 1

@@ -1,4 +1,4 @@
-"""Pure scores of strings and pictures, and their means with bootstrap intervals.
+"""Pure scores of strings and pictures, and their means with intervals.
 
 Text scores compare letters and digits only, whatever their case: the reader returns bare capitals, so
 spaces and marks of the wanted text cannot be read back. Pictures are uint8 or float arrays with values
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
-from scipy import ndimage
+from scipy import ndimage, stats
 from skimage.metrics import structural_similarity
 
 from textloc_utils.settings import TextlocError
@@ -72,6 +72,23 @@ def bootstrap(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) 
     )
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(x.mean()), float(low), float(high), len(x))
+
+
+def rate(hits: Sequence[bool]) -> Interval:
+    """Share of ``hits`` with its 95 % interval by Wilson's score (Wilson 1927).
+
+    The bootstrap of a rate of 0 or 1 has no width, however few values there are. Raises TextlocError without values.
+    """
+    x = np.asarray(hits, dtype=bool)
+    if x.ndim != 1 or not len(x):
+        raise TextlocError(f"a rate needs one row of at least one value, got shape {x.shape}")
+    interval = stats.binomtest(int(x.sum()), len(x)).proportion_ci(method="wilson")
+    return Interval(float(x.mean()), float(interval.low), float(interval.high), len(x))
+
+
+def estimate(values: Sequence) -> Interval:
+    """:func:`rate` of booleans, :func:`bootstrap` of numbers."""
+    return (rate if np.asarray(values).dtype == bool else bootstrap)(values)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
