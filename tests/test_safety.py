@@ -174,6 +174,42 @@ def test_a_pipeline_and_its_guard_have_one_face():
     assert cleaned == CLEANED and found.word == "river"
 
 
+def test_what_is_done_to_a_guard_is_done_to_its_pipeline():
+    guarded = make("sd3")
+    pipe = guarded._inner.pipe
+    assert guarded.to("cpu") is guarded
+    guarded.scheduler = other = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=9.0)
+    assert pipe.scheduler is other
+    noise = torch.randn(1, *first_noise("sd3"), generator=torch.Generator().manual_seed(5))
+    seen = generate(guarded.model, [HARMLESS], [1], noise=noise).images
+    assert np.array_equal(seen, generate(guarded._inner, [HARMLESS], [1], noise=noise).images)
+    assert not np.array_equal(seen, generate(guarded._inner, [HARMLESS], [1]).images)
+    pixels = make("if")  # takes its noise by another way
+    noise = torch.randn(1, *first_noise("if"), generator=torch.Generator().manual_seed(5))
+    seen = generate(pixels.model, [HARMLESS], [1], noise=noise).images
+    assert np.array_equal(seen, generate(pixels._inner, [HARMLESS], [1], noise=noise).images)
+    assert not np.array_equal(seen, generate(pixels.model, [HARMLESS], [1]).images)
+
+
+def first_noise(name: str) -> tuple[int, ...]:
+    """The shape of what a tiny model starts from, without rows."""
+    model, shapes = tiny.model(name), []
+    handle = model.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(
+            (args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))).shape[1:]
+        ),
+        with_kwargs=True,
+    )
+    generate(model, [HARMLESS], [0])
+    handle.remove()
+    return tuple(shapes[0])
+
+
+def test_an_empty_prompt_is_a_prompt():
+    guarded = make("sd3")
+    assert np.array_equal(draw(guarded.model, [""]), draw(guarded._inner, [""]))
+
+
 def test_bad_input_is_named():
     with pytest.raises(TextlocError, match="unknown method 'hope'"):
         make("sd3", "hope")

@@ -104,6 +104,13 @@ def test_a_list_of_ones_own(tmp_path):
     (tmp_path / "words.txt").write_text("cabbage\n\nTURNIP\n")
     detect = toxic.WordDetector(toxic.read_words(tmp_path / "words.txt"))
     assert [f.word for f in detect(SAYS.format("c4bbag3 STUPID TURNIPP"))] == ["CABBAGE", "TURNIP"]
+    assert toxic.WordDetector(["cabbage", "turnip", "Turnip"]).words == detect.words
+
+
+@pytest.mark.parametrize("listed", [[], ["two words"], ["A"]])
+def test_lists_that_find_nothing_are_refused(listed):
+    with pytest.raises(TextlocError, match="the word list"):
+        toxic.WordDetector(listed)
 
 
 @pytest.mark.parametrize("content", [b"", b"two words\n", b"A\n", b"caf\xc3\xa9\n", b"\xff\xfe", b"A" * 31])

@@ -66,6 +66,12 @@ def counted(model: Model, bar: tqdm | None = None) -> Iterator[RowCounter]:
         handle.remove()
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise TextlocError for a seed that no generator takes."""
+    if any(not 0 <= s < 2**63 for s in seeds):
+        raise TextlocError("a seed is out of range; allowed: 0 to 2^63 - 1")
+
+
 def generate(
     model: Model,
     prompts: Sequence[str],
@@ -98,8 +104,7 @@ def generate(
         raise TextlocError("generate needs a list of at least one prompt, each a string")
     if len(prompts) != len(seeds):
         raise TextlocError(f"{len(prompts)} prompts came with {len(seeds)} seeds; give one seed per prompt")
-    if any(not 0 <= s < 2**63 for s in seeds):
-        raise TextlocError("a seed is out of range; allowed: 0 to 2^63 - 1")
+    check_seeds(seeds)
     check_prompts(model, [*prompts, *([negative_prompt] if negative_prompt else [])])
     steps = model.spec.steps if steps is None else steps
     guidance = model.spec.guidance if guidance is None else guidance
@@ -199,17 +204,26 @@ def save(
     """Write pictures as PNG and ``images.json``: a list of {prompt, seed, file, ocr}, which is returned.
 
     ``more`` holds further entries for each row; ``done`` are the rows of pictures that the folder already has, which
-    come first. Every file is written aside and renamed, ``images.json`` last: a folder never names a picture that it
-    lacks.
+    come first. Every file is written aside and renamed. Before a picture is replaced, ``images.json`` names those of
+    ``done`` alone, and afterwards all: a folder never names a picture that it lacks or another one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(done)
+    if (folder / "images.json").exists():
+        write_rows(folder, rows)
     more = [{}] * len(prompts) if more is None else more
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
         for image, prompt, seed, text, other in zip(made.images, prompts, seeds, read, more, strict=True):
             rows.append({"prompt": prompt, "seed": seed, "file": f"{len(rows):03d}.png", "ocr": text, **other})
             Image.fromarray(image).save(Path(aside, rows[-1]["file"]))
-        Path(aside, "images.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        for name in [row["file"] for row in rows[len(done) :]] + ["images.json"]:
+        for name in [row["file"] for row in rows[len(done) :]]:
             os.replace(Path(aside, name), folder / name)
+    write_rows(folder, rows)
     return rows
+
+
+def write_rows(folder: Path, rows: Sequence[dict]) -> None:
+    """Write a folder's ``images.json``, whole or not at all."""
+    part = folder / ".images.json.part"
+    part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    os.replace(part, folder / "images.json")

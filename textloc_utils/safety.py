@@ -31,7 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from textloc_utils import metrics, ocr
-from textloc_utils.generate import BATCH_FULL_SIZE, BATCH_MINIATURE, first_call, generate, save
+from textloc_utils.generate import BATCH_FULL_SIZE, BATCH_MINIATURE, first_call, generate, save, write_rows
 from textloc_utils.localize import PSNR_CAP, fingerprint, known_layers, outside_text, published_store
 from textloc_utils.models import (
     JOINT,
@@ -118,7 +118,9 @@ def guard(
 
 
 class Guard:
-    """Made by :func:`guard`; called like its pipeline, whose other attributes it has, too."""
+    """Made by :func:`guard`; called like its pipeline, whose other attributes are read and set through it, too."""
+
+    _OWN = ("_inner", "layers", "detector", "method", "__signature__")
 
     def __init__(self, model: Model, layers: tuple[int, ...], detector: Detector, method: str | SafeDiffusion):
         self._inner = model
@@ -129,6 +131,20 @@ class Guard:
         if name == "_inner":  # while a copy is being made
             raise AttributeError(name)
         return getattr(self._inner.pipe, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in self._OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._inner.pipe, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._inner.pipe, name)
+
+    def to(self, *args, **kwargs) -> "Guard":
+        """Move the pipeline, as its own method does; what comes back is still guarded."""
+        self._inner.pipe.to(*args, **kwargs)
+        return self
 
     @property
     def model(self) -> Model:
@@ -146,7 +162,9 @@ class Guard:
         given |= given.pop("kwargs", {})
         if given.get("prompt") is None or given.get("prompt_embeds") is not None:
             raise TextlocError("the guard reads prompts; a call with prompt_embeds cannot be screened")
-        texts = {n: [given[n]] if isinstance(given[n], str) else list(given[n]) for n in PROMPTS if given.get(n)}
+        # Empty second and third prompts mean the first to their pipelines; an empty first one is a prompt like others.
+        named = [n for n in PROMPTS if n == "prompt" or given.get(n)]
+        texts = {n: [given[n]] if isinstance(given[n], str) else list(given[n]) for n in named}
         screened = {n: [self.screen(text) for text in of] for n, of in texts.items()}
         toxic = [i for i in range(len(texts["prompt"])) if any(of[i][1] for of in screened.values())]
         if not toxic:
@@ -397,6 +415,8 @@ def draw(
     done = _drawn(folder, [row["key"] for row in more])
     size = BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
     bar = tqdm(total=len(prompts), initial=len(done), unit="picture", desc=model.spec.name, disable=not progress)
+    if len(done) == len(prompts):  # the folder may hold more than was asked for now
+        write_rows(folder, done)
     with bar:
         for start in range(len(done), len(prompts), size):
             part = slice(start, start + size)
@@ -553,7 +573,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     for method, part in table[table.kind == "toxic"].groupby("method", sort=False):
         row = {"method": method, "n": len(part)}
         for score in SCORES:
-            interval = metrics.bootstrap(part[score].astype(float).to_numpy())
+            interval = metrics.estimate(part[score])
             row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -573,6 +593,6 @@ def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFram
     table = detection(detector or WordDetector(ordinary=ordinary_words("train")), bad, good, seed)
     rows = []
     for kind, part in table.groupby("kind", sort=False):
-        interval = metrics.bootstrap(part.found.astype(float))
+        interval = metrics.rate(part.found)
         rows.append({"kind": kind, "found": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n})
     return pd.DataFrame(rows)

@@ -78,13 +78,18 @@ def read_words(path: str | Path) -> tuple[str, ...]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TextlocError(f"cannot read words from {path}: {error}") from None
-    found = [line.strip().upper() for line in lines if line.strip()]
+    return _capitals([line.strip() for line in lines if line.strip()], str(path))
+
+
+def _capitals(listed: Iterable[str], where: str) -> tuple[str, ...]:
+    """A list's words in capitals, each once; TextlocError for what is no word of 2 to 30 letters, or for no word."""
+    found = tuple(dict.fromkeys(word.upper() for word in listed))
     for word in found:
         if set(word) - set(LETTERS) or not 2 <= len(word) <= 30:
-            raise TextlocError(f"{path} must hold one word of 2 to 30 letters A to Z in each line, got {word[:40]!r}")
+            raise TextlocError(f"{where} must hold words of 2 to 30 letters A to Z, one in a line; got {word[:40]!r}")
     if not found:
-        raise TextlocError(f"{path} holds no word")
-    return tuple(dict.fromkeys(found))
+        raise TextlocError(f"{where} holds no word")
+    return found
 
 
 # --- characters -----------------------------------------------------------------------------------------------
@@ -231,11 +236,12 @@ _SHORT = frozenset(
 class WordDetector:
     """Finds the words of a list (default: :func:`mild_words`), also in disguise; see the module's description.
 
-    ``ordinary`` are words that are never taken for a misspelling (default: :func:`ordinary_words`).
+    ``ordinary`` are words that are never taken for a misspelling (default: :func:`ordinary_words`). Raises TextlocError
+    for a list without words, or with one that is not of 2 to 30 letters.
     """
 
     def __init__(self, listed: Iterable[str] | None = None, ordinary: Iterable[str] | None = None):
-        self.words = tuple(mild_words() if listed is None else listed)
+        self.words = mild_words() if listed is None else _capitals(listed, "the word list")
         self.ordinary = _SHORT.union(ordinary_words("train", "held-out") if ordinary is None else ordinary)
         self._listed = frozenset(self.words)
         self._lengths = sorted({len(word) for word in self.words}, reverse=True)
