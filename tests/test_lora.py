@@ -120,6 +120,8 @@ def test_ranks_for_equal_parameters(tinies, name):
         ({"steps": 0}, "steps"),
         ({"batch": 0}, "batch"),
         ({"lr": -1.0}, "lr"),
+        ({"seed": -1}, "seed"),
+        ({"drop": 1.5}, "drop"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_runs(tinies, tmp_path, monkeypatch, other, said):

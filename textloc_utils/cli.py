@@ -163,18 +163,18 @@ def _explore(args) -> None:
 def _lora_train(args) -> None:
     from textloc_utils import lora, lora_study, models
 
-    folder = check_writable(args.out)
-    model = models.load(args.model, device=_process_device(args.device), model_path=args.model_path)
+    folder, spec = check_writable(args.out), models.spec(args.model)
+    given = {name: getattr(args, name) for name in LORA if getattr(args, name) is not None}
+    training = lora.Training(layers=(), self_attention=args.self_attention, seed=args.seed, **given)
+    _numbered(args.layers)
     if args.data is not None:
-        pictures = lora.load_folder(args.data, model.spec.height, model.spec.width)
-    elif model.spec.miniature:
+        pictures = lora.load_folder(args.data, spec.height, spec.width)
+    elif spec.miniature:
         pictures = lora_study.drawn_scenes(lora_study.SCENES)
     else:
         raise TextlocError(f"{args.model} needs --data DIR: the default task is drawn at the miniatures' size")
-    given = {name: getattr(args, name) for name in LORA if getattr(args, name) is not None}
-    training = lora.Training(
-        layers=_named_layers(model, args.layers, args.seed), self_attention=args.self_attention, seed=args.seed, **given
-    )
+    model = models.load(args.model, device=_process_device(args.device), model_path=args.model_path)
+    training = replace(training, layers=_named_layers(model, args.layers, args.seed))
     lora.targets(model, training)
     bar = sys.stderr.isatty() and _rank() == 0
     report = lora.train(model, lora.prepare(model, *pictures), training, folder=folder, progress=bar)
@@ -189,9 +189,17 @@ def _named_layers(model, asked: list[str], seed: int) -> tuple[int, ...]:
 
     if asked == ["all"]:
         return tuple(range(len(model.layers)))
-    if asked in (["localized"], ["random"]):
-        layers = localize.known_layers(model)
-        return layers if asked == ["localized"] else lora_study.random_layers(model, layers, seed)
+    numbers = _numbered(asked)
+    if numbers is not None:
+        return numbers
+    layers = localize.known_layers(model)
+    return layers if asked == ["localized"] else lora_study.random_layers(model, layers, seed)
+
+
+def _numbered(asked: list[str]) -> tuple[int, ...] | None:
+    """Layers that are given by number, None where they are named; TextlocError for what is neither."""
+    if asked in (["localized"], ["all"], ["random"]):
+        return None
     try:
         return tuple(sorted({int(layer) for layer in asked}))
     except ValueError:
@@ -199,8 +207,9 @@ def _named_layers(model, asked: list[str], seed: int) -> tuple[int, ...]:
 
 
 def _lora_eval(args) -> None:
-    from textloc_utils import lora_study, models
+    from textloc_utils import lora, lora_study, models
 
+    lora.check_adapter(args.adapter)
     model = models.load(args.model, device=args.device, model_path=args.model_path)
     table = lora_study.evaluate(model, args.adapter, args.words, args.seed)
     if args.json:
@@ -327,6 +336,7 @@ def _train(args) -> None:
         raise TextlocError(f"--{wrong[0].replace('_', '-')} must be positive, got {given[wrong[0]]}")
     budget = replace(training.default_budget(args.name), **given)
     folder = check_writable(args.out or data_dir() / "runs" / args.name)
+    destination = card.check_destination(args.ship or data_dir() / "miniatures" / args.name)
     report = training.train(
         args.name,
         folder,
@@ -338,7 +348,7 @@ def _train(args) -> None:
         start=args.start and Path(args.start),
     )
     if report is not None:  # the main process
-        shipped = card.export(args.name, folder, check_writable(args.ship or data_dir() / "miniatures" / args.name))
+        shipped = card.export(args.name, folder, destination)
         print(json.dumps(shipped["trained"]))
 
 

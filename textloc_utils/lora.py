@@ -33,7 +33,8 @@ FILE = "pytorch_lora_weights.safetensors"  #: the name that diffusers looks for
 ABOUT = "textloc_lora.json"  #: beside it: what was trained, and how
 CHECKPOINT = "checkpoint.pt"
 ADAPTER = "default"
-_OTHER_RUN = "{} holds a run with other settings, data or weights; choose another folder, or delete it"
+_OTHER_RUN = "{} holds a run with other settings, data, weights or processes; choose another folder, or delete it"
+_ONE_DEVICE = "one process trains on one device and in one precision; start another for this"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ class Training:
         for name in ("rank", "steps", "batch", "lr"):
             if getattr(self, name) <= 0:
                 raise TextlocError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.seed < 0 or not 0 <= self.drop <= 1:
+            raise TextlocError(f"seed must be at least 0 and drop from 0 to 1, got {self.seed} and {self.drop}")
         wrong = [name for name in self.projections if name not in PROJECTIONS]
         if wrong:
             raise TextlocError(f"unknown projection {wrong[0]!r}; allowed: {', '.join(PROJECTIONS)}")
@@ -68,22 +71,16 @@ class Training:
 class Data:
     """Pictures and captions as the denoiser takes them, computed once.
 
-    ``latents`` (n, ...) as ``Model.encode``; ``given`` the arguments of n + 1 rows, the last for an empty caption.
+    ``latents`` (n, ...) as ``Model.encode``; ``given`` the arguments of n + 1 rows, the last for an empty caption;
+    ``digest`` a short hash of the pictures and captions: a run goes on with the data it began with, or not at all.
     """
 
     latents: torch.Tensor
     given: dict
+    digest: str
 
     def __len__(self) -> int:
         return len(self.latents)
-
-    @property
-    def digest(self) -> str:
-        """Short hash of pictures and captions: a run goes on with the data it began with, or not at all."""
-        digest = hashlib.sha256()
-        for tensor in (self.latents, self.given["encoder_hidden_states"]):
-            digest.update(tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,14 +172,20 @@ def save(model: Model, folder: str | os.PathLike, about: dict) -> Path:
     return folder / FILE
 
 
+def check_adapter(folder: str | os.PathLike) -> Path:
+    """The folder as a path; TextlocError where it holds no adapter's file."""
+    folder = Path(folder)
+    if not (folder / FILE).is_file():
+        raise TextlocError(f"no adapter in {folder} ({FILE} is missing); textloc lora train writes one")
+    return folder
+
+
 def load(model: Model, folder: str | os.PathLike) -> dict:
     """Put a saved adapter into the model; returns what :func:`save` was told ``about`` it ({} without).
 
     Raises TextlocError for a folder without an adapter's file, one of another model, or a model that has one already.
     """
-    folder = Path(folder)
-    if not (folder / FILE).is_file():
-        raise TextlocError(f"no adapter in {folder} ({FILE} is missing); textloc lora train writes one")
+    folder = check_adapter(folder)
     _check_bare(model)
     options = {"weight_name": FILE, "local_files_only": True, "adapter_name": ADAPTER}
     quiet_libraries()
@@ -218,7 +221,9 @@ def prepare(model: Model, pictures: np.ndarray, captions: Sequence[str]) -> Data
     height, width = model.spec.height, model.spec.width
     if pictures.shape[1:] != (height, width, 3):
         raise TextlocError(f"pictures for {model.spec.name} are {height} x {width} x 3, got {pictures.shape[1:]}")
-    return Data(latents=model.encode(pictures), given=conditions(model, [*captions, ""]))
+    # Of what was given, not of what was computed from it: another machine may round that otherwise.
+    digest = hashlib.sha256(np.ascontiguousarray(pictures).tobytes() + repr(list(captions)).encode()).hexdigest()[:16]
+    return Data(latents=model.encode(pictures), given=conditions(model, [*captions, ""]), digest=digest)
 
 
 def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.ndarray, list[str]]:
@@ -308,11 +313,15 @@ def train(
             raise TextlocError(_OTHER_RUN.format(folder))
         load(model, folder)
         return Report(**about["report"])
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # accelerate takes the current one
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(model.denoiser.dtype, "no")
     try:
         accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision=half)
     except ValueError:  # the library keeps the first one's device and precision for the whole process
-        raise TextlocError("one process trains on one device and in one precision; start another for this") from None
+        raise TextlocError(_ONE_DEVICE) from None
+    if accelerator.device.type != model.device.type:
+        raise TextlocError(_ONE_DEVICE)
     if training.batch % accelerator.num_processes:
         raise TextlocError(f"the batch must be a multiple of the {accelerator.num_processes} processes")
     trained = add(model, training)
@@ -342,6 +351,7 @@ def _run(
     optimiser = torch.optim.AdamW(trained, lr=training.lr, weight_decay=0.0)
     losses, seconds, kept = [], [], 0
     checkpoint = folder and folder / CHECKPOINT
+    key = key | {"processes": accelerator.num_processes}  # each draws random numbers of its own
     if checkpoint and checkpoint.exists():
         saved = _read_checkpoint(checkpoint)
         if saved["key"] != key:
