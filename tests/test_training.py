@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from textloc_utils.miniatures import training
+from textloc_utils import cli
+from textloc_utils.miniatures import card, training
 from textloc_utils.settings import TextlocError, data_dir
 
 TINY = replace(
@@ -122,3 +123,16 @@ def test_learning_rate_warms_up_and_decays():
 def test_unknown_miniature_names_the_known_ones():
     with pytest.raises(TextlocError, match="known miniatures: sd3-mini"):
         training.recipe("sd4-mini")
+
+
+def test_only_a_miniature_is_replaced_by_a_shipped_one(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("three years")
+    monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("it trained first"))
+    assert cli.main(["train", "sd3-mini", "--out", str(tmp_path / "run"), "--ship", str(tmp_path / "mine")]) == 2
+    assert "holds something that is no miniature" in capsys.readouterr().err
+    with pytest.raises(TextlocError, match="no miniature"):
+        (tmp_path / "run" / "pipeline").mkdir(parents=True)
+        (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")
+        card.export("sd3-mini", tmp_path / "run", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "three years"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from textloc_utils import metrics, models, ocr, plots, prompts
 from textloc_utils.generate import generate
 from textloc_utils.miniatures.training import recipe, write_json
-from textloc_utils.settings import TextlocError, quiet_libraries
+from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
 WORDS = 200
 
@@ -23,7 +23,7 @@ def spelling(model: models.Model, n: int = WORDS) -> dict:
     todo = prompts.spelling_prompts(n)
     made = generate(model, [p for p, _, _ in todo], [s for _, _, s in todo])
     read = ocr.read(made.images)
-    exact = metrics.bootstrap([metrics.exact_match(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
+    exact = metrics.rate([metrics.exact_match(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
     error = metrics.bootstrap([metrics.character_error_rate(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
     return {
         "words": n,
@@ -34,11 +34,21 @@ def spelling(model: models.Model, n: int = WORDS) -> dict:
     }
 
 
+def check_destination(folder: str | Path) -> Path:
+    """A folder that a miniature can be shipped to; TextlocError for one that holds anything but a miniature."""
+    folder = check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "textloc.json").is_file():
+        raise TextlocError(f"{folder} holds something that is no miniature; name another folder with --ship")
+    return folder
+
+
 def export(name: str, run: Path, destination: Path) -> dict:
     """Copy a finished run's pipeline to ``destination``, measure its spelling, write textloc.json and the card.
 
-    The denoiser is stored in half precision (a few megabytes; it is computed in float32). Returns textloc.json.
+    The denoiser is stored in half precision (a few megabytes; it is computed in float32). A miniature that was there is
+    replaced (see :func:`check_destination`). Returns textloc.json.
     """
+    check_destination(destination)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise TextlocError(f"no finished pipeline in {run}; run `textloc train {name}` to the end first")
     quiet_libraries()
@@ -61,8 +71,12 @@ def export(name: str, run: Path, destination: Path) -> dict:
     write_json(part / "training.json", log)
     plots.training_curves({name: log}).savefig(part / "training.png", dpi=110)
     (part / "README.md").write_text(_card(name, known, report, evaluations))
-    shutil.rmtree(destination, ignore_errors=True)
+    old = destination.with_name(destination.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.exists():
+        destination.rename(old)
     part.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
     return known
 
 
