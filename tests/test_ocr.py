@@ -139,10 +139,11 @@ def test_letters_restrict_the_reading():
     assert set(ocr.read([picture], letters="XYZ")[0]) <= set("XYZ")
 
 
-def test_a_tall_picture_is_read_whole():
+@pytest.mark.parametrize("text", ["GARDEN", "garden", "Garden"])
+def test_a_tall_picture_is_read_whole_in_large_and_small_letters(text):
     page = Image.new("RGB", (512, 512), (90, 140, 200))
     font = ImageFont.truetype(os.path.join(scenes.matplotlib.get_data_path(), "fonts/ttf", scenes.TYPEFACE), 60)
-    ImageDraw.Draw(page).text((40, 60), "GARDEN", (20, 20, 20), font)
+    ImageDraw.Draw(page).text((40, 60), text, (20, 20, 20), font)
     assert ocr.read([page, draw(["LOVE"])[0]]) == ["GARDEN", "LOVE"]
 
 

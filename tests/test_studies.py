@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from textloc_utils import cli, localize, models, prompts, studies
+from textloc_utils import cli, localize, models, plots, prompts, studies
 from textloc_utils.localize import Site
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
@@ -40,6 +40,13 @@ def test_sites_of_each_study(model):
 def test_pairs_of_the_colours_differ_in_colours():
     assert all(p.target_wall and p.target_wall != p.wall for p in studies.STUDIES["colours"].pairs(5, 1))
     assert studies.STUDIES["steps"].pairs(5, 1) == prompts.make_pairs(5, 1)
+
+
+def test_pictures_whose_colours_nobody_reads_carry_text_only():
+    row = {"site": "layer 0", "target_score": 0.9, "floor": 0.1, "target_wall": "red", "target_sign": "blue"}
+    told = studies.carried(pd.DataFrame([row, row | {"target_score": 0.7}]))
+    assert told.text[0] == pytest.approx(0.7) and told[["wall", "sign"]].isna().all(axis=None) and told.n[0] == 2
+    assert plots.carried({"full size": told}).axes
 
 
 def test_a_published_study_is_taken_where_it_fits(model, tmp_path, monkeypatch):

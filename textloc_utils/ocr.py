@@ -74,8 +74,8 @@ def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100) -> list[
     confused are nearly always J read as I or JI, I as T or L, Q as O. Of 560 common words with one letter
     replaced, .989 were read right and one as a word, by its lookalike letter (FJVE as FIVE); mode 8: .977, one.
 
-    Taller pictures (full-size models) are read whole, as scattered text; this path is tested on a rendered
-    picture only.
+    Taller pictures (full-size models) are read whole, as scattered text of large and small letters; this path is
+    tested on rendered pictures only.
 
     Raises
     ------
@@ -174,6 +174,8 @@ def _chunks(items: Iterator, size: int) -> Iterator[list]:
 
 
 def _config(mode: int, letters: str) -> str:
+    if mode == SCATTERED:  # full-size models write small letters, too
+        letters += letters.lower()
     return f"--psm {mode} --oem 1 -c tessedit_char_whitelist={letters} -c load_system_dawg=0 -c load_freq_dawg=0"
 
 
@@ -192,7 +194,7 @@ def _tesseract(pages: list[Image.Image], mode: int, letters: str) -> list[str]:
         texts.pop()
     if len(texts) != len(pages):
         raise TextlocError(f"tesseract returned {len(texts)} pages for {len(pages)} pictures")
-    return ["".join(c for c in text if c in letters) for text in texts]
+    return ["".join(c for c in text.upper() if c in letters) for text in texts]
 
 
 @contextlib.contextmanager

@@ -114,14 +114,13 @@ def carried(table: pd.DataFrame) -> pd.DataFrame:
     """What each site carries, from the table of the study "colours", whose targets have other colours, too.
 
     One row per site; columns site, text (mean text effect), wall and sign (share of pictures whose colour is the
-    target's when the site is patched), n.
+    target's when the site is patched; NaN where nobody can tell, as in full-size pictures), n.
     """
     seen = table[~table.site.isin(["source", "target"])]
-    seen = seen.assign(
-        text=seen.target_score - seen.floor,
-        wall=(seen.wall_read == seen.target_wall).astype(float),
-        sign=(seen.sign_read == seen.target_sign).astype(float),
-    )
+    seen = seen.assign(text=seen.target_score - seen.floor)
+    for name in ("wall", "sign"):
+        read = seen.get(f"{name}_read")
+        seen[name] = np.nan if read is None else (read == seen[f"target_{name}"]).astype(float)
     groups = seen.groupby("site", sort=False)
     return groups[["text", "wall", "sign"]].mean().assign(n=groups.size()).reset_index()
 
