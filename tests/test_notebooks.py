@@ -133,6 +133,23 @@ def test_a_failure_leaves_the_old_notebook_and_finishes_the_others(tmp_path, cap
     ]
 
 
+def test_a_folder_that_cannot_be_written_at_the_end_is_named_and_the_work_is_kept(tmp_path, capsys, monkeypatch):
+    one, two = write(tmp_path / "one.ipynb", SAY), write(tmp_path / "two.ipynb", SAY)
+    before, copy = one.read_bytes(), notebooks.shutil.copyfile
+
+    def full(source, target):
+        if "one" in Path(target).name:
+            raise OSError(28, "No space left on device")
+        return copy(source, target)
+
+    monkeypatch.setattr(notebooks.shutil, "copyfile", full)
+    assert cli.main(["run", str(one), str(two)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 2 notebooks failed" in error and "No space left" in error and "it is kept as" in error
+    assert one.read_bytes() == before and "sd3-mini book 42" in printed(two)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_notebook_takes_the_parameters_that_it_has(tmp_path):
     path = write(tmp_path / "one.ipynb", parameters="SEED = 1")
     (planned,) = notebooks.plan([path], {"MODELS": "sd3-mini", "SEED": 2}, tmp_path / "out")

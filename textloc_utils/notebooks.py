@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -115,9 +116,16 @@ def _execute(execution: Execution, key: str, timeout: int) -> str | None:
     if ran.returncode:
         lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
         return f"{lines[-1] if lines else f'exit status {ran.returncode}'} (see {log})"
-    strip(scratch)
-    execution.out.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(scratch, execution.out)
+    beside = execution.out.with_name(f".{execution.out.name}.part")  # a rename cannot leave its file system
+    try:
+        strip(scratch)
+        execution.out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(scratch, beside)
+        os.replace(beside, execution.out)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"executed, and cannot be written to {execution.out}: {error} (it is kept as {scratch})"
+    finally:
+        beside.unlink(missing_ok=True)
     execution.stamp.write_text(json.dumps({"key": key, "sha256": _digest(execution.out)}))
     return None
 
