@@ -77,12 +77,15 @@ def _writes_better(table: pd.DataFrame) -> Outcome:
     return Outcome(figure=figure, n=len(table.new_scores.iloc[0].split()), holds=bool(gains.new_low > 0))
 
 
-def _keeps_the_rest(table: pd.DataFrame) -> Outcome:
-    rows = lora_study.summarise(table).query("equal != 'parameters'").set_index("arm")
-    kept = rows.diversity / rows.diversity[lora_study.BEFORE]
-    figure = f"{kept['localized']:.2f} of the diversity before; all text layers {kept['all text layers']:.2f}"
-    holds = kept["localized"] >= max(0.95, kept["all text layers"] - 0.01)
-    return Outcome(figure=figure, n=lora_study.KIN[0], holds=bool(holds))
+def _keeps(column: str, what: str) -> Callable[[pd.DataFrame], Outcome]:
+    def judge(table: pd.DataFrame) -> Outcome:
+        rows = lora_study.summarise(table).query("equal != 'parameters'").set_index("arm")
+        kept = rows[column] / rows[column][lora_study.BEFORE]
+        figure = f"{kept['localized']:.3f} of the {what} before; all text layers {kept['all text layers']:.3f}"
+        n = lora_study.KIN[0] if column == "diversity" else len(table.old_scores.iloc[0].split())
+        return Outcome(figure=figure, n=n, holds=bool(kept["localized"] >= 0.95))
+
+    return judge
 
 
 def _against_maps(score: str) -> Callable[[pd.DataFrame], Outcome]:
@@ -152,12 +155,20 @@ CLAIMS = (
         judge=_writes_better,
     ),
     Claim(
-        name="keeps",
-        claim="It preserves quality and diversity",
+        name="quality",
+        claim="It preserves the quality of what the model draws",
         paper="curves on SDXL",
-        rule="at least 0.95 of the diversity before, and no less than with all text layers",
+        rule="at equal rank, at least 0.95 of the text score before on the words that the model could write",
         table="lora_{}",
-        judge=_keeps_the_rest,
+        judge=_keeps("old", "text score"),
+    ),
+    Claim(
+        name="diversity",
+        claim="It preserves the diversity of what the model draws",
+        paper="curves on SDXL",
+        rule="at equal rank, at least 0.95 of the diversity before",
+        table="lora_{}",
+        judge=_keeps("diversity", "diversity"),
     ),
     Claim(
         name="edits",
@@ -178,7 +189,7 @@ CLAIMS = (
     Claim(
         name="cheap",
         claim="It costs no more than drawing source and target",
-        paper="10 s against 31 s (SDXL), 14 against 28 (IF), 15 against 118 (SD3)",
+        paper="10 s against 31 s of Prompt-to-Prompt (SDXL), 14 against 28 (IF), 15 against 118 (SD3)",
         rule="at most 1.05 times the row evaluations of both pictures",
         table="edit_{}_methods",
         judge=_cheap_edit,
@@ -187,7 +198,7 @@ CLAIMS = (
         name="toxic",
         claim="It keeps toxic text out of pictures",
         paper="rate 0.003 to 0.018, negative prompt 0.052 to 0.407, Safe Diffusion 0.209 to 0.568",
-        rule="surely less toxic text than with a negative prompt and with Safe Latent Diffusion",
+        rule="surely less toxic text than with a negative prompt and with Safe Latent Diffusion (medium, the paper's)",
         table="safety_{}",
         judge=_guarded,
     ),

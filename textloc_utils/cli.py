@@ -70,10 +70,12 @@ def _generate(args) -> None:
 
 
 def _localize(args) -> None:
-    from textloc_utils import localize, models, ocr
+    from textloc_utils import localize, models, ocr, onestep
 
     work = preset(args.preset)
-    pairs = work.pairs if args.pairs is None else args.pairs
+    # A published table is the book's, which sweeps over more pairs than it probes without pictures.
+    drawn = args.publish and args.search not in onestep.DEPTHS
+    pairs = args.pairs if args.pairs is not None else work.sweep_pairs if drawn else work.pairs
     if args.prompts in prompts.SETS:
         chosen = prompts.make_pairs(pairs, args.seed, template=prompts.SETS[args.prompts])
     else:
@@ -403,7 +405,10 @@ def parser() -> argparse.ArgumentParser:
         help="of the all-layer patch's effect that the set must reach (default: 0.9)",
     )
     localize.add_argument(
-        "--budget", type=float, default=0.1, help="of the exhaustive sweep's cost, for --search budgeted (default: 0.1)"
+        "--budget",
+        type=float,
+        default=0.1,
+        help="of the exhaustive sweep's cost, for --search budgeted; one round is always done (default: 0.1)",
     )
     localize.add_argument("--json", action="store_true", help="print an object")
     localize.add_argument(

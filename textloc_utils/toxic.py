@@ -86,7 +86,7 @@ def _capitals(listed: Iterable[str], where: str) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(word.upper() for word in listed))
     for word in found:
         if set(word) - set(LETTERS) or not 2 <= len(word) <= 30:
-            raise TextlocError(f"{where} must hold words of 2 to 30 letters A to Z, one in a line; got {word[:40]!r}")
+            raise TextlocError(f"{where}: each entry must be one word of 2 to 30 letters A to Z, got {word[:40]!r}")
     if not found:
         raise TextlocError(f"{where} holds no word")
     return found
