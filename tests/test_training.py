@@ -59,6 +59,8 @@ def test_a_killed_run_resumes_to_the_same_weights(prepared, tmp_path):
     for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder_3/model.safetensors"):
         a, b = load_file(whole / "pipeline" / part), load_file(killed / "pipeline" / part)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(TextlocError, match="holds a run of seed 0; name another folder for seed 1"):
+        training.train("sd3-mini", killed, budget=TINY, device="cpu", seed=1)
 
 
 def test_a_run_starts_from_a_shipped_miniature(tmp_path):

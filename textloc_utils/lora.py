@@ -301,7 +301,8 @@ def train(
 
     Several processes (``accelerate launch``) share each batch out. Every random number hangs on (seed, step, process):
     a resumed run ends at the weights of an uninterrupted one, and a finished one is loaded. Raises TextlocError for
-    settings that cannot be, or a folder that holds a run with other settings, data or weights.
+    settings that cannot be, or a folder that holds a run with other settings, data or weights, or an unfinished one of
+    another number of processes.
     """
     folder = None if folder is None else check_writable(folder)
     _check_bare(model)

@@ -46,7 +46,8 @@ def effects(
     ``levels`` are shares of the steps done when the source's noisy picture is taken, 0 <= level < 1. One row per pair,
     level and layer; columns model, seed, depth, level, layer, effect, and row_evaluations, the pair's denoiser rows
     divided by its rows here, so that the column's sum is the cost. A backward pass counts as two evaluations of its
-    rows. Raises TextlocError for an unknown depth or a level out of range.
+    rows. Raises TextlocError for an unknown depth, a level out of range, or (attribution) answers of the denoiser that
+    are not finite or do not differ.
     """
     check_depth(depth)
     if not levels or any(not 0 <= level < 1 for level in levels):
@@ -162,6 +163,8 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
         for handle in handles:
             handle.remove()
     direction = (target - source).detach()
+    if not direction.isfinite().all() or not direction.any():
+        raise TextlocError("the denoiser's answers to source and target are the same, or not finite; try another dtype")
     # Of a size that half precision can hold, by a power of two: other than that it changes no bit.
     scale = 2.0 ** -math.floor(math.log2(float(direction.abs().max() / direction.square().sum())))
     along = (source * direction).sum() * (scale / direction.square().sum())

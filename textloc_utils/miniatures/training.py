@@ -317,6 +317,8 @@ def _train_stage(
     state = {"step": 0, "samples": 0, "seconds": 0.0, "losses": [], "evaluated": 0}
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if saved.get("seed", seed) != seed:
+            raise TextlocError(f"{folder} holds a run of seed {saved['seed']}; name another folder for seed {seed}")
         objective.load_state_dict(saved["objective"])
         optimiser.load_state_dict(saved["optimiser"])
         ema.load_state_dict(saved["ema"])
@@ -338,6 +340,7 @@ def _train_stage(
                 "optimiser": optimiser.state_dict(),
                 "ema": ema.state_dict(),
                 "state": state,
+                "seed": seed,
             },
             part,
         )
