@@ -68,6 +68,7 @@ ifeq ($(TORCH),cuda)
 	@$(PIP) install -c constraints.txt $(TORCH_PIN)
 	@$(BIN)/python -c "import torch, sys; sys.exit(torch.version.cuda is None and 'pip gave a torch without CUDA')"
 else
+	@$(PIP) uninstall -y torch 2>/dev/null || true
 	@$(PIP) install --no-index --no-deps $(TORCH_PIN) 2>/dev/null || \
 	  $(PIP) install --index-url https://download.pytorch.org/whl/cpu --no-deps $(TORCH_PIN) || \
 	  { echo "no CPU build of $(TORCH_PIN) to be had; TORCH=cuda takes the package index's build" >&2; exit 1; }
@@ -82,7 +83,7 @@ $(VENV)/installed: pyproject.toml constraints.txt $(VENV)/torch-$(TORCH)
 
 # --- the book -------------------------------------------------------------------------------------------------
 
-# Notebooks whose own cells, package, data or pinned packages changed are executed, the others left alone.
+# Notebooks whose own cells, package, data or requirements changed are executed, the others left alone.
 book: setup
 	@$(BIN)/textloc run --timeout $(CELL_TIMEOUT)
 	@$(MAKE) --no-print-directory site
@@ -109,13 +110,16 @@ lint: setup
 
 # A fresh environment from the ranges of pyproject.toml alone becomes the lock. `make test` then says whether all still
 # holds. What a pinned package brings along is pinned as well; versions carry no label of one machine's build.
+# Newer Pythons and other systems resolve to packages that the oldest supported Python on Linux may not have.
 pins: $(VENV)/bin/python
+	@$(BIN)/python -c "import sys; sys.exit(sys.platform != 'linux' or sys.version_info[:2] != (3, 11))" || \
+	  { echo "make pins needs Linux and the oldest supported Python, 3.11: make clean, then make pins PYTHON=python3.11" >&2; exit 1; }
 	@rm -rf _build/pins && $(BIN)/python -m venv _build/pins
 	@_build/pins/bin/python -m pip -qq install --no-index --no-deps "$(TORCH_RANGE)" 2>/dev/null || \
 	  _build/pins/bin/python -m pip -qq install --index-url https://download.pytorch.org/whl/cpu --no-deps "$(TORCH_RANGE)"
 	@_build/pins/bin/python -m pip -qq install -e ".[book,test]"
-	@{ sed -n '/^#/p' constraints.txt; _build/pins/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel | \
-	  sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } >_build/constraints.txt
+	@_build/pins/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel >_build/pins/frozen
+	@{ sed -n '/^#/p' constraints.txt; sed 's/+[a-z0-9.]*$$//' _build/pins/frozen | LC_ALL=C sort -f; } >_build/constraints.txt
 	@mv _build/constraints.txt constraints.txt && rm -rf _build/pins
 	@git --no-pager diff --stat constraints.txt 2>/dev/null || true
 	@echo "constraints.txt holds the newest packages; run make test"

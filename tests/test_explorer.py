@@ -67,3 +67,20 @@ def test_committed_pictures_are_of_the_shipped_weights(name):
         assert len(both) == len(table)
         assert (both.read == both.read_sweep).mean() > 0.97  # another machine may round a letter's edge away
         assert np.abs(both.target_score - both.target_score_sweep).mean() < 0.02
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_pictures_are_what_is_drawn_now(name):
+    model, table = models.load(name, device="cpu"), explorer.store().load_published(name)
+    pair = prompts.make_pairs(1)[0]
+    rows = table[table.seed == pair.seed].reset_index(drop=True)
+    sheet = np.asarray(Image.open(explorer.sprite_path(name, pair.seed)).convert("RGB")).astype(float)
+    stored = sheet.reshape(len(rows), model.spec.height, model.spec.width, 3)
+    chosen = ["layer 0", "all layers"]
+    drawn, now = localize.patch_pair(model, pair, {s: localize.single_layers(model)[s] for s in chosen})
+    assert [row["site"] for row in now] == ["source", "target", *chosen]
+    for picture, row in zip(drawn, now, strict=True):
+        i = rows.index[rows.site == row["site"]][0]
+        assert row["read"] == rows.read[i]
+        # A batch of another size, or another machine, may round otherwise; another picture is tens of levels away.
+        assert np.abs(picture - stored[i]).mean() < 2

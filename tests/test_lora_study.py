@@ -238,6 +238,8 @@ def test_bad_input_of_an_adapter_is_one_line(tmp_path, capsys):
     out = ["--out", tmp_path / "out"]
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "a.png")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / lora.FILE).touch()
     for arguments, said in (
         (["train", "sd4", *out], "known models"),
         (["train", "sd3-mini", "--layers", "12", *out], "0 to 11"),
@@ -246,7 +248,7 @@ def test_bad_input_of_an_adapter_is_one_line(tmp_path, capsys):
         (["train", "sd3-mini", "--layers", "4", "--steps", 0, *out], "steps"),
         (["train", "sd3-mini", "--layers", "4", "--data", tmp_path / "empty", *out], "file_name and text"),
         (["eval", "sd3-mini", "--adapter", tmp_path / "none"], "textloc lora train"),
-        (["eval", "sd3-mini", "--adapter", tmp_path / "none", "--words", 0], "asked for 0"),
+        (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 0], "asked for 0"),
         (["study", "sd3-mini", "--layers", "12"], "0 to 11"),
     ):
         assert said in fails(capsys, "lora", *arguments, "--device", "cpu")

@@ -176,8 +176,9 @@ def test_tools_are_ensured_or_named(tool, package, tmp_path):
     assert run.returncode == 1 and run.stdout == ""
     (line,) = run.stderr.splitlines()
     assert package in line
-    here = subprocess.run([bash, script, tool], capture_output=True, text=True)
-    assert (here.returncode, here.stdout, here.stderr) == (0, "", "")
+    if tool == "tesseract" or os.environ.get("TEXTLOC_BROWSER") == "required":  # else a machine may be without
+        here = subprocess.run([bash, script, tool], capture_output=True, text=True)
+        assert (here.returncode, here.stdout, here.stderr) == (0, "", "")
 
 
 def _which(tool: str) -> str:

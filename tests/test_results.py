@@ -108,7 +108,9 @@ def test_table_concatenates_the_units_of_a_kind(store):
 
 def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch):
     store.unit("k", {"a": 1}, lambda: [{"x": 1}])
-    monkeypatch.setattr(results, "provenance", lambda *a: {"versions": {}, "device": "another", "created": "later"})
+    versions = results.provenance()["versions"]
+    later = {"versions": versions, "device": "another", "created": "later"}
+    monkeypatch.setattr(results, "provenance", lambda *a: later)
     store.unit("k", {"a": 1}, never)
     (path,) = files(store)
     header = json.loads(path.read_text().split("\n")[0])
@@ -116,6 +118,13 @@ def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch)
     about = header["provenance"]
     assert about["versions"]["textloc_utils"] and about["versions"]["torch"] and about["device"]
     assert about["created"].endswith("+00:00")
+    # Another build of the same version is the same; after an upgrade it is computed anew, in place of the old one.
+    versions["torch"] = versions["torch"].partition("+")[0] + "+cu999"
+    store.unit("k", {"a": 1}, never)
+    versions["diffusers"] = "999.0"
+    assert not store.has("k", {"a": 1})
+    assert store.unit("k", {"a": 1}, lambda: [{"x": 2}]).x.tolist() == [2]
+    assert files(store) == [path] and store.has("k", {"a": 1})
 
 
 @pytest.mark.parametrize(

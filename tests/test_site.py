@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import json
 import os
 import shutil
 import threading
@@ -17,6 +18,7 @@ from playwright.sync_api import Page, sync_playwright
 from textloc_utils import explorer, models
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSERS += ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 # No name but this machine's is looked up: what a page asks for elsewhere fails, and is counted besides.
@@ -125,15 +127,15 @@ def test_pages_load_fit_and_are_accessible(view, site, open_page):
     assert wrong == {}
 
 
-def test_the_checks_find_what_they_look_for(site, open_page):
+def test_the_checks_find_what_they_look_for(address, open_page):
     """A page with planted faults is found out: nothing above passes because nothing was looked at."""
     faults = '<h1>x</h1><img src="https://elsewhere.example/x.png"><script src="none.js"></script>'
     faults += '<script>undefined_name()</script><p style="color:#ccc;width:5000px">faint</p>'
-    (site / "planted.html").write_text(f"<!DOCTYPE html><html lang='en'><title>x</title>{faults}</html>")
-    try:
-        page, watch = open_page("planted.html")
-    finally:
-        (site / "planted.html").unlink()
+    body = f"<!DOCTYPE html><html lang='en'><title>x</title>{faults}</html>"
+    page, watch = open_page("genindex.html")
+    # Given by the browser itself: the site is the other tests', too.
+    page.route("**/planted.html", lambda route: route.fulfill(body=body, content_type="text/html"))
+    page.goto(address + "planted.html", wait_until="load")
     text = " ".join(watch.wrong)
     assert "outside: https://elsewhere.example" in text and "404" in text and "undefined_name" in text
     assert {line.partition(":")[0] for line in serious(page)} == {"color-contrast", "image-alt"}
@@ -196,6 +198,21 @@ def test_search(site, open_page):
     assert watch.wrong == []
 
 
+@pytest.mark.parametrize("settings", [{"explorer": True, "collapsible": True}, {"renderer": "SVG"}])
+def test_formulas_show_with_every_choice_of_their_menu(settings, open_page):
+    """The menu keeps its choices in the browser, for all pages of one address."""
+    page, watch = open_page("book/method.html")
+    page.evaluate("s => localStorage.setItem('MathJax-Menu-Settings', s)", json.dumps(settings))
+    page.reload(wait_until="load")
+    page.wait_for_selector("mjx-container", timeout=60_000)
+    page.wait_for_load_state("networkidle")
+    if "renderer" in settings:
+        page.wait_for_selector("mjx-container svg", timeout=60_000)
+    else:
+        page.wait_for_selector("mjx-container [data-semantic-type]", timeout=60_000)
+    assert watch.wrong == []
+
+
 # --- the explorer -------------------------------------------------------------------------------------------------
 
 TABLES = {path.stem: explorer.store().load_published(path.stem) for path in sorted(explorer.store().root.glob("*.csv"))}
@@ -220,6 +237,14 @@ def expected(row) -> list[str]:
 
 def patched_picture(page: Page) -> np.ndarray:
     """The picture on the screen, at its own size."""
+    page.locator(".explorer-patched .explorer-picture").evaluate(
+        """async element => {
+            const image = new Image();
+            image.src = getComputedStyle(element).backgroundImage.slice(5, -2);
+            await image.decode();
+            await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+        }"""
+    )
     image = Image.open(io.BytesIO(page.locator(".explorer-patched .explorer-picture").screenshot())).convert("RGB")
     return np.asarray(image.resize((128, 64), Image.Resampling.BOX)).astype(float)
 
@@ -261,7 +286,6 @@ def test_explorer_draws_the_chosen_picture(open_page):
     page.select_option("#explorer-model", model)
     for i in (2, len(rows) // 2, len(rows) - 1):
         page.locator("#explorer-site").fill(str(i - 2))
-        page.wait_for_timeout(100)
         difference = np.abs(stored - patched_picture(page)).mean((1, 2, 3))
         # The border and the enlargement to a fraction of a pixel blur the comparison, most where edges are sharp.
         other = np.abs(elsewhere - patched_picture(page)).mean((1, 2, 3)).min()

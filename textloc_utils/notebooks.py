@@ -2,10 +2,11 @@
 
 A notebook is executed to a scratch path, what differs from run to run is taken out, and the result replaces the old
 file only after it ran through. A stamp beside the scratch files holds a digest of all that the outputs depend on: the
-notebook's own cells and parameters, the package, the data, and the installed versions. Published results are left out,
-as the store of results is: a notebook that computes them would never be done.
+notebook's own cells and parameters, the package, the data, and the versions of what it requires. Published results are
+left out, as the store of results is: a notebook that computes them would never be done.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+from packaging.requirements import Requirement
 from tqdm import tqdm
 
-from textloc_utils.results import LIBRARIES
+from textloc_utils import ocr
 from textloc_utils.settings import ROOT, TextlocError, data_dir
 
 #: Scratch files, logs and stamps.
@@ -175,9 +177,11 @@ def _key(execution: Execution, shared: str) -> str:
 
 def _inputs() -> str:
     """One digest of the package, the data (results and training runs aside) and the installed versions."""
-    digest = hashlib.sha256()
-    for name in (*LIBRARIES, "numpy", "matplotlib", "papermill"):
-        digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
+    digest = hashlib.sha256(f"tesseract {ocr.tesseract_version()}\n".encode())
+    required = {Requirement(line).name for line in importlib.metadata.requires("textloc-utils")}
+    for name in sorted(required):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra that is not installed
+            digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
     aside = {data_dir() / "results", data_dir() / "runs"}
     data = sorted(p for p in data_dir().rglob("*") if p.is_file() and not aside & set(p.parents) and p.suffix != ".md")
     for path in (*_package(), *data):

@@ -43,6 +43,8 @@ class Store:
     def unit(self, kind: str, inputs: Mapping, compute: Callable[[], pd.DataFrame | Iterable[Mapping]]) -> pd.DataFrame:
         """The table of one unit of work: the stored one, or else ``compute()``'s, stored first.
 
+        A unit that was made with other versions of LIBRARIES is computed anew: an upgrade is not hidden by the store.
+
         Parameters
         ----------
         kind
@@ -67,7 +69,9 @@ class Store:
         path = self._unit_path(kind, inputs)
         if path.exists():
             try:
-                return _read_unit(path)[1]
+                header, table = _read_unit(path)
+                if _made_with(header) == _made_with({"provenance": provenance()}):
+                    return table
             except _DamagedError as error:
                 warnings.warn(f"recomputing damaged result {path}: {error}", stacklevel=2)
         _require_writable(path.parent)
@@ -89,8 +93,12 @@ class Store:
         return _read_unit(path)[1]
 
     def has(self, kind: str, inputs: Mapping) -> bool:
-        """Whether this unit is stored."""
-        return self._unit_path(kind, inputs).exists()
+        """Whether this unit is stored, made with these versions of LIBRARIES."""
+        path = self._unit_path(kind, inputs)
+        try:
+            return path.exists() and _made_with(_read_unit(path)[0]) == _made_with({"provenance": provenance()})
+        except _DamagedError:
+            return False
 
     def table(self, kind: str, **where) -> pd.DataFrame:
         """All rows of all stored units of a kind, or of those whose inputs hold the given values.
@@ -162,8 +170,8 @@ class Store:
     def taken_or_made(
         self, name: str, key: Mapping, make: Callable[[], pd.DataFrame], *, publish: bool = False
     ) -> pd.DataFrame:
-        """The published table of just this ``key``, or else ``make()``'s, which ``publish`` then publishes."""
-        table = self.load_matching(name, key)
+        """The published table of just this ``key``, or else ``make()``'s; with ``publish`` made and published anew."""
+        table = None if publish else self.load_matching(name, key)
         if table is None:
             table = make()
             if publish:
@@ -226,6 +234,12 @@ def _read_unit(path: Path) -> tuple[dict, pd.DataFrame]:
         return header, pd.DataFrame(rows, columns=header["columns"])
     except (ValueError, KeyError, TypeError) as error:
         raise _DamagedError(f"its header is unreadable ({type(error).__name__})") from None
+
+
+def _made_with(header: Mapping) -> dict:
+    """The versions of LIBRARIES in a unit's header, without the label of one build ("+cpu")."""
+    versions = header["provenance"]["versions"]
+    return {name: versions[name].partition("+")[0] for name in LIBRARIES if name in versions}
 
 
 def _require_writable(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Sphinx extension: serve MathJax from the site itself, so that formulas show without a network.
 
 The files come from the installed package ``sphinx-mathjax-offline``. Its own extension copies all 24 MB;
-this one leaves out the other renderers and the speech engine, which no page loads.
+this one leaves out what neither a page nor a reader's settings in the formulas' menu ask for: MathML input, and the
+speech of other languages than English.
 """
 
 import importlib.util
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
-# One file typesets TeX to HTML; the two folders hold what it fetches on demand.
-PARTS = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2")
+# One file typesets TeX to HTML; the rest is fetched on demand. The formulas' menu offers another renderer and an
+# explorer that speaks: the browser keeps these choices, and without their files would leave bare TeX.
+PARTS = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2", "output/svg.js", "output/svg/fonts")
+PARTS += ("a11y", "sre/mathmaps/base.json", "sre/mathmaps/en.json", "sre/mathmaps/nemeth.json")
 
 
 def mathjax_folder() -> Path:
