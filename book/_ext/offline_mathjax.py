@@ -1,7 +1,7 @@
 """Sphinx extension: serve MathJax from the site itself, so that formulas show without a network.
 
 The files come from the installed package ``sphinx-mathjax-offline``. Its own extension copies all 24 MB;
-this one leaves out what neither a page nor a reader's settings in the formulas' menu ask for: MathML input, and the
+this one leaves out what neither a page nor a reader's settings in the formulas' menu ask for, such as the
 speech of other languages than English.
 """
 
@@ -14,7 +14,7 @@ from sphinx.application import Sphinx
 # One file typesets TeX to HTML; the rest is fetched on demand. The formulas' menu offers another renderer and an
 # explorer that speaks: the browser keeps these choices, and without their files would leave bare TeX.
 PARTS = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2", "output/svg.js", "output/svg/fonts")
-PARTS += ("a11y", "sre/mathmaps/base.json", "sre/mathmaps/en.json", "sre/mathmaps/nemeth.json")
+PARTS += ("a11y", "input/mml.js", "input/mml", *(f"sre/mathmaps/{name}.json" for name in ("base", "en", "nemeth")))
 
 
 def mathjax_folder() -> Path:
