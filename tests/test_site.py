@@ -114,7 +114,8 @@ def test_pages_load_fit_and_are_accessible(view, site, open_page):
     for path in html_pages(site):
         name = path.relative_to(site).as_posix()
         page, watch = open_page(name, width, scheme)
-            assert page.locator("h1").count() >= 1, name
+        page.wait_for_load_state("networkidle")
+        assert page.locator("h1").count() >= 1, name
         across = page.evaluate("Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)")
         found = watch.wrong + ([f"{across} pixels wide"] if across > width else []) + serious(page)
         # axe is content with any alternative text; a file's name says nothing.
@@ -144,6 +145,7 @@ def test_the_checks_find_what_they_look_for(address, open_page):
 def test_the_first_page_is_small(open_page):
     page, _ = open_page("index.html")
     page.wait_for_url("**/book/index.html")
+    page.wait_for_load_state("networkidle")
     finding = page.locator("main img[alt*='localized layers']")  # the finding in one picture, without scrolling
     assert finding.count() == 1 and finding.bounding_box()["y"] < 450
     entries = "[...performance.getEntriesByType('resource'), ...performance.getEntriesByType('navigation')]"
