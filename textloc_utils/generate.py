@@ -66,6 +66,11 @@ def counted(model: Model, bar: tqdm | None = None) -> Iterator[RowCounter]:
         handle.remove()
 
 
+def rows_per_call(model: Model) -> int:
+    """How many prompts a pipeline call takes where nothing else is asked for."""
+    return BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
+
+
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raise TextlocError for a seed that no generator takes."""
     if any(not 0 <= s < 2**63 for s in seeds):
@@ -111,7 +116,7 @@ def generate(
     if steps < 1:
         raise TextlocError(f"steps must be at least 1, got {steps}")
     if batch_size is None:
-        batch_size = BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
+        batch_size = rows_per_call(model)
     if batch_size < 1:
         raise TextlocError(f"batch size must be at least 1, got {batch_size}")
     if noise is not None and len(noise) != len(prompts):

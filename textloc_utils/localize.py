@@ -25,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from textloc_utils import metrics, ocr, onestep
-from textloc_utils.generate import BATCH_FULL_SIZE, BATCH_MINIATURE, generate
+from textloc_utils.generate import generate, rows_per_call
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, check_layers
 from textloc_utils.patching import Patch
@@ -132,7 +132,7 @@ def patch_pair(
     """
     for site in sites.values():
         check_layers(model, site.layers)
-    size = batch_size or _batch(model)
+    size = batch_size or rows_per_call(model)
     todo = ([Site()] if source else []) + list(sites.values())
     room = max(1, size - 1)
     drawn, cost = [], 0
@@ -514,14 +514,10 @@ def _race(
 
 def _cost(model: Model, sources: int, steps: int | None) -> int:
     """Row evaluations of one pair with this many pictures of the source: each batch draws the target, too."""
-    rows = sources + math.ceil(sources / (_batch(model) - 1))
+    rows = sources + math.ceil(sources / (rows_per_call(model) - 1))
     # FLUX is told its guidance, and has no negatives beside the prompts.
     guided = model.spec.guidance > 1 and not getattr(model.denoiser.config, "guidance_embeds", False)
     return rows * (steps or model.spec.steps) * (2 if guided else 1)
-
-
-def _batch(model: Model) -> int:
-    return BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
 
 
 def _cheap_only(model: Model, pairs: Sequence[Pair], share: float, how: str, options: dict) -> Found:

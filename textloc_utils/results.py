@@ -70,7 +70,7 @@ class Store:
         if path.exists():
             try:
                 header, table = _read_unit(path)
-                if _made_with(header) == _made_with({"provenance": provenance()}):
+                if _is_current(header):
                     return table
             except _DamagedError as error:
                 warnings.warn(f"recomputing damaged result {path}: {error}", stacklevel=2)
@@ -96,7 +96,7 @@ class Store:
         """Whether this unit is stored, made with these versions of LIBRARIES."""
         path = self._unit_path(kind, inputs)
         try:
-            return path.exists() and _made_with(_read_unit(path)[0]) == _made_with({"provenance": provenance()})
+            return path.exists() and _is_current(_read_unit(path)[0])
         except _DamagedError:
             return False
 
@@ -236,10 +236,13 @@ def _read_unit(path: Path) -> tuple[dict, pd.DataFrame]:
         raise _DamagedError(f"its header is unreadable ({type(error).__name__})") from None
 
 
-def _made_with(header: Mapping) -> dict:
-    """The versions of LIBRARIES in a unit's header, without the label of one build ("+cpu")."""
-    versions = header["provenance"]["versions"]
-    return {name: versions[name].partition("+")[0] for name in LIBRARIES if name in versions}
+def _is_current(header: Mapping) -> bool:
+    """Whether a unit was made with the installed versions of LIBRARIES; the label of one build ("+cpu") is none."""
+    made, now = (
+        {name: versions[name].partition("+")[0] for name in LIBRARIES if name in versions}
+        for versions in (header["provenance"]["versions"], provenance()["versions"])
+    )
+    return made == now
 
 
 def _require_writable(folder: Path) -> None:

@@ -31,7 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from textloc_utils import metrics, ocr
-from textloc_utils.generate import BATCH_FULL_SIZE, BATCH_MINIATURE, first_call, generate, save, write_rows
+from textloc_utils.generate import first_call, generate, rows_per_call, save, write_rows
 from textloc_utils.localize import PSNR_CAP, fingerprint, known_layers, outside_text, published_store
 from textloc_utils.models import (
     JOINT,
@@ -413,7 +413,7 @@ def draw(
         for prompt, (cleaned, findings) in zip(prompts, screened, strict=True)
     ]
     done = _drawn(folder, [row["key"] for row in more])
-    size = BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
+    size = rows_per_call(model)
     bar = tqdm(total=len(prompts), initial=len(done), unit="picture", desc=model.spec.name, disable=not progress)
     if len(done) == len(prompts):  # the folder may hold more than was asked for now
         write_rows(folder, done)

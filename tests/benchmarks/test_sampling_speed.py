@@ -11,6 +11,9 @@ from textloc_utils import models, prompts
 from textloc_utils.generate import generate
 
 BATCH, BATCHES = 16, 2
+#: Pictures per second on two cores.
+TARGETS = {"sd3-mini": 4.0}
+SLOWEST = 1.0
 SHIPPED = [name for name, spec in models.registry().items() if spec.miniature]
 
 
@@ -37,7 +40,8 @@ def test_sampling_speed_on_all_cores(name):
     got = json.loads(ran.stdout.splitlines()[-1])
     speed, spec = got["pictures_per_second"], models.spec(name)
     print(f"\n{name}: {speed:.2f} pictures/s on {cores} cores, {got['rows']:.0f} denoiser rows per picture")
-    assert got["rows"] == spec.steps * (2 if spec.guidance > 1 else 1)  # the speed itself is the machine's
+    assert got["rows"] == spec.steps * (2 if spec.guidance > 1 else 1)
+    assert speed >= TARGETS.get(name, SLOWEST)
 
 
 if __name__ == "__main__":
