@@ -346,7 +346,7 @@ def miniature():
 
 
 def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatch):
-    monkeypatch.setattr(safety, "BATCH_MINIATURE", 1)
+    monkeypatch.setattr(safety, "rows_per_call", lambda model: 1)
     guarded = safety.guard(miniature, (8,))
     asked = [p for p, _, _ in prompts.toxic_prompts(2)] + [prompts.spelling_prompts(1)[0][0]]
     whole = safety.draw(guarded, asked, tmp_path / "a", steps=2)
