@@ -116,6 +116,8 @@ def test_the_package_page_names_every_module(site):
     assert "textloc_utils.patching" in found
     assert [name for name in found if f'id="module-{name}"' not in page] == []
     assert 'id="textloc_utils.patching.patched"' in page
+    # A constant's comment is a sentence, with or without a colon.
+    assert "part of a stored unit’s key: raised whenever" in page and 'Type<span class="colon">' not in page
 
 
 def test_the_site_is_light(site):

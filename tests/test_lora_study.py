@@ -170,6 +170,10 @@ def test_short_tables_average_over_seeds_and_words():
     assert short.new["localized"] == pytest.approx(0.7) and short.new["before"] == pytest.approx(0.1)
     assert short.new_low["localized"] < 0.65 and short.new_high["localized"] > 0.75
     assert short.layers["localized"] == "0, 1" and short.diversity["localized"] == 1 and short.seeds["localized"] == 3
+    # The diversities are 0, 1 and 2: their deviation is 1, and Student's quantile of two degrees of freedom 4.303.
+    ends = short.loc["localized", ["diversity_low", "diversity_high"]].tolist()
+    assert ends == pytest.approx([1 - 4.303 / 3**0.5, 1 + 4.303 / 3**0.5], abs=1e-3)
+    assert (short.diversity_low["before"], short.diversity_high["before"]) == (0, 0)
     # The same words and seeds on both sides: the difference is .1 wherever one looks.
     (row,) = lora_study.advantages(table).to_dict("records")
     assert (row["arm"], row["equal"]) == ("random layers", "rank")

@@ -101,10 +101,12 @@ def open_page(browser, address):
 
 def serious(page: Page) -> list[str]:
     """axe's serious and critical findings. ``preload`` would fetch style sheets anew, with wrong addresses."""
-    found = Axe().run(page, options={"preload": False}).response["violations"]
+    found = Axe().run(page, options={"preload": False}).response
+    # To axe, letters of their ground's very colour may be meant to be hidden.
+    hidden = [v | {"nodes": [n for n in v["nodes"] if "equalRatio" in str(n["any"])]} for v in found["incomplete"]]
     return [
         f"{v['id']}: {v['help']}: {n['target']}"
-        for v in found
+        for v in found["violations"] + hidden
         if v["impact"] in ("serious", "critical")
         for n in v["nodes"]
     ]
@@ -136,7 +138,9 @@ def test_pages_load_fit_and_are_accessible(view, site, open_page):
 def test_the_checks_find_what_they_look_for(address, open_page):
     """A page with planted faults is found out: nothing above passes because nothing was looked at."""
     faults = '<h1>x</h1><img src="https://elsewhere.example/x.png"><script src="none.js"></script>'
-    faults += '<script>undefined_name()</script><p style="color:#ccc;width:5000px">faint</p>'
+    faults += (
+        '<script>undefined_name()</script><p style="color:#ccc;width:5000px">faint</p><b style="color:#fff">gone</b>'
+    )
     body = f"<!DOCTYPE html><html lang='en'><title>x</title>{faults}</html>"
     page, watch = open_page("genindex.html")
     # Given by the browser itself: the site is the other tests', too.
@@ -144,7 +148,7 @@ def test_the_checks_find_what_they_look_for(address, open_page):
     page.goto(address + "planted.html", wait_until="load")
     text = " ".join(watch.wrong)
     assert "outside: https://elsewhere.example" in text and "404" in text and "undefined_name" in text
-    assert {line.partition(":")[0] for line in serious(page)} == {"color-contrast", "image-alt"}
+    assert sorted(line.partition(":")[0] for line in serious(page)) == ["color-contrast", "color-contrast", "image-alt"]
     assert page.evaluate("document.documentElement.scrollWidth") > 1440
 
 

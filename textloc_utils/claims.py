@@ -80,10 +80,11 @@ def _writes_better(table: pd.DataFrame) -> Outcome:
 def _keeps(column: str, what: str) -> Callable[[pd.DataFrame], Outcome]:
     def judge(table: pd.DataFrame) -> Outcome:
         rows = lora_study.summarise(table).query("equal != 'parameters'").set_index("arm")
-        kept = rows[column] / rows[column][lora_study.BEFORE]
-        figure = f"{kept['localized']:.3f} of the {what} before; all text layers {kept['all text layers']:.3f}"
+        kept = rows[[column, f"{column}_low", f"{column}_high"]] / rows[column][lora_study.BEFORE]
+        ours, every = (_span(*kept.loc[arm], digits=3) for arm in ("localized", "all text layers"))
         n = lora_study.KIN[0] if column == "diversity" else len(table.old_scores.iloc[0].split())
-        return Outcome(figure=figure, n=n, holds=bool(kept["localized"] >= 0.95))
+        holds = bool(kept[column]["localized"] >= 0.95)
+        return Outcome(figure=f"{ours} of the {what} before; all text layers {every}", n=n, holds=holds)
 
     return judge
 

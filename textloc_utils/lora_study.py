@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from tqdm.auto import tqdm
 
 from textloc_utils import lora, metrics, models, ocr, prompts
@@ -261,9 +262,10 @@ def _run(model: Model, data: lora.Data, arm: Arm, n: int, seed: int, steps: int 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per arm and comparison of :func:`study`'s table, means over training seeds.
 
-    Columns arm, equal, layers (those of all seeds), rank, parameters, seconds_per_step, saved_bytes, diversity,
-    ``new`` and ``old`` (mean text score) with ``_low`` and ``_high``, and new_exact, old_exact. Intervals draw training
-    seeds and words anew, both with replacement.
+    Columns arm, equal, layers (those of all seeds), rank, parameters, seconds_per_step, saved_bytes, new_exact,
+    old_exact, ``new`` and ``old`` (mean text score) and diversity, these three with ``_low`` and ``_high``. The scores'
+    95 % intervals draw training seeds and words anew, both with replacement. The diversity's is Student's, over the
+    training seeds: it holds for the prompts that were drawn, and there is none of a single training.
     """
     rows = []
     for (arm, equal), part in table.groupby(["arm", "equal"], sort=False):
@@ -271,6 +273,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         row = {"arm": arm, "equal": equal, "layers": ", ".join(dict.fromkeys(part.layers)), **means.mean()}
         for task in ("new", "old"):
             row |= _interval(task, _scores(part, task))
+        wide = stats.t.ppf(0.975, len(part) - 1) * stats.sem(part.diversity) if len(part) > 1 else 0.0
+        row |= {"diversity_low": row["diversity"] - wide, "diversity_high": row["diversity"] + wide}
         rows.append(row | {"seeds": len(part)})
     return pd.DataFrame(rows)
 

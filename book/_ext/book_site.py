@@ -51,6 +51,21 @@ def list_modules(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = source[0].replace(MODULES, "\n".join(sections))
 
 
+def keep_comments(app: Sphinx) -> None:
+    """A constant's comment stays the sentence it is: napoleon would take what stands before a colon for a type."""
+    as_written: list[str] = []
+
+    def before(app: Sphinx, what: str, name: str, obj, options, lines: list[str]) -> None:
+        as_written[:] = lines
+
+    def after(app: Sphinx, what: str, name: str, obj, options, lines: list[str]) -> None:
+        if what in ("data", "attribute"):
+            lines[:] = as_written
+
+    app.connect("autodoc-process-docstring", before, priority=400)
+    app.connect("autodoc-process-docstring", after, priority=600)
+
+
 def resolve_short_names(app: Sphinx, env, node, content):
     """Docstrings name what stands in another module as ``module.name``, without the package before it."""
     if node.get("refdomain") != "py" or node["reftarget"].startswith("textloc_utils."):
@@ -121,6 +136,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", know_repository)
     app.connect("source-read", list_modules)
     app.connect("missing-reference", resolve_short_names)
+    keep_comments(app)
     app.connect("doctree-resolved", describe_glued)
     app.connect("html-page-context", finish_page, priority=900)  # after the extensions that add scripts
     app.connect("build-finished", drop_icons)
