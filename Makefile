@@ -94,11 +94,14 @@ site: setup
 
 # --- checks ---------------------------------------------------------------------------------------------------
 
+# The order keeps the long files from coming last, when a core has nothing else to do: the browser's tests and the first
+# notebook are the longest.
 test: setup chromium
-	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests --ignore tests/benchmarks
+	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  tests/test_site.py $(filter-out tests/test_site.py,$(sort $(wildcard tests/test_*.py)))
 	@store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; \
 	  TEXTLOC_RESULTS="$$store" OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 \
-	  $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile \
+	  $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	  --nbval-lax --nbval-cell-timeout=$(CELL_TIMEOUT) notebooks/*.ipynb
 
 benchmark: setup
