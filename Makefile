@@ -94,11 +94,9 @@ site: setup
 
 # --- checks ---------------------------------------------------------------------------------------------------
 
-# The order keeps the long files from coming last, when a core has nothing else to do: the browser's tests and the first
-# notebook are the longest.
+# The notebooks go in the book's order: by their number of cells the longest, the first, would come late, and run alone.
 test: setup chromium
-	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-	  tests/test_site.py $(filter-out tests/test_site.py,$(sort $(wildcard tests/test_*.py)))
+	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests --ignore tests/benchmarks
 	@store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; \
 	  TEXTLOC_RESULTS="$$store" OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 \
 	  $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
