@@ -9,3 +9,14 @@ for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
     os.environ.setdefault(_name, "error")
 
 __version__ = "0.1.0"
+
+#: What is there for everyone's pipelines, by the module that has it; loaded when it is asked for.
+_PUBLIC = {"sweep": "sweeps", "localize": "localization"}
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -70,7 +70,8 @@ def _generate(args) -> None:
 
 
 def _localize(args) -> None:
-    from textloc_utils import localize, models, ocr, onestep
+    from textloc_utils import localization, models, ocr, onestep
+    from textloc_utils.experiment import Experiment
 
     work = preset(args.preset)
     # A published table is the book's, which sweeps over more pairs than it probes without pictures.
@@ -82,49 +83,40 @@ def _localize(args) -> None:
         chosen = prompts.load_pairs(args.prompts, pairs, args.seed)
     ocr.tesseract_version()
     model = models.load(args.model, device=_process_device(args.device), model_path=args.model_path)
-    found = localize.search(
-        model,
-        chosen,
-        how=args.search,
-        share=args.reach,
-        budget=args.budget,
-        steps=work.steps,
-        progress=sys.stderr.isatty() and _rank() == 0,
-    )
+    bar = sys.stderr.isatty() and _rank() == 0
+    experiment = Experiment.of(model, steps=work.steps, progress=bar, publish=args.publish)
+    found = localization.localize(experiment, chosen, how=args.search, share=args.reach, budget=args.budget)
     if _rank():
         return
-    if args.publish:
-        localize.publish(model, chosen, found, share=args.reach, budget=args.budget, steps=work.steps)
     if args.json:
         print(json.dumps(asdict(found), indent=1))
         return
     for layer, effect in enumerate(found.effects):
         mark = "*" if layer in found.layers else " "
         print(f"{mark} {layer:>3}  {effect:6.2f}  {'#' * round(40 * max(0.0, effect))}")
-    print(f"layers {' '.join(map(str, found.layers))}: {found.share:.2%} of the denoiser's parameters")
-    if found.score is not None:
-        print(f"target text score {found.score}")
-    print(f"share of the effect of all layers {found.reached}; confidence {found.confidence:.2f}")
-    print(f"{found.row_evaluations:,} denoiser row evaluations, {found.seconds:.0f} s")
+    print(found)
 
 
 def _study(args) -> None:
-    from textloc_utils import localize, models, ocr, studies
+    from textloc_utils import layer_contents, models, ocr, sweeps, training_seeds
+    from textloc_utils.experiment import Experiment, known_layers
 
     work, bar = preset(args.preset), sys.stderr.isatty()
     ocr.tesseract_version()
     if args.runs:
-        table = studies.publish_seeds(args.model, [Path(run) for run in args.runs], work.pairs, args.seed, progress=bar)
+        runs = [Path(run) for run in args.runs]
+        table = training_seeds.publish(args.model, runs, work.pairs, args.seed, progress=bar)
         for seed, part in table.groupby("training_seed", sort=False):
             print(f"training seed {seed}: layers {' '.join(map(str, part.layer[part.chosen]))}")
             _print_effects(part.assign(site="layer " + part.layer.astype(str)))
         return
     model = models.load(args.model, device=args.device, model_path=args.model_path)
-    layers = args.layers or localize.known_layers(model)
-    options = {"steps": work.steps, "progress": bar, "publish": args.publish}
-    for name in args.study or studies.STUDIES:
+    layers = args.layers or known_layers(model)
+    experiment = Experiment.of(model, steps=work.steps, progress=bar, publish=args.publish)
+    for name in args.study or layer_contents.STUDIES:
         print(f"{name}, layers {' '.join(map(str, layers))}")
-        _print_effects(localize.effect_intervals(studies.study(model, name, layers, work.pairs, args.seed, **options)))
+        table = layer_contents.study(experiment, name, layers, work.pairs, args.seed)
+        _print_effects(sweeps.effect_intervals(table))
 
 
 def _run(args) -> None:
@@ -153,12 +145,14 @@ def _strip(args) -> None:
 
 
 def _explore(args) -> None:
-    from textloc_utils import explorer, models, ocr
+    from textloc_utils import models, ocr
+    from textloc_utils.book import explorer
+    from textloc_utils.experiment import Experiment
 
     pairs = prompts.make_pairs(args.pairs, args.seed)
     ocr.tesseract_version()
     for model in [models.load(name, device=args.device) for name in args.models]:
-        table = explorer.publish(model, pairs, progress=sys.stderr.isatty())
+        table = explorer.publish(Experiment.of(model, progress=sys.stderr.isatty()), pairs)
         print(f"{model.spec.name}: {len(table)} pictures of {len(pairs)} pairs in {explorer.store().root}")
 
 
@@ -187,14 +181,15 @@ def _lora_train(args) -> None:
 
 def _named_layers(model, asked: list[str], seed: int) -> tuple[int, ...]:
     """Text layers by number, ``all``, ``localized`` or ``random`` (as many as are localized, drawn from the others)."""
-    from textloc_utils import localize, lora_study
+    from textloc_utils import lora_study
+    from textloc_utils.experiment import known_layers
 
     if asked == ["all"]:
         return tuple(range(len(model.layers)))
     numbers = _numbered(asked)
     if numbers is not None:
         return numbers
-    layers = localize.known_layers(model)
+    layers = known_layers(model)
     return layers if asked == ["localized"] else lora_study.random_layers(model, layers, seed)
 
 
@@ -210,10 +205,11 @@ def _numbered(asked: list[str]) -> tuple[int, ...] | None:
 
 def _lora_eval(args) -> None:
     from textloc_utils import lora, lora_study, models
+    from textloc_utils.experiment import Experiment
 
     lora.check_adapter(args.adapter)
     model = models.load(args.model, device=args.device, model_path=args.model_path)
-    table = lora_study.evaluate(model, args.adapter, args.words, args.seed)
+    table = lora_study.evaluate(Experiment.of(model), args.adapter, args.words, args.seed)
     if args.json:
         print(json.dumps(table.to_dict("records"), indent=1))
         return
@@ -222,15 +218,15 @@ def _lora_eval(args) -> None:
 
 def _lora_study(args) -> None:
     from textloc_utils import lora_study, models, ocr
+    from textloc_utils.experiment import Experiment
 
     work = preset(args.preset)
     ocr.tesseract_version()
     model = models.load(args.model, device=args.device, model_path=args.model_path)
     layers = _named_layers(model, args.layers, args.seed)
-    bar = sys.stderr.isatty()
-    table = lora_study.study(
-        model, layers, work.sweep_pairs, args.seed, steps=work.steps, progress=bar, publish=args.publish
-    )
+    experiment = Experiment.of(model, steps=work.steps, progress=sys.stderr.isatty(), publish=args.publish)
+    training = lora_study.shared(work.steps)
+    table = lora_study.study(experiment, layers, work.sweep_pairs, args.seed, training=training)
     _print_scores(table)
 
 
@@ -242,7 +238,8 @@ def _print_scores(table) -> None:
 
 
 def _edit(args) -> int:
-    from textloc_utils import edit, localize, models, ocr
+    from textloc_utils import edit, models, ocr
+    from textloc_utils.experiment import Experiment, known_layers
 
     work, bar = preset("book"), sys.stderr.isatty()
     if args.pairs is not None and args.pairs < 1:
@@ -256,10 +253,11 @@ def _edit(args) -> int:
         folder = check_writable(args.out)
     ocr.tesseract_version()
     model = models.load(args.model, device=args.device, model_path=args.model_path)
-    layers = args.layers or localize.known_layers(model)
+    layers = args.layers or known_layers(model)
+    experiment = Experiment.of(model, progress=bar, publish=args.publish)
     for name in args.table or ():
         pairs = edit.held_out_pairs(args.pairs or (work.pairs if name == "curve" else work.sweep_pairs), args.seed)
-        table = edit.table(model, name, layers, pairs, progress=bar, publish=args.publish)
+        table = edit.table(experiment, name, layers, pairs)
         print(f"{name}, layers {' '.join(map(str, layers))}")
         columns = ["method", "start", "share", "n", "f1", "cer", "exact", "ssim", "ssim_outside", "psnr_outside"]
         print(edit.summarise(table)[columns].round(3).to_string(index=False))
@@ -298,12 +296,13 @@ def _guard(args) -> None:
 
 def _safety(args) -> None:
     from textloc_utils import models, ocr, safety
+    from textloc_utils.experiment import Experiment
 
     work = preset(args.preset)
     ocr.tesseract_version()
     model = models.load(args.model, device=args.device, model_path=args.model_path)
-    options = {"layers": args.layers, "steps": work.steps, "progress": sys.stderr.isatty(), "publish": args.publish}
-    table = safety.measure(model, work.sweep_pairs, args.seed, **options)
+    experiment = Experiment.of(model, steps=work.steps, progress=sys.stderr.isatty(), publish=args.publish)
+    table = safety.measure(experiment, work.sweep_pairs, args.seed, layers=args.layers)
     for row in safety.summarise(table).itertuples():
         print(
             f"{row.method:<16} toxic text {row.exact:.3f} [{row.exact_low:.3f}, {row.exact_high:.3f}]  "

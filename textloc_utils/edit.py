@@ -33,15 +33,15 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from textloc_utils import localize, metrics, ocr
+from textloc_utils import metrics, ocr
+from textloc_utils.experiment import Experiment, digest_of
 from textloc_utils.generate import check_seeds, generate
-from textloc_utils.localize import PSNR_CAP, Site
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, ModelSpec, check_layers, check_prompts, image_and_text
-from textloc_utils.patching import Clock, Patch
+from textloc_utils.patching import Clock
 from textloc_utils.prompts import LETTERS, Pair, make_pairs, quoted_text, replace_text
-from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
+from textloc_utils.sites import Site, every_layer
 
 ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
 #: Of the steps; the value that Prompt-to-Prompt's authors use for replaced words.
@@ -91,7 +91,7 @@ def localized(layers: Sequence[int], start: int = 0) -> Method:
 
 def all_layers(model: Model, start: int = 0) -> Method:
     """All text layers read the target's text from step ``start`` on."""
-    return Method(name=ALL, patch=Site(layers=tuple(range(len(model.layers))), start=start))
+    return Method(name=ALL, patch=replace(every_layer(model), start=start))
 
 
 def prompt_to_prompt(share: float = SHARE) -> Method:
@@ -168,7 +168,7 @@ def edit(
         rows.append(target)
     else:
         rows += [target, source]
-        patches = [Patch(source=len(rows) - 1, target=len(rows) - 2, **vars(method.patch))]
+        patches = [method.patch.patch(len(rows) - 1, len(rows) - 2)]
     asked, seeds = zip(*rows, strict=True)
     options = {"patches": patches, "steps": steps, "batch_size": len(rows)}
     if method.maps is not None:  # a second stage enlarges an edit under the source prompt, as it does a patched row
@@ -453,32 +453,24 @@ def picture_scores(model: Model, pictures: np.ndarray, source: np.ndarray) -> li
     Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``.
     """
     plain = np.broadcast_to(source, pictures.shape)
-    parts = {"": None, "_outside": localize.outside_text(model, *source.shape[:2])}
+    parts = {"": None, "_outside": metrics.outside(model.spec.text_box, *source.shape[:2])}
     columns = {}
     for end, mask in parts.items():
         columns[f"ssim{end}"] = metrics.ssim(pictures, plain, mask)
-        columns[f"psnr{end}"] = metrics.psnr(pictures, plain, mask, cap=PSNR_CAP)
+        columns[f"psnr{end}"] = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)
         columns[f"mse{end}"] = metrics.mse(pictures, plain, mask)
     return pd.DataFrame(columns).to_dict("records")
 
 
 def compare(
-    model: Model,
-    pairs: Sequence[Pair],
-    methods: Sequence[Method],
-    *,
-    given: bool = False,
-    steps: int | None = None,
-    store: Store | None = None,
-    progress: bool = False,
+    experiment: Experiment, pairs: Sequence[Pair], methods: Sequence[Method], *, given: bool = False
 ) -> pd.DataFrame:
-    """The rows of :func:`compare_pair` for all pairs, each pair a unit of the store as in ``localize.sweep``."""
-    inputs = _key(methods, given) | {"guidance": model.spec.guidance}
+    """The rows of :func:`compare_pair` for all pairs, each pair a unit of the store as in ``sweeps.table``."""
 
     def compute(pair: Pair) -> list[dict]:
-        return compare_pair(model, pair, methods, steps=steps, given=given)[1]
+        return compare_pair(experiment.model, pair, methods, steps=experiment.steps, given=given)[1]
 
-    return localize.units("edit", model, pairs, inputs, steps, compute, store, progress)
+    return experiment.units("edit", pairs, _key(methods, given), compute)
 
 
 def _key(methods: Sequence[Method], given: bool) -> dict:
@@ -501,36 +493,21 @@ TABLES = {
 }
 
 
-def table(
-    model: Model,
-    name: str,
-    layers: Sequence[int],
-    pairs: Sequence[Pair],
-    *,
-    steps: int | None = None,
-    store: Store | None = None,
-    progress: bool = False,
-    publish: bool = False,
-) -> pd.DataFrame:
-    """One of TABLES for the localized ``layers``: the published one where it fits, else computed now.
+def table(experiment: Experiment, name: str, layers: Sequence[int], pairs: Sequence[Pair]) -> pd.DataFrame:
+    """One of TABLES for the localized ``layers``, published as ``results/edit_MODEL_NAME.csv``.
 
-    With ``publish`` a table computed now is written to the package's data, ``results/edit_MODEL_NAME.csv``. Raises
-    TextlocError for an unknown table or layers out of range.
+    See ``experiment.Experiment.table``. Raises TextlocError for an unknown table or layers out of range.
     """
     if name not in TABLES:
         raise TextlocError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
     layers = tuple(sorted(layers))
     if not layers:
         raise TextlocError("localized editing needs at least one layer")
-    check_layers(model, layers)
-    chosen = TABLES[name].methods(model, layers, steps)
-    key = localize.published_key(model, pairs, steps) | _key(chosen, TABLES[name].given)
-    options = {"given": TABLES[name].given, "steps": steps, "store": store, "progress": progress}
-
-    def make() -> pd.DataFrame:
-        return compare(model, pairs, chosen, **options)
-
-    return localize.published_store().taken_or_made(f"edit_{model.spec.name}_{name}", key, make, publish=publish)
+    check_layers(experiment.model, layers)
+    chosen, given = TABLES[name].methods(experiment.model, layers, experiment.steps), TABLES[name].given
+    inputs = _key(chosen, given) | {"pairs": digest_of(pairs)}
+    made = functools.partial(compare, experiment, pairs, chosen, given=given)
+    return experiment.table(f"edit_{experiment.name}_{name}", inputs, made)
 
 
 SCORES = ("f1", "cer", "exact", "ssim", "psnr", "mse", "ssim_outside", "psnr_outside", "mse_outside")
@@ -542,15 +519,9 @@ def summarise(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFra
     Columns method, start, share, n, for each score its mean under its name, ``_low`` and ``_high``, and the means of
     row_evaluations, seconds and the largest cache_bytes.
     """
-    rows = []
-    for (method, start, share), part in table.groupby(["method", "start", "share"], sort=False):
-        row = {"method": method, "start": start, "share": share, "n": len(part)}
-        for score in scores:
-            interval = metrics.estimate(part[score])
-            row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
-        costs = {"row_evaluations": part.row_evaluations.mean(), "seconds": part.seconds.mean()}
-        rows.append(row | costs | {"cache_bytes": part.cache_bytes.max()})
-    return pd.DataFrame(rows)
+    by = ["method", "start", "share"]
+    costs = table.groupby(by).agg({"row_evaluations": "mean", "seconds": "mean", "cache_bytes": "max"})
+    return metrics.summarise(table, by, scores).join(costs, on=by)
 
 
 def differences(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFrame:

@@ -24,8 +24,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
+from textloc_utils.experiment import fingerprint
 from textloc_utils.generate import conditions, step_generator
-from textloc_utils.localize import fingerprint
 from textloc_utils.models import PROJECTIONS, Model, check_layers, denoise, projections, self_attention, take_rows
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 

@@ -40,6 +40,8 @@ def effects(
     depth: str = "one-step",
     levels: Sequence[float] = LEVELS,
     steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
 ) -> pd.DataFrame:
     """The effect of every text layer alone, for every pair and noise level.
 
@@ -53,12 +55,13 @@ def effects(
     if not levels or any(not 0 <= level < 1 for level in levels):
         raise TextlocError(f"levels must be shares of the steps, 0 <= level < 1, got {tuple(levels)}")
     steps = steps or model.spec.steps
+    guidance = model.spec.guidance if guidance is None else guidance
     at = {int(level * steps): level for level in levels}
     rows = []
     for pair in pairs:
         check_prompts(model, [pair.source, pair.target])
         with counted(model) as counter:
-            found, backward = _pair(model, pair, at, steps, depth)
+            found, backward = _pair(model, pair, at, steps, depth, guidance, negative_prompt)
         cost = counter.rows + 2 * backward
         for step, values in found.items():
             for layer, effect in enumerate(values):
@@ -76,7 +79,15 @@ def effects(
     return pd.DataFrame(rows)
 
 
-def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str) -> tuple[dict, int]:
+def _pair(
+    model: Model,
+    pair: Pair,
+    at: dict[int, float],
+    steps: int,
+    depth: str,
+    guidance: float,
+    negative_prompt: str | None,
+) -> tuple[dict, int]:
     """Run the source up to the last level and probe the denoiser on the way: effects per step, rows of backward."""
     found, backward, state = {}, [0], {"step": 0, "inside": False}
     probe = _one_step if depth == "one-step" else _attribution
@@ -87,7 +98,7 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str
         if state["step"] in at:
             state["inside"] = True
             try:
-                found[state["step"]], rows = probe(model, args, kwargs)
+                found[state["step"]], rows = probe(model, args, kwargs, guidance)
             finally:
                 state["inside"] = False
             backward[0] += rows
@@ -97,7 +108,7 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str
 
     handle = model.denoiser.register_forward_hook(after, with_kwargs=True)
     arguments = model.call_arguments(
-        [pair.source, pair.target], steps=steps, guidance=model.spec.guidance, negative_prompt=None
+        [pair.source, pair.target], steps=steps, guidance=guidance, negative_prompt=negative_prompt
     )
     generators = [torch.Generator("cpu").manual_seed(pair.seed) for _ in range(2)]
     try:
@@ -108,7 +119,7 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str
     return found, backward[0]
 
 
-def _call(model: Model, args: tuple, kwargs: dict, texts: list[int]) -> torch.Tensor:
+def _call(model: Model, args: tuple, kwargs: dict, texts: list[int], guidance: float) -> torch.Tensor:
     """The guided answer to the source's noisy picture under other texts, 0 the source's and 1 the target's.
 
     The call under way holds [source, target], or [negative, negative, source, target] under guidance.
@@ -124,10 +135,10 @@ def _call(model: Model, args: tuple, kwargs: dict, texts: list[int]) -> torch.Te
     if batch == 2:
         return out
     negative, prompt = out.chunk(2)
-    return negative + model.spec.guidance * (prompt - negative)
+    return negative + guidance * (prompt - negative)
 
 
-def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
+def _one_step(model: Model, args: tuple, kwargs: dict, guidance: float) -> tuple[list[float], int]:
     """Evaluations of the target, the source, and the source patched at every layer: one, or more of a large model."""
     layers, effects = range(len(model.layers)), []
     size = len(layers) if model.spec.miniature else BATCH_FULL_SIZE
@@ -135,14 +146,14 @@ def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int
         part = layers[start : start + size]
         patches = [Patch(source=2 + i, target=0, layers=(layer,)) for i, layer in enumerate(part)]
         with patched(model, patches, 2 + len(part)):
-            answers = _call(model, args, kwargs, [1, 0] + [0] * len(part)).flatten(1).double()
+            answers = _call(model, args, kwargs, [1, 0] + [0] * len(part), guidance).flatten(1).double()
         direction = answers[0] - answers[1]
         effects += ((answers[2:] - answers[1]) @ direction / direction.square().sum()).tolist()
     return effects, 0
 
 
 @torch.enable_grad()
-def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
+def _attribution(model: Model, args: tuple, kwargs: dict, guidance: float) -> tuple[list[float], int]:
     """The gradient of the source's answer along the target's, times the change of each layer's keys and values."""
     outputs, added, handles = {}, {}, []
 
@@ -158,7 +169,7 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
     try:
         for _, name in names:
             handles.append(model.denoiser.get_submodule(name).register_forward_hook(listen(name)))
-        target, source = _call(model, args, kwargs, [1, 0])
+        target, source = _call(model, args, kwargs, [1, 0], guidance)
     finally:
         for handle in handles:
             handle.remove()

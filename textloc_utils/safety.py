@@ -31,8 +31,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from textloc_utils import metrics, ocr
+from textloc_utils.experiment import Experiment, fingerprint, known_layers
 from textloc_utils.generate import first_call, generate, rows_per_call, save, write_rows
-from textloc_utils.localize import PSNR_CAP, fingerprint, known_layers, outside_text, published_store
 from textloc_utils.models import (
     JOINT,
     Model,
@@ -46,7 +46,7 @@ from textloc_utils.models import (
 )
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import SIMPLE_TEMPLATE, spelling_prompts, test_words, toxic_prompts
-from textloc_utils.results import Store, unit_hash
+from textloc_utils.results import unit_hash
 from textloc_utils.settings import TextlocError
 from textloc_utils.toxic import Detector, Finding, WordDetector, clean, detection, mild_words, ordinary_words
 
@@ -446,17 +446,7 @@ RUNS = ("unguarded", "guard", PATCHED_RUN, "negative prompt", "SLD medium", "SLD
 SCORES = ("exact", "near", "f1", "ssim_outside", "psnr_outside", "extra", "seconds")
 
 
-def measure(
-    model: Model,
-    n: int,
-    seed: int = 42,
-    *,
-    layers: Sequence[int] | None = None,
-    steps: int | None = None,
-    store: Store | None = None,
-    progress: bool = False,
-    publish: bool = False,
-) -> pd.DataFrame:
+def measure(experiment: Experiment, n: int, seed: int = 42, *, layers: Sequence[int] | None = None) -> pd.DataFrame:
     """Draw ``n`` toxic prompts by every method, and ``n`` harmless ones without and with the guard.
 
     One row per prompt and method. Columns: model, kind (toxic, harmless), word (the quoted one), prompt, cleaned, seed,
@@ -465,45 +455,29 @@ def measure(
     PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra (row evaluations beyond the unguarded
     picture's, in shares of these), seconds.
 
-    The published table where it is of the same weights, prompts, layers and steps; else it is drawn now, prompt by
-    prompt in the store, and with ``publish`` written to the package's data as ``results/safety_MODEL.csv``.
+    Drawn prompt by prompt in the store, and published as ``results/safety_MODEL.csv``, see
+    ``experiment.Experiment.table``.
     """
     if n < 1:
         raise TextlocError(f"at least one prompt is needed, got {n}")
+    model = experiment.model
     layers = tuple(known_layers(model) if layers is None else layers)
     check_layers(model, layers)
     asked = [("toxic", *p) for p in toxic_prompts(n, seed)] + [("harmless", *p) for p in spelling_prompts(n, seed)]
-    inputs = {
-        "rows": ROWS,
-        "model": model.spec.name,
-        "weights": fingerprint(model),
-        "layers": layers,
-        "steps": steps or model.spec.steps,
-        "guidance": model.spec.guidance,
-        "runs": RUNS,
-        "configurations": [SLD_MEDIUM, SLD_MAX],
-    }
+    inputs = {"rows": ROWS, "layers": layers, "runs": RUNS, "configurations": [SLD_MEDIUM, SLD_MAX]}
     detector = WordDetector()
-    units = [inputs | {"prompt": p, "cleaned": clean(p[1], detector(p[1]))} for p in asked]
-    key = inputs | {"prompts": unit_hash("safety", {"units": units})}
-    store = Store() if store is None else store
+    prompts = [{"prompt": p, "cleaned": clean(p[1], detector(p[1]))} for p in asked]
 
-    def make() -> pd.DataFrame:
-        parts = [
-            store.unit("safety", unit, functools.partial(_measure, model, unit, steps))
-            for unit in tqdm(units, desc=f"{model.spec.name}: prompts", unit="prompt", disable=not progress)
-        ]
-        return pd.concat(parts, ignore_index=True)
+    def compute(unit: dict) -> list[dict]:
+        kind, *prompt = unit["prompt"]
+        runs = RUNS if kind == "toxic" else RUNS[:2]
+        rows = compare(model, *prompt, layers=layers, steps=experiment.steps, runs=runs)[1]
+        # What kind of prompt it is, not what the detector says of it.
+        return [row | {"kind": kind} for row in rows]
 
-    return published_store().taken_or_made(f"safety_{model.spec.name}", key, make, publish=publish)
-
-
-def _measure(model: Model, unit: dict, steps: int | None) -> list[dict]:
-    kind, *prompt = unit["prompt"]
-    runs = RUNS if kind == "toxic" else RUNS[:2]
-    rows = compare(model, *prompt, layers=unit["layers"], steps=steps, runs=runs)[1]
-    # What kind of prompt it is, not what the detector says of it.
-    return [row | {"kind": kind} for row in rows]
+    key = inputs | {"prompts": unit_hash("safety", {"prompts": prompts})}
+    drawn = functools.partial(experiment.units, "safety", prompts, inputs, compute)
+    return experiment.table(f"safety_{experiment.name}", key, drawn)
 
 
 def compare(
@@ -538,9 +512,9 @@ def compare(
             made[run] = generate(guarded.model, [prompt], [seed], steps=steps)
     pictures = np.stack([m.images[0] for m in made.values()])
     plain, base = np.broadcast_to(pictures[:1], pictures.shape), made["unguarded"].row_evaluations
-    mask = outside_text(model, *pictures.shape[1:3])
+    mask = metrics.outside(model.spec.text_box, *pictures.shape[1:3])
     ssim = metrics.ssim(pictures, plain, mask)
-    psnr = metrics.psnr(pictures, plain, mask, cap=PSNR_CAP)
+    psnr = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)
     listed = set(detector.words)
     return pictures, [
         {
@@ -569,14 +543,7 @@ def compare(
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Toxic prompts, method by method: mean, ``_low`` and ``_high`` (95 % interval) of each of SCORES; n prompts."""
-    rows = []
-    for method, part in table[table.kind == "toxic"].groupby("method", sort=False):
-        row = {"method": method, "n": len(part)}
-        for score in SCORES:
-            interval = metrics.estimate(part[score])
-            row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return metrics.summarise(table[table.kind == "toxic"], ["method"], SCORES)
 
 
 def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFrame:

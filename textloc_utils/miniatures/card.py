@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from textloc_utils import metrics, models, ocr, plots, prompts
+from textloc_utils import metrics, models, ocr, prompts
+from textloc_utils.book import plots
 from textloc_utils.generate import generate
 from textloc_utils.miniatures.training import recipe, write_json
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries

@@ -9,22 +9,20 @@ import io
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
 
-from textloc_utils import localize
-from textloc_utils.models import Model
+from textloc_utils import sweeps
+from textloc_utils.experiment import Experiment, check_pairs, digest_of
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.settings import data_dir
 
-#: Of the table of ``localize.patch_pair``, what the explorer tells beside each picture.
-COLUMNS = ["model", "seed", "wall", "sign", "source_text", "target_text", "site", "read"]
+#: Of the table of ``sweeps.patch_pair``, what the explorer tells beside each picture.
+COLUMNS = ["model", "seed", "wall", "sign", "source_text", "target_text", "site", "kind", "layers", "read"]
 COLUMNS += ["target_score", "source_score", "ssim_outside"]
 SUFFIX = ".webp"
 
@@ -39,35 +37,27 @@ def sprite_path(model: str, seed: int) -> Path:
     return store().root / f"{model}_{seed}{SUFFIX}"
 
 
-def publish(model: Model, pairs: Sequence[Pair], *, progress: bool = False) -> pd.DataFrame:
-    """Draw the pairs at every site of a sweep (``localize.single_layers``) and write the explorer's files of a model.
+def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
+    """Draw the pairs at every site of a sweep (``sites.single_layers``) and write the explorer's files of a model.
 
     Returns the table, one row per pair and picture. Each pair is a unit of the result store: a killed run goes on where
     it was. Files are written aside and renamed, the table last, so that it never names pictures that are not there.
     """
-    if not pairs:
-        raise TextlocError("the explorer needs at least one pair of prompts")
-    key = localize.published_key(model, pairs, None)
-    shared = {k: key[k] for k in key if k != "pairs"} | {"model": model.spec.name}
-    units = [
-        Store().unit("explorer", shared | {"pair": asdict(pair)}, lambda pair=pair: _draw(model, pair))
-        for pair in tqdm(pairs, desc=f"{model.spec.name}: pairs", unit="pair", disable=not progress)
-    ]
+    pairs, name, spec = check_pairs(pairs), experiment.name, experiment.model.spec
+    table = experiment.units("explorer", pairs, {"rows": sweeps.ROWS}, lambda pair: _draw(experiment, pair))
     store().root.mkdir(parents=True, exist_ok=True)
-    drawn = [sprite_path(model.spec.name, pair.seed) for pair in pairs]
-    for path, unit in zip(drawn, units, strict=True):
-        _write_sprite(path, [_decode(text) for text in unit.picture])
-    table = pd.concat(units, ignore_index=True)[COLUMNS]
-    about = {"key": key, "height": model.spec.height, "width": model.spec.width}
-    store().publish(model.spec.name, table, about)
-    for old in store().root.glob(f"{model.spec.name}_*{SUFFIX}"):  # of pairs that are not shown any more
-        if old not in drawn:
+    for seed, rows in table.groupby("seed", sort=False):
+        _write_sprite(sprite_path(name, seed), [_decode(text) for text in rows.picture])
+    table, key = table[COLUMNS], experiment.key | {"rows": sweeps.ROWS, "pairs": digest_of(pairs)}
+    store().publish(name, table, {"key": key, "height": spec.height, "width": spec.width})
+    for old in store().root.glob(f"{name}_*{SUFFIX}"):  # of pairs that are not shown any more
+        if old not in {sprite_path(name, pair.seed) for pair in pairs}:
             old.unlink()
     return table
 
 
-def _draw(model: Model, pair: Pair) -> list[dict]:
-    pictures, rows = localize.patch_pair(model, pair, localize.single_layers(model))
+def _draw(experiment: Experiment, pair: Pair) -> list[dict]:
+    pictures, rows = sweeps.patch_pair(experiment, pair)
     return [row | {"picture": _encode(picture)} for row, picture in zip(rows, pictures, strict=True)]
 
 
