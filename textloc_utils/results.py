@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,10 +24,11 @@ import numpy as np
 import pandas as pd
 
 import textloc_utils
-from textloc_utils import settings
+from textloc_utils import files, settings
 from textloc_utils.settings import TextlocError
 
 LIBRARIES = ("torch", "diffusers", "transformers")
+ADVICE = "set TEXTLOC_RESULTS to a folder that can be written"
 
 
 class Store:
@@ -89,7 +89,7 @@ class Store:
             "rows": len(rows),
             "sha256": _digest(body),
         }
-        _write_whole(path, _json(header) + "\n" + body)
+        files.write_text(path, _json(header) + "\n" + body, advice=ADVICE)
         return _read_unit(path)[1]
 
     def has(self, kind: str, inputs: Mapping) -> bool:
@@ -137,8 +137,8 @@ class Store:
         }
         _require_writable(self.root)
         # The CSV first: between the two writes a reader sees a digest that does not fit, never a wrong table.
-        _write_whole(path, text)
-        _write_whole(path.with_suffix(".json"), json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        files.write_text(path, text, advice=ADVICE)
+        files.write_json(path.with_suffix(".json"), about, indent=2, advice=ADVICE)
         return path
 
     def load_published(self, name: str) -> pd.DataFrame:
@@ -256,22 +256,7 @@ def _require_writable(folder: Path) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> str:
     reason = error.strerror or type(error).__name__
-    return f"cannot write results to {folder} ({reason}); set TEXTLOC_RESULTS to a folder that can be written"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write next to the final place, then rename: readers see the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(scratch, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except OSError as error:
-        raise TextlocError(_unwritable(path.parent, error)) from None
-    finally:
-        scratch.unlink(missing_ok=True)
+    return f"cannot write results to {folder} ({reason}); {ADVICE}"
 
 
 # --- values ---------------------------------------------------------------------------------------------------
