@@ -106,7 +106,7 @@ def test_an_empty_table_keeps_its_columns_and_counts_as_done(store):
 
 def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch):
     store.unit("k", {"a": 1}, lambda: [{"x": 1}], model=None)
-    versions = results.provenance()["versions"]
+    versions = dict(results.provenance()["versions"])
     later = {"versions": versions, "reader": results.provenance()["reader"], "device": "another", "created": "later"}
     monkeypatch.setattr(results, "provenance", lambda *a: later)
     store.unit("k", {"a": 1}, never, model=None)
@@ -269,7 +269,7 @@ def test_what_is_no_file_at_a_units_place_is_told_before_anything_is_computed(st
 def flips(path, n, seed):
     """The file with one bit flipped, ``n`` times, and in the end as it was."""
     data, rng = path.read_bytes(), random.Random(seed)
-    for bit in rng.sample(range(len(data) * 8), n):
+    for bit in rng.choices(range(len(data) * 8), k=n):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)

@@ -221,16 +221,15 @@ def provenance(device: str | None = None) -> dict:
     ``device`` is the class of device that computed it ("cpu", "cuda"); without it, what torch would use. The commit is
     None outside a clone, the reader where none is installed.
     """
-    versions = {"textloc_utils": textloc_utils.__version__, "python": platform.python_version()}
-    for library in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
+    reader = None
+    with contextlib.suppress(TextlocError):
+        reader = _reader()
     return {
-        "versions": versions,
+        "versions": _versions(),
         "commit": _commit(),
         "command": _command(),
         "device": _device(device),
-        "reader": _reader(),
+        "reader": reader,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -401,12 +400,19 @@ def _device(kind: str | None = None) -> str:
     return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def _reader() -> str | None:
-    """Name and version of what reads pictures."""
-    try:
-        return f"tesseract {ocr.tesseract_version()}"
-    except TextlocError:
-        return None
+@functools.cache
+def _versions() -> dict[str, str]:
+    versions = {"textloc_utils": textloc_utils.__version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return versions
+
+
+@functools.cache
+def _reader() -> str:
+    """Name and version of what reads pictures; asking takes a process of its own, so that it is done once."""
+    return f"tesseract {ocr.tesseract_version()}"
 
 
 @functools.cache
