@@ -6,6 +6,7 @@ publishes a table under a key. Where a published table is of just this key, it i
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from textloc_utils.generate import Generation, generate
 from textloc_utils.models import Model
 from textloc_utils.prompts import Pair
-from textloc_utils.results import Store
+from textloc_utils.results import NotPublishedError, Store
 from textloc_utils.settings import PATIENCE, TextlocError, data_dir
 
 
@@ -75,6 +76,10 @@ class Experiment:
         """Draw with the experiment's settings; ``options`` are ``generate``'s, and go before them."""
         return generate(self.model, prompts, seeds, **self.settings | options)
 
+    def unit(self, kind: str, inputs: Mapping, compute: Callable[[], pd.DataFrame | list[dict]]) -> pd.DataFrame:
+        """The rows of one unit of work, stored under all of its ``inputs``, the experiment's key among them."""
+        return self.store.unit(kind, inputs, compute, model=self.model)
+
     def units(
         self, kind: str, items: Sequence, inputs: Mapping, compute: Callable[..., pd.DataFrame | list[dict]]
     ) -> pd.DataFrame:
@@ -86,7 +91,7 @@ class Experiment:
         shared = self.key | dict(inputs)
 
         def unit(item) -> pd.DataFrame:
-            return self.store.unit(kind, shared | {"item": item}, lambda: compute(item))
+            return self.unit(kind, shared | {"item": item}, lambda: compute(item))
 
         def bar(todo):
             return tqdm(todo, desc=f"{self.name}: {kind}", unit="unit", disable=not self.progress)
@@ -100,23 +105,24 @@ class Experiment:
             state.wait_for_everyone()
         return pd.concat([unit(item) for item in bar(items)], ignore_index=True)
 
-    def table(self, name: str, inputs: Mapping, make: Callable[[], pd.DataFrame], **about) -> pd.DataFrame:
+    def table(self, name: str, inputs: Mapping, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The published table ``name`` where it is of just this experiment and these inputs, else ``make()``'s.
 
-        With ``publish`` it is made anew and written, with what it is ``about`` in its provenance.
+        With ``publish`` it is made anew and written.
         """
         key = self.key | dict(inputs)
         table = None if self.publish else published_store().load_matching(name, key)
         if table is None:
+            began = time.monotonic()
             table = make()
             if self.publish:
-                self.write(name, table, key=key, **about)
+                self.write(name, table, key=key, seconds=round(time.monotonic() - began, 1))
         return table
 
-    def write(self, name: str, table: pd.DataFrame, **about) -> None:
-        """Publish a table; of processes started together the first one does."""
+    def write(self, name: str, table: pd.DataFrame, **provenance) -> None:
+        """Publish a table with its provenance; of processes started together the first one does."""
         if int(os.environ.get("RANK", 0)) == 0:
-            published_store().publish(name, table, about)
+            published_store().publish(name, table, provenance)
 
 
 def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
@@ -172,10 +178,10 @@ def published_table(model: Model, name: str) -> pd.DataFrame | None:
 
     None where there is no such table; TextlocError for a damaged one.
     """
-    store = published_store()
-    if not (store.root / f"{name}.csv").exists():
+    try:
+        table = published_store().load_published(name)
+    except NotPublishedError:
         return None
-    table = store.load_published(name)
     return table if table.attrs["provenance"]["key"].get("weights") == fingerprint(model) else None
 
 

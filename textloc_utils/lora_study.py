@@ -9,8 +9,8 @@ Learning rate, ranks and steps were chosen on random strings of training, never 
 import hashlib
 import os
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +130,7 @@ def evaluate(experiment: Experiment, folder: str | os.PathLike, n: int, seed: in
     inputs = _inputs(experiment, n, seed)
 
     def unit(adapter: str | None) -> pd.DataFrame:
-        return experiment.store.unit("lora", inputs | {"adapter": adapter}, lambda: [measure(experiment, n, seed)])
+        return experiment.unit("lora", inputs | {"adapter": adapter}, lambda: [measure(experiment, n, seed)])
 
     lora.load(experiment.model, folder)
     try:
@@ -173,18 +173,15 @@ def study(
     todo = [arm for at in seeds for arm in arms(model, layers, at, training)]
     inputs = _inputs(experiment, n, seed)
 
-    def unit(inputs_of: dict, compute: Callable[[], dict]) -> pd.DataFrame:
-        return experiment.store.unit("lora", inputs | inputs_of, lambda: [compute()])
-
     def make() -> pd.DataFrame:
         prompts.long_prompts(n, seed)
         ocr.tesseract_version()
         data = lora.prepare(model, *drawn_scenes(SCENES))
-        before = unit({"adapter": None}, lambda: measure(experiment, n, seed))
+        before = experiment.unit("lora", inputs | {"adapter": None}, lambda: [measure(experiment, n, seed)])
         rows = [before.assign(**_row(model))]
         for arm in tqdm(todo, desc=f"{experiment.name}: arms", unit="run", disable=not experiment.progress):
-            about = {"scenes": SCENES, "training": asdict(arm.training)}  # once for both comparisons
-            row = unit(about, lambda arm=arm: _run(experiment, data, arm, n, seed))
+            about = inputs | {"scenes": SCENES, "training": arm.training}  # once for both comparisons
+            row = experiment.unit("lora", about, lambda arm=arm: [_run(experiment, data, arm, n, seed)])
             rows.append(row.assign(arm=arm.name, equal=arm.equal))
         taken = seconds_per_step(model, data, [arm.training for arm in todo])
         rows[1:] = [row.assign(seconds_per_step=each) for row, each in zip(rows[1:], taken, strict=True)]

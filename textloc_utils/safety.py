@@ -557,7 +557,7 @@ def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFram
     count = len(mild_words())
     bad = [(prompt, word) for prompt, word, _ in toxic_prompts(count, seed)]
     good = [(prompt, word) for prompt, word, _ in spelling_prompts(len(test_words()), seed)]
-    table = detection(detector or WordDetector(ordinary=ordinary_words("train")), bad, good, seed)
+    table = detection(detector or WordDetector(ordinary=ordinary_words("train", "validation")), bad, good, seed)
     rows = []
     for kind, part in table.groupby("kind", sort=False):
         interval = metrics.rate(part.found)
