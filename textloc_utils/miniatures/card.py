@@ -153,8 +153,8 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         "spelling": f"{test['words']} test words read by {test['reader']}: {_rate(test['exact'])} exact with everything"
         f" named, character error rate {_rate(test['cer'])}; {_rate(test['exact_open'])} exact with nothing named",
         "factors": "as named: " + ", ".join(f"{k} {_rate(test[k])}" for k in world.FACTORS),
-        "link": f"nothing named: the first letter's material {_rate(test['own_material'])}; with a word of another group "
-        f"the material changes {_rate(test['leak'])}",
+        "link": f"nothing named: the first letter's material {_rate(test['own_material'])}; the material changes with a"
+        f" word of another group {_rate(test['leak'])}",
         "sampling": f"{known['steps']} steps, guidance {known['guidance']}",
     }
     if early := known["trained"].get("early"):
