@@ -101,8 +101,12 @@ def test_unknown_denoiser():
 def test_layers_out_of_range():
     model = tiny.model("ldm")
     models.check_layers(model, (0, 3))
-    for wrong in (4, -1, 1.5, True):
+    models.check_layers(model, np.int64(3))
+    for wrong in (4, -1):
         with pytest.raises(TextlocError, match="out of range; this model's text layers are 0 to 3"):
+            models.check_layers(model.layers, (0, wrong))
+    for wrong in (1.5, True, "1"):
+        with pytest.raises(TextlocError, match="layers must be an integer or integers"):
             models.check_layers(model.layers, (0, wrong))
 
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import json
+import operator
 import re
 import textwrap
 from collections.abc import Container, Iterator, Sequence
@@ -37,6 +38,7 @@ from textloc_utils.settings import TextlocError, data_dir, quiet_libraries
 CROSS, ADDED, JOINT = "cross-attention U-Net", "added-KV U-Net", "joint attention"
 #: ``TextLayer.context`` of layers whose Linear modules take text and image tokens together, the text first.
 TEXT_FIRST = "text rows first"
+TEXT_LAST = "text rows last"
 MINIATURES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
 #: LDMTextToImagePipeline and IFPipeline pad every prompt to this many tokens, whatever their tokenizer says.
 FIXED_TOKENS = 77
@@ -58,6 +60,18 @@ class TextLayer:
     value: str
     heads: int
     context: str | None = None
+    columns: dict[str, tuple[int, int]] | None = None
+
+    def text(self, output: torch.Tensor, letter: str, tokens: int) -> torch.Tensor:
+        """The text's keys ("k") or values ("v") as a view of what a Linear module of this layer returned.
+
+        ``tokens`` is how many text tokens the call has (``DenoiserCall.tokens``).
+        """
+        if self.context == TEXT_FIRST:
+            output = output[:, :tokens]
+        elif self.context == TEXT_LAST:
+            output = output[:, output.shape[1] - tokens :]
+        return output if self.columns is None else output[..., slice(*self.columns[letter])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,6 +474,12 @@ class DenoiserCall:
     rows: int
     timestep: torch.Tensor | float
     tokens: int
+    picture: torch.Tensor | None = None
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """The noise level as a number that falls during a run; its unit is the model's own."""
+        return torch.as_tensor(self.timestep).max()
 
 
 @functools.cache
@@ -472,7 +492,10 @@ def read_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> DenoiserCall:
     given = _signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments
     sample = given["sample"] if "sample" in given else given["hidden_states"]
     return DenoiserCall(
-        rows=sample.shape[0], timestep=given["timestep"], tokens=given["encoder_hidden_states"].shape[1]
+        rows=sample.shape[0],
+        timestep=given["timestep"],
+        tokens=given["encoder_hidden_states"].shape[1],
+        picture=sample,
     )
 
 
@@ -638,6 +661,16 @@ class Model:
         site = pooled_site(denoiser)
         return cls(spec=spec, pipe=pipe, denoiser=denoiser, layers=layers, pooled_site=site, stage2=stage2)
 
+    @classmethod
+    def of(cls, pipe: "DiffusionPipeline | Model") -> "Model":
+        """The model itself, or a pipeline wrapped: every public function takes either."""
+        return pipe if isinstance(pipe, cls) else cls.from_pipeline(pipe)
+
+    @property
+    def doubled(self) -> bool:
+        """Whether guidance doubles the denoiser's batch; other pipelines call it twice, or tell it the scale."""
+        return not isinstance(self.denoiser, FluxTransformer2DModel)
+
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes."""
@@ -783,10 +816,23 @@ def _spec_of(pipe: DiffusionPipeline, family: str) -> ModelSpec:
     )
 
 
+def as_indices(value, name: str) -> tuple[int, ...]:
+    """One integer or several, also numpy's, as a tuple. Raises TextlocError for anything else."""
+    try:
+        if isinstance(value, str | bytes | bool | np.bool_):
+            raise TypeError
+        several = [value] if hasattr(value, "__index__") and not getattr(value, "ndim", 0) else [*value]
+        if any(isinstance(v, bool | np.bool_) for v in several):
+            raise TypeError
+        return tuple(operator.index(v) for v in several)
+    except TypeError:
+        raise TextlocError(f"{name} must be an integer or integers, got {value!r}") from None
+
+
 def check_layers(model: Model | tuple[TextLayer, ...], indices) -> None:
     """Raise TextlocError unless every index names one of the model's text layers."""
     n = len(model.layers if isinstance(model, Model) else model)
-    wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n]
+    wrong = [i for i in as_indices(indices, "layers") if not 0 <= i < n]
     if wrong:
         raise TextlocError(f"layer {wrong[0]!r} is out of range; this model's text layers are 0 to {n - 1}")
 
