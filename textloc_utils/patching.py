@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from textloc_utils.models import Model, TextLayer, as_indices, check_layers, read_call
+from textloc_utils.models import DenoiserCall, Model, TextLayer, as_indices, check_hookable, check_layers, read_call
 from textloc_utils.settings import TextlocError
 
 TENSORS = ("k", "v", "kv")
@@ -237,7 +237,7 @@ def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterat
     check_patches(model, patches, rows)
     sites = _sites(model, patches)
     fired = Fired({name: {(c.start, c.stop) for c in copies} for name, (copies, _) in sites.items()})
-    batch = _Batch(model, rows, fired)
+    batch = _Batch(model, patches, rows, fired)
     handles = []
     try:
         if sites:
@@ -265,6 +265,7 @@ def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
     for p in patches:
         if not isinstance(p, Patch):
             raise TextlocError(f"patches must be of class Patch, got {type(p).__name__}")
+    check_hookable(model.denoiser)
     sources = {p.source for p in patches}
     for p in patches:
         for row in (p.source, p.target):
@@ -341,19 +342,39 @@ def _masked(model: Model, sites: dict) -> dict[str, list[_Copy]]:
 class _Batch:
     """How the rows of the denoiser's batch belong to the prompts."""
 
-    def __init__(self, model: Model, rows: int, fired: Fired):
-        self.rows, self.fired, self._doubled = rows, fired, model.doubled
+    def __init__(self, model: Model, patches: tuple[Patch, ...], rows: int, fired: Fired):
+        self.rows, self.fired, self.row, self._doubled = rows, fired, model.architecture, model.doubled
+        self.pairs = {(p.source, p.target) for p in patches if p.indices(model)}
         self._indices: dict = {}
         self._unlike = None  # whether the halves of a doubled batch ever were of different pictures; on the GPU
+        self._lengths = None
+        self.picture_tokens: int | None = None
 
     def check(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of the denoiser: guidance halves are two copies of the same noisy pictures."""
         call = read_call(denoiser, args, kwargs)
+        self.picture_tokens = call.picture_tokens
         self.check_size(call.rows)
+        self._check_lengths(call)
         if call.rows == 2 * self.rows:
             halves = [torch.stack([*part]) for part in (call.picture[: self.rows], call.picture[self.rows :])]
             unlike = ((halves[0] != halves[1]) & ~halves[0].isnan()).any()
             self._unlike = unlike if self._unlike is None else self._unlike | unlike
+
+    def _check_lengths(self, call: DenoiserCall) -> None:
+        """Refuse texts of different lengths where the places of the picture depend on them."""
+        if call.lengths is None or call.lengths is self._lengths:
+            return
+        lengths = call.lengths if isinstance(call.lengths, list) else call.lengths.tolist()
+        self._lengths = call.lengths
+        for half in range(0, call.rows, self.rows):
+            for source, target in self.pairs:
+                if lengths[half + source] != lengths[half + target]:
+                    of = f" (in steps of {self.row.multiple} tokens)" if self.row.multiple > 1 else ""
+                    raise TextlocError(
+                        f"the prompts of rows {source} and {target} have different lengths{of}, on which this model's "
+                        f"picture depends; take prompts of as many tokens"
+                    )
 
     def check_size(self, batch: int) -> None:
         """Raise TextlocError unless a module's output has the rows that the patches were made for."""
@@ -389,7 +410,6 @@ class _CopyRows:
 
     def __init__(self, name: str, copies: list[_Copy], layer: TextLayer | None, batch: _Batch):
         self.name, self.copies, self.layer, self.batch = name, copies, layer, batch
-        self._length = 0
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         fired = self.batch.fired
@@ -420,13 +440,14 @@ class _CopyRows:
 
     def _check_length(self, output: torch.Tensor) -> None:
         """Refuse an output without its text: some models keep the text's keys and compute the picture's alone."""
-        length = output.shape[1]
-        if self.layer is not None and (length < self.batch.fired.clock.tokens or length < self._length):
+        if self.layer is None or self.layer.context is None:
+            return
+        length, text, picture = output.shape[1], self.batch.fired.clock.tokens, self.batch.picture_tokens
+        if length <= text or (picture is not None and length != text + picture):
             raise TextlocError(
-                f"{self.name} gave {length} tokens, fewer than text and picture have: its text comes from a cache; "
-                f"call the pipeline without it"
+                f"{self.name} gave {length} tokens, and text and picture have {text} and {picture or 'more'}: are they "
+                f"cached, or are there other pictures among them? Call the pipeline without"
             )
-        self._length = length
 
 
 class _CopyMasks:
@@ -441,10 +462,14 @@ class _CopyMasks:
         masks = {
             name: value
             for name, value in kwargs.items()
-            if "mask" in name and isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] == size
+            if any(m in name for m in self.batch.row.masks) and value is not None
         }
         if not copies or not masks:
             return None
+        for name, value in masks.items():
+            if not isinstance(value, torch.Tensor):
+                raise TextlocError(f"the attention's {name} is a {type(value).__name__}, whose rows cannot be patched")
+        masks = {name: value for name, value in masks.items() if value.ndim > 1 and value.shape[0] == size}
         self.batch.check_size(size)
         changed = {}
         for name, mask in masks.items():
