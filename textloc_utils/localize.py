@@ -252,7 +252,7 @@ def units(
     inputs = inputs | {"model": model.spec.name, "weights": fingerprint(model), "steps": steps or model.spec.steps}
 
     def unit(pair: Pair) -> pd.DataFrame:
-        return store.unit(kind, inputs | {"pair": asdict(pair)}, lambda: compute(pair))
+        return store.unit(kind, inputs | {"pair": asdict(pair)}, lambda: compute(pair), model=model)
 
     def bar(todo):
         return tqdm(todo, desc=f"{model.spec.name}: pairs", unit="pair", disable=not progress)

@@ -490,7 +490,7 @@ def measure(
 
     def make() -> pd.DataFrame:
         parts = [
-            store.unit("safety", unit, functools.partial(_measure, model, unit, steps))
+            store.unit("safety", unit, functools.partial(_measure, model, unit, steps), model=model)
             for unit in tqdm(units, desc=f"{model.spec.name}: prompts", unit="prompt", disable=not progress)
         ]
         return pd.concat(parts, ignore_index=True)
@@ -590,7 +590,7 @@ def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFram
     count = len(mild_words())
     bad = [(prompt, word) for prompt, word, _ in toxic_prompts(count, seed)]
     good = [(prompt, word) for prompt, word, _ in spelling_prompts(len(test_words()), seed)]
-    table = detection(detector or WordDetector(ordinary=ordinary_words("train")), bad, good, seed)
+    table = detection(detector or WordDetector(ordinary=ordinary_words("train", "validation")), bad, good, seed)
     rows = []
     for kind, part in table.groupby("kind", sort=False):
         interval = metrics.rate(part.found)
