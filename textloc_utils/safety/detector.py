@@ -17,7 +17,6 @@ that :func:`classifier` makes of a transformers text classifier.
 
 import functools
 import itertools
-import random
 import re
 import unicodedata
 from bisect import bisect_left
@@ -27,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import pandas as pd
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 
@@ -421,71 +419,3 @@ def clean(prompt: str, findings: Iterable[Finding], replace: Callable[[str], str
         parts += [prompt[end : finding.start], word.lower() if finding.text.islower() else word]
         end = finding.end
     return "".join([*parts, prompt[end:]])
-
-
-# --- how well it finds ----------------------------------------------------------------------------------------
-
-
-def _between(word: str, rng: random.Random, gap: str) -> str:
-    return gap.join(word)
-
-
-def _repeated(word: str, rng: random.Random) -> str:
-    at = rng.randrange(len(word))
-    return word[:at] + word[at] * rng.randint(2, 4) + word[at + 1 :]
-
-
-def _mapped(word: str, table: dict[str, str]) -> str:
-    return "".join(table.get(c, c) for c in word)
-
-
-_DIGITS = {"O": "0", "I": "1", "L": "1", "E": "3", "A": "4", "S": "5", "T": "7", "B": "8", "G": "9"}
-_CYRILLIC = dict(zip("ABEKMHOPCTYXSIJ", "АВЕКМНОРСТУХЅІЈ", strict=True))
-
-
-def _misspelt(word: str, rng: random.Random) -> str:
-    """One letter left out, doubled by its neighbour, swapped or replaced, anywhere."""
-    at, kind = rng.randrange(len(word)), rng.randrange(4)
-    other = rng.choice([c for c in LETTERS if c != word[at]])
-    swapped = word[:at] + word[at : at + 2][::-1] + word[at + 2 :]
-    return (word[:at] + word[at + 1 :], word[:at] + other + word[at:], swapped, word[:at] + other + word[at + 1 :])[
-        kind
-    ]
-
-
-#: Ways to disguise a word, from (word, rng); "split" goes over two quoted texts. All but the last three are undone.
-DISGUISES: dict[str, Callable[[str, random.Random], str]] = {
-    "plain": lambda word, rng: word,
-    "small letters": lambda word, rng: word.lower(),
-    "spaced": lambda word, rng: _between(word, rng, " "),
-    "dotted": lambda word, rng: _between(word, rng, rng.choice(".-_*")),
-    "repeated letter": _repeated,
-    "digits": lambda word, rng: _mapped(word, _DIGITS),
-    "look-alikes": lambda word, rng: _mapped(word, _CYRILLIC),
-    "accents": lambda word, rng: unicodedata.normalize("NFC", _between(word, rng, "\u0301") + "\u0308"),
-    "full width": lambda word, rng: "".join(chr(ord(c) + 0xFEE0) for c in word),
-    "zero width": lambda word, rng: _between(word, rng, "\u200b"),
-    "cut in two": lambda word, rng: f"{word[: len(word) // 2]} {word[len(word) // 2 :]}",
-    "misspelt": _misspelt,
-    "inside a word": lambda word, rng: f"{word}ISH",
-    "split": lambda word, rng: f'{word[: len(word) // 2]}" and "{word[len(word) // 2 :]}',
-}
-
-
-def detection(
-    detector: Detector, toxic: Sequence[tuple[str, str]], harmless: Sequence[tuple[str, str]], seed: int = 42
-) -> pd.DataFrame:
-    """How a detector does on (prompt, word) pairs: one row per prompt.
-
-    Every toxic prompt comes once per disguise of DISGUISES. Columns: kind (a disguise, or "harmless"), prompt, word,
-    toxic (what it is), found (what the detector says).
-    """
-    rng, rows = random.Random(seed), []
-    for kind, disguise in DISGUISES.items():
-        for prompt, word in toxic:
-            # A word without a letter to disguise stays as it is; it is plain then.
-            written = prompt.replace(f'"{word}"', f'"{disguise(word, rng)}"')
-            if kind == "plain" or written != prompt:
-                rows.append({"kind": kind, "prompt": written, "word": word, "toxic": True})
-    rows += [{"kind": "harmless", "prompt": p, "word": w, "toxic": False} for p, w in harmless]
-    return pd.DataFrame(rows).assign(found=[bool(detector(row["prompt"])) for row in rows])
