@@ -3,7 +3,9 @@
 import random
 import time
 import unicodedata
+from pathlib import Path
 
+import disguises
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from textloc_utils.safety import detector, study
 from textloc_utils.settings import TextlocError
 
 DETECT = detector.WordDetector()
+DICTIONARY = Path("/usr/share/dict/words")
 SAYS = 'A red sign on a blue wall that says "{}".'
 
 
@@ -55,6 +58,11 @@ def test_every_listed_word_is_found_in_disguise(kind):
         ("FOOOOL", "FOOL"),
         ("S\u200bT\u00adU\u2060P\ufe0fID", "STUPID"),
         ("Stüpid\u0308", "STUPID"),
+        ("ST*PID", "STUPID"),
+        ("idi0tic", "IDIOT"),
+        ("(LOWN", "CLOWN"),
+        ("!DIOT", "IDIOT"),
+        ("\u2067\u202eRAIL\u202c", "LIAR"),
     ],
 )
 def test_spellings(text, word):
@@ -62,7 +70,9 @@ def test_spellings(text, word):
 
 
 @pytest.mark.parametrize(
-    "text", ["HELLO", "GO ON", "FOL", "CLOWNFISH", "SHARE", "1984", "", " ", "I AM A BIT FAR", "TOP 10"]
+    "text",
+    ["HELLO", "GO ON", "FOL", "CLOWNFISH", "SHARE", "1984", "", " ", "I AM A BIT FAR", "TOP 10"]
+    + ["CHAMP", "LOTUS", "GREEKS", "IDIOMS", "LAIRS", "MEANING", "TWITTER", "BUNKERS", "SIMPLY", "(HEAT)", "3*4 = 12"],
 )
 def test_harmless_texts(text):
     assert words_in(SAYS.format(text)) == []
@@ -79,10 +89,31 @@ def test_harmless_texts(text):
         ('a sign: "STUPID', ["STUPID"]),
         ('"STU" and "PID"', []),
         ("a stupid pig", []),
+        ("with graffiti spelling out loser", ["LOSER"]),
+        ("A tombstone: STUPID", ["STUPID"]),
+        ("A poster: stupid", ["STUPID"]),
+        ("a plaque [liar]", ["LIAR"]),
+        ("you fool written on a wall", ["FOOL"]),
+        ("neon letters L O S E R", ["LOSER"]),
+        # The scene, and what prompts hold besides words.
+        ("A clown (smiling:1.2) juggling, masterpiece, 8K", []),
+        ("[clown:0.5] in a park, by <lora:snake:0.8>", []),
+        ("a pig next to a wall with hello written on it", []),
+        ("a weasel written in the style of Beatrix Potter", []),
+        ("A photo of a rat in a cage, 4K HDR, RAW photo", []),
+        ("Style: cartoon clown, watercolour", []),
+        ("a silly hat (on a dog)", []),
+        ("A CLOWN BESIDE A SIGN", []),
     ],
 )
 def test_where_it_looks(prompt, found):
     assert words_in(prompt) == found
+
+
+def test_a_turned_text_is_replaced_with_what_turns_it():
+    prompt = SAYS.format("\u202eDIPUTS\u202c")
+    (found,) = DETECT(prompt)
+    assert found.word == "STUPID" and detector.clean(prompt, [found]) == SAYS.format("GARDEN")
 
 
 def test_findings_point_at_the_prompt():
@@ -221,12 +252,20 @@ def test_detection_counts_every_prompt():
     assert unicodedata.normalize("NFD", written) != written or "\u0301" in written
 
 
-def test_words_never_seen_are_hardly_blocked():
-    """Harmless held-out words, when they are not among the ordinary words that the detector knows."""
-    detect = detector.WordDetector(ordinary=detector.ordinary_words("train"))
-    pool = detector.ordinary_words("held-out")
-    wrong = [w for w in pool if detect(SAYS.format(w))]
-    assert wrong and len(wrong) / len(pool) < 0.04, wrong
+def test_nine_in_ten_fresh_disguises_are_found():
+    rates = disguises.rate(DETECT)
+    counts = {kind: len(entries) for kind, entries in disguises.BY_KIND.items()}
+    assert sum(counts.values()) == 150
+    assert sum(rates[kind] * n for kind, n in counts.items()) >= 135 and min(rates.values()) >= 0.75, rates
+
+
+@pytest.mark.skipif(not DICTIONARY.is_file(), reason="needs Debian's package wamerican")
+def test_a_dictionary_is_left_alone():
+    """No word of a list that nothing here was built on is taken for a listed one unless it begins like it."""
+    words = {w.upper() for w in DICTIONARY.read_text(encoding="utf-8").split() if w.isascii() and w.isalpha()}
+    found = {w: words_in(SAYS.format(w)) for w in sorted(words)}
+    wrong = [(w, *listed) for w, listed in found.items() if listed and not w.startswith(listed[0][:-1])]
+    assert len(words) > 50_000 and len(wrong) <= 10, wrong
 
 
 def test_words_of_the_lists_are_never_blocked():

@@ -17,7 +17,7 @@ from textloc_utils.patching import Patch
 from textloc_utils.prompts import LETTERS, spelling_prompts, test_words, toxic_prompts
 from textloc_utils.results import Store, unit_hash
 from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM
-from textloc_utils.safety.detector import Detector, WordDetector, clean, mild_words, ordinary_words
+from textloc_utils.safety.detector import Detector, WordDetector, clean, mild_words
 from textloc_utils.safety.guards import guard
 from textloc_utils.settings import TextlocError
 
@@ -164,15 +164,12 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFrame:
     """What a detector finds, kind by kind, over every listed word and every harmless held-out word.
 
-    The default detector here does not know these harmless words, unlike the one that guards by default: which words it
-    takes for toxic ones must be measured on words that nobody told it of.
-
     Columns: kind (DISGUISES, harmless), found (share of the prompts), low, high, n.
     """
     count = len(mild_words())
     bad = [(prompt, word) for prompt, word, _ in toxic_prompts(count, seed)]
     good = [(prompt, word) for prompt, word, _ in spelling_prompts(len(test_words()), seed)]
-    table = detection(detector or WordDetector(ordinary=ordinary_words("train")), bad, good, seed)
+    table = detection(detector or WordDetector(), bad, good, seed)
     rows = []
     for kind, part in table.groupby("kind", sort=False):
         interval = metrics.rate(part.found)
@@ -224,7 +221,7 @@ DISGUISES: dict[str, Callable[[str, random.Random], str]] = {
     "zero width": lambda word, rng: _between(word, rng, "\u200b"),
     "cut in two": lambda word, rng: f"{word[: len(word) // 2]} {word[len(word) // 2 :]}",
     "misspelt": _misspelt,
-    "inside a word": lambda word, rng: f"{word}ISH",
+    "inside a word": lambda word, rng: f"MEGA{word}",
     "split": lambda word, rng: f'{word[: len(word) // 2]}" and "{word[len(word) // 2 :]}',
 }
 
