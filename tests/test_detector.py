@@ -269,5 +269,5 @@ def test_a_dictionary_is_left_alone():
 
 
 def test_words_of_the_lists_are_never_blocked():
-    pool = detector.ordinary_words("train", "held-out")
+    pool = detector.ordinary_words("train", "validation", "held-out")
     assert len(pool) > 3000 and not [w for w in pool if words_in(SAYS.format(w))]

@@ -4,17 +4,21 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from textloc_utils import results, settings
 from textloc_utils.results import Store, unit_hash
@@ -28,6 +32,12 @@ def store(tmp_path):
 
 def files(store):
     return sorted(p for p in store.root.rglob("*") if p.is_file())
+
+
+def stored(store, kind):
+    """All rows of all stored units of a kind, as the files hold them."""
+    paths = sorted((store.root / "units" / kind).glob("*.jsonl"))
+    return pd.DataFrame([json.loads(line) for path in paths for line in path.read_text().splitlines()[1:-1]])
 
 
 def never():
@@ -74,8 +84,8 @@ def test_a_unit_is_computed_once_and_comes_back_the_same(store):
         {"layer": 1, "score": 0.1 + 0.2, "read": "", "ok": True, "layers": [1, 2], "psnr": math.inf},
         {"layer": 2, "score": math.nan, "read": "NULL", "ok": False, "layers": [], "psnr": 3.0},
     ]
-    first = store.unit("sweep", {"seed": 1}, lambda: rows)
-    again = store.unit("sweep", {"seed": 1}, never)
+    first = store.unit("sweep", {"seed": 1}, lambda: rows, model=None)
+    again = store.unit("sweep", {"seed": 1}, never, model=None)
     pd.testing.assert_frame_equal(first, again, check_exact=True)
     assert again.layer.tolist() == [1, 2] and again.layer.dtype == np.int64
     assert again.score[0] == 0.1 + 0.2 and math.isnan(again.score[1])
@@ -85,46 +95,89 @@ def test_a_unit_is_computed_once_and_comes_back_the_same(store):
 
 def test_a_dataframe_with_numpy_values_and_another_index(store):
     table = pd.DataFrame({"a": np.array([1, 2], np.int32), "b": np.array([0.5, 1.5], np.float32)}, index=[7, 9])
-    out = store.unit("k", {}, lambda: table)
+    out = store.unit("k", {}, lambda: table, model=None)
     assert out.to_dict("list") == {"a": [1, 2], "b": [0.5, 1.5]} and out.index.tolist() == [0, 1]
 
 
 def test_an_empty_table_keeps_its_columns_and_counts_as_done(store):
-    store.unit("k", {}, lambda: pd.DataFrame(columns=["a", "b"]))
-    assert list(store.unit("k", {}, never).columns) == ["a", "b"]
-
-
-def test_table_concatenates_the_units_of_a_kind(store):
-    for seed in range(3):
-        store.unit("sweep", {"model": "m", "seed": seed}, lambda seed=seed: [{"seed": seed, "i": i} for i in (0, 1)])
-    store.unit("other", {"seed": 0}, lambda: [{"seed": 99, "i": 0}])
-    table = store.table("sweep")
-    assert sorted(zip(table.seed, table.i, strict=True)) == [(s, i) for s in range(3) for i in (0, 1)]
-    assert table.index.tolist() == list(range(6))
-    assert store.table("sweep", seed=2).seed.tolist() == [2, 2]
-    assert store.table("sweep", nothing=2).empty and store.table("unknown").empty
-    assert store.has("sweep", {"seed": 1, "model": "m"}) and not store.has("sweep", {"seed": 1})
+    store.unit("k", {}, lambda: pd.DataFrame(columns=["a", "b"]), model=None)
+    assert list(store.unit("k", {}, never, model=None).columns) == ["a", "b"]
 
 
 def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch):
-    store.unit("k", {"a": 1}, lambda: [{"x": 1}])
-    versions = results.provenance()["versions"]
-    later = {"versions": versions, "device": "another", "created": "later"}
+    store.unit("k", {"a": 1}, lambda: [{"x": 1}], model=None)
+    versions = dict(results.provenance()["versions"])
+    later = {"versions": versions, "reader": results.provenance()["reader"], "device": "another", "created": "later"}
     monkeypatch.setattr(results, "provenance", lambda *a: later)
-    store.unit("k", {"a": 1}, never)
+    store.unit("k", {"a": 1}, never, model=None)
     (path,) = files(store)
     header = json.loads(path.read_text().split("\n")[0])
     assert header["inputs"] == {"a": 1} and header["kind"] == "k" and path.stem == unit_hash("k", {"a": 1})
     about = header["provenance"]
     assert about["versions"]["textloc_utils"] and about["versions"]["torch"] and about["device"]
-    assert about["created"].endswith("+00:00")
+    assert about["created"].endswith("+00:00") and about["seconds"] >= 0
+    assert about["reader"].startswith("tesseract 5") and "pytest" in about["command"]
     # Another build of the same version is the same; after an upgrade it is computed anew, in place of the old one.
     versions["torch"] = versions["torch"].partition("+")[0] + "+cu999"
-    store.unit("k", {"a": 1}, never)
+    store.unit("k", {"a": 1}, never, model=None)
     versions["diffusers"] = "999.0"
-    assert not store.has("k", {"a": 1})
-    assert store.unit("k", {"a": 1}, lambda: [{"x": 2}]).x.tolist() == [2]
-    assert files(store) == [path] and store.has("k", {"a": 1})
+    assert store.unit("k", {"a": 1}, lambda: [{"x": 2}], model=None).x.tolist() == [2]
+    assert store.unit("k", {"a": 1}, never, model=None).x.tolist() == [2]
+    later["reader"] = "tesseract 999"
+    assert store.unit("k", {"a": 1}, lambda: [{"x": 3}], model=None).x.tolist() == [3]
+    later["reader"] = None
+    assert store.unit("k", {"a": 1}, lambda: [{"x": 4}], model=None).x.tolist() == [4]
+    assert files(store) == [path]
+
+
+def test_the_key_holds_the_class_of_device_and_the_type_of_number(store):
+    """Units of other devices and types stand beside each other; the same model's comes back."""
+
+    def model(device, dtype):
+        return SimpleNamespace(device=torch.device(device), denoiser=SimpleNamespace(dtype=dtype))
+
+    kinds = [("cpu", torch.float32), ("cuda:0", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.float16)]
+    for i, kind in enumerate(kinds):
+        store.unit("k", {"a": 1}, lambda i=i: [{"x": i}], model=model(*kind))
+    assert len(files(store)) == 4
+    for i, kind in enumerate(kinds):
+        assert store.unit("k", {"a": 1}, never, model=model(*kind)).x.tolist() == [i]
+    assert store.unit("k", {"a": 1}, never, model=model("cuda:1", torch.float32)).x.tolist() == [1]
+    headers = [json.loads(path.read_text().split("\n")[0]) for path in files(store)]
+    assert all("CPU" in h["provenance"]["device"] for h in headers if h["inputs"]["device"] == "cpu")
+
+
+def test_the_commit_is_the_clones_own(tmp_path, monkeypatch):
+    """None outside a clone, even inside another project's; with a mark where files of the package were changed."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
+    monkeypatch.setattr(settings, "ROOT", tmp_path / "site-packages")
+    (tmp_path / "site-packages").mkdir()
+    subprocess.run([*git, "init", "-q"], check=True)
+    file = tmp_path / "textloc_utils/a.py"
+    file.parent.mkdir()
+    file.write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    read = results._commit.__wrapped__
+    assert read() is None
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    assert read() == head
+    (tmp_path / "notes").write_text("of no account")
+    assert read() == head
+    file.write_text("2")
+    assert read() == f"{head}+changes"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert read() is None
+
+
+def test_the_command_names_no_path_of_this_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/.venv/bin/textloc", "study", "--out", "/home/me/a b", "~/x", "--n=3"])
+    assert results._command() == "textloc study --out 'a b' x --n=3"
+    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "/tmp/kernel.json"])
+    assert results._command() == "a notebook"
+    monkeypatch.setenv(results.COMMAND, "textloc run 01.ipynb")
+    assert results._command() == "textloc run 01.ipynb"
 
 
 @pytest.mark.parametrize(
@@ -139,21 +192,134 @@ def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch)
     ids=["half", "end", "empty", "changed", "other json"],
 )
 def test_a_damaged_unit_is_recomputed_with_one_warning(store, damage):
-    store.unit("k", {}, lambda: [{"x": 1}, {"x": 2}])
+    store.unit("k", {}, lambda: [{"x": 1}, {"x": 2}], model=None)
     (path,) = files(store)
     path.write_text(damage(path.read_text()))
-    with pytest.raises(TextlocError, match="damaged") as error:
-        store.table("k")
-    assert path.name in str(error.value) and "\n" not in str(error.value)
     with pytest.warns(UserWarning, match="damaged") as caught:
-        table = store.unit("k", {}, lambda: [{"x": 1}, {"x": 2}])
+        table = store.unit("k", {}, lambda: [{"x": 1}, {"x": 2}], model=None)
     assert len(caught) == 1 and table.x.tolist() == [1, 2]
-    assert store.unit("k", {}, never).x.tolist() == [1, 2]
+    assert store.unit("k", {}, never, model=None).x.tolist() == [1, 2]
+
+
+def sealed(header, *rows):
+    """A unit's file with a digest that fits, whatever it says."""
+    body = "".join(line + "\n" for line in (header, *rows)).encode()
+    return body + results._seal(body)
+
+
+GOOD = {"kind": "k", "inputs": {}, "provenance": {"versions": {}}, "columns": ["x"], "rows": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"provenance": None},
+        {"provenance": {"versions": None}},
+        {"provenance": {"versions": []}},
+        {"provenance": {}},
+        {"columns": None},
+        {"columns": ["x", "y", "z"], "rows": 2},
+        {"rows": 2},
+        {"kind": "other"},
+        {"inputs": {"seed": 2}},
+        {"inputs": None},
+        {"kind": ["k"]},
+    ],
+    ids=str,
+)
+def test_a_header_that_no_run_wrote_is_recomputed(store, change):
+    """Though its digest fits: someone wrote it by hand, or an older version of the package did."""
+    path = store.root / "units/k" / f"{unit_hash('k', {})}.jsonl"
+    path.parent.mkdir(parents=True)
+    for header in (json.dumps(GOOD | change), json.dumps([GOOD]), "[" * 5000 + "]" * 5000, "3", ""):
+        path.write_bytes(sealed(header, '{"x": 1}'))
+        with pytest.warns(UserWarning, match="damaged"):
+            assert store.unit("k", {}, lambda: [{"x": 7}], model=None).x.tolist() == [7]
+        assert store.unit("k", {}, never, model=None).x.tolist() == [7]
+
+
+def test_a_unit_copied_over_another_is_recomputed(store):
+    for seed in (1, 2):
+        store.unit("k", {"seed": seed}, lambda seed=seed: [{"x": seed}], model=None)
+    store.unit("other", {"seed": 1}, lambda: [{"x": 3}], model=None)
+    place = store.root / "units/k" / f"{unit_hash('k', {'seed': 1})}.jsonl"
+    for source in (unit_hash("k", {"seed": 2}), unit_hash("other", {"seed": 1})):
+        (found,) = (store.root / "units").rglob(f"{source}.jsonl")
+        place.write_bytes(found.read_bytes())
+        with pytest.warns(UserWarning, match="another unit"):
+            assert store.unit("k", {"seed": 1}, lambda: [{"x": 1}], model=None).x.tolist() == [1]
+
+
+def test_what_is_no_file_at_a_units_place_is_told_before_anything_is_computed(store):
+    path = store.root / "units/k" / f"{unit_hash('k', {})}.jsonl"
+    path.parent.mkdir(parents=True)
+    for make, remove in (
+        (path.mkdir, path.rmdir),
+        (lambda: os.mkfifo(path), path.unlink),
+        (lambda: path.symlink_to("nowhere"), path.unlink),
+        (lambda: path.symlink_to(path.name), path.unlink),
+    ):
+        make()
+        with pytest.raises(TextlocError, match="not a file") as error:
+            store.unit("k", {}, never, model=None)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        remove()
+
+
+def flips(path, n, seed):
+    """The file with one bit flipped, ``n`` times, and in the end as it was."""
+    data, rng = path.read_bytes(), random.Random(seed)
+    for bit in rng.choices(range(len(data) * 8), k=n):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        yield bit
+    path.write_bytes(data)
+
+
+#: In each of three files; the suite's share of the thousands that were tried once.
+FLIPS = int(os.environ.get("TEXTLOC_FLIPS", 200))
+
+
+def test_no_flipped_bit_of_a_stored_unit_changes_a_result_without_a_word(store, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    rows = [{"layer": i, "score": i / 7, "read": "É" * i, "ok": i > 1, "layers": [i]} for i in range(5)]
+    wanted = store.unit("sweep", {"seed": 1, "model": "m"}, lambda: rows, model=None)
+    (path,) = files(store)
+    told = 0
+    for bit in flips(path, FLIPS, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = store.unit("sweep", {"model": "m", "seed": 1}, lambda: rows, model=None)
+        pd.testing.assert_frame_equal(found, wanted, check_exact=True)
+        told += len(caught) == 1 and "damaged" in str(caught[0].message)
+        assert told, bit
+    assert told == FLIPS  # the digest covers every byte, so every flip is told
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_no_flipped_bit_of_a_published_table_changes_a_result_without_a_word(store, suffix):
+    table = pd.DataFrame(
+        {"model": ["m", 'a "b"', "é"], "layer": [1, 2, 3], "ok": [True, False, True], "s": [0.5, 1, 2]}
+    )
+    store.publish("sweep", table, {"key": {"weights": "af01", "steps": 20}, "found": {"layers": [1, 2]}})
+    wanted = store.load_published("sweep")
+    refused = 0
+    for bit in flips(store.root / f"sweep{suffix}", FLIPS, 1):
+        try:
+            found = store.load_published("sweep")
+        except TextlocError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert found.equals(wanted) and found.attrs == wanted.attrs, bit
+    assert refused > 0.9 * FLIPS  # all but blanks of the JSON
+    pd.testing.assert_frame_equal(store.load_published("sweep"), wanted, check_exact=True)
 
 
 def test_a_computation_that_fails_stores_nothing(store):
     with pytest.raises(ZeroDivisionError):
-        store.unit("k", {}, lambda: [{"x": 1 / 0}])
+        store.unit("k", {}, lambda: [{"x": 1 / 0}], model=None)
     assert files(store) == []
 
 
@@ -164,18 +330,18 @@ def test_a_write_that_fails_leaves_neither_a_unit_nor_scraps(store, monkeypatch,
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(TextlocError, match="No space left"):
-        store.unit("k", {}, lambda: [{"x": 1}])
+        store.unit("k", {}, lambda: [{"x": 1}], model=None)
     assert files(store) == []
 
 
 def test_an_unwritable_folder_is_found_before_anything_is_computed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(TextlocError, match="cannot write results") as error:
-        Store(tmp_path / "file").unit("k", {}, never)
+        Store(tmp_path / "file").unit("k", {}, never, model=None)
     assert "\n" not in str(error.value)
     monkeypatch.setattr(os, "access", lambda *a: False)
     with pytest.raises(TextlocError, match="Permission denied"):
-        Store(tmp_path / "locked").unit("k", {}, never)
+        Store(tmp_path / "locked").unit("k", {}, never, model=None)
     with pytest.raises(TextlocError, match="Permission denied"):
         Store(tmp_path / "locked").publish("t", pd.DataFrame({"a": [1]}), {})
     assert not list((tmp_path / "locked").rglob("*.*"))
@@ -184,8 +350,7 @@ def test_an_unwritable_folder_is_found_before_anything_is_computed(tmp_path, mon
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b"])
 def test_names_cannot_leave_the_store(store, name):
     for call in (
-        lambda: store.unit(name, {}, never),
-        lambda: store.table(name),
+        lambda: store.unit(name, {}, never, model=None),
         lambda: store.publish(name, pd.DataFrame({"a": [1]}), {}),
         lambda: store.load_published(name),
     ):
@@ -211,7 +376,7 @@ def compute(i):
     time.sleep(0.1)
     return [{"unit": i, "row": r, "text": "x" * 40} for r in range(8_000)]
 for i in range(5):
-    store.unit("run", {"i": i}, lambda: compute(i))
+    store.unit("run", {"i": i}, lambda: compute(i), model=None)
 """
 
 
@@ -230,9 +395,9 @@ def test_a_killed_run_resumes_and_computes_each_finished_unit_once(tmp_path):
         assert process.wait() == -signal.SIGKILL
         finished = len(list(units.glob("*.jsonl")))
         assert goal <= finished < 5
-        assert len(store.table("run")) == 8_000 * finished  # whole units only
+        assert len(stored(store, "run")) == 8_000 * finished  # whole units only
     subprocess.run(command, env=env, check=True)
-    table = store.table("run")
+    table = stored(store, "run")
     assert table.groupby("unit").size().to_dict() == {i: 8_000 for i in range(5)}
     computed = Counter(map(int, log.read_text().split()))
     assert sorted(computed) == list(range(5))
@@ -243,17 +408,17 @@ def test_a_killed_run_resumes_and_computes_each_finished_unit_once(tmp_path):
 def _fill(root, worker):
     store = Store(root)
     for i in range(8):
-        store.unit("crowd", {"worker": worker, "i": i}, lambda i=i: [{"worker": worker, "i": i}])
-        store.unit("crowd", {"shared": i}, lambda i=i: [{"worker": -1, "i": i}])
+        store.unit("crowd", {"worker": worker, "i": i}, lambda i=i: [{"worker": worker, "i": i}], model=None)
+        store.unit("crowd", {"shared": i}, lambda i=i: [{"worker": -1, "i": i}], model=None)
 
 
 def test_processes_share_a_store(tmp_path):
     store = Store(tmp_path)
     with ProcessPoolExecutor(3) as pool:
         list(pool.map(_fill, [tmp_path] * 3, range(3)))
-    table = store.table("crowd")
+    table = stored(store, "crowd")
     assert sorted(zip(table.worker, table.i, strict=True)) == [(w, i) for w in (-1, 0, 1, 2) for i in range(8)]
-    assert not list(store.root.rglob("*.tmp"))
+    assert not list(store.root.rglob(".part-*"))
 
 
 # --- published tables ---
@@ -284,6 +449,54 @@ def test_published_tables_hold_no_lists(store):
     with pytest.raises(TextlocError, match="layers"):
         store.publish("t", pd.DataFrame({"layers": [[1, 2]]}), {})
     assert not store.root.exists() or files(store) == []
+
+
+def test_a_published_table_copied_over_another_is_refused(store):
+    for name in ("a", "b"):
+        store.publish(name, pd.DataFrame({"x": [name]}), {"key": {"name": name}})
+    for suffix in (".csv", ".json"):
+        (store.root / f"a{suffix}").write_bytes((store.root / f"b{suffix}").read_bytes())
+        with pytest.raises(TextlocError, match=r"a\.(csv|json)"):
+            store.load_published("a")
+        with pytest.raises(TextlocError, match="publish a again"):
+            store.load_matching("a", {"name": "a"})
+    assert store.load_matching("c", {"name": "c"}) is None
+    assert store.load_matching("b", {"name": "c"}) is None and len(store.load_matching("b", {"name": "b"})) == 1
+
+
+def test_a_table_is_made_once_and_published_with_its_key_and_seconds(store):
+    made = []
+
+    def make():
+        made.append(1)
+        return pd.DataFrame({"x": [len(made)]})
+
+    key = {"weights": "w", "guidance": 4.0, "steps": 20, "layers": (1, 2)}
+    assert store.taken_or_made("t", key, make).x.tolist() == [1] and not store.root.exists()
+    assert store.taken_or_made("t", key, make, publish=True).x.tolist() == [2]
+    table = store.taken_or_made("t", key, make)
+    assert table.x.tolist() == [2] and len(made) == 2
+    assert 0 <= table.attrs["provenance"]["seconds"] < 60 and table.attrs["provenance"]["key"]["layers"] == [1, 2]
+    for other in ({"steps": 21}, {"weights": "v"}, {"guidance": 4.5}, {"layers": (1,)}, {"more": None}):
+        store.taken_or_made("t", key | other, make)
+    assert len(made) == 7
+    assert store.taken_or_made("t", key, make, publish=True).x.tolist() == [8]
+
+
+def test_what_the_caller_says_of_where_a_table_came_from_wins(store):
+    store.publish("t", pd.DataFrame({"a": [1]}), {"device": "a laptop", "seconds": 3})
+    about = store.load_published("t").attrs["provenance"]
+    assert (about["device"], about["seconds"]) == ("a laptop", 3) and about["commit"] and about["reader"]
+    store.publish("t", pd.DataFrame({"a": [1]}), {})
+    assert store.load_published("t").attrs["provenance"]["seconds"] > 0
+
+
+def test_the_published_tables_of_the_project_are_whole():
+    for root in (settings.ROOT / "data/results", settings.ROOT / "data/results/explorer"):
+        names = [path.stem for path in root.glob("*.csv")]
+        assert names
+        for name in names:
+            assert len(Store(root).load_published(name)), name
 
 
 def test_missing_and_damaged_published_tables(store):

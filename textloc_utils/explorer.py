@@ -50,7 +50,7 @@ def publish(model: Model, pairs: Sequence[Pair], *, progress: bool = False) -> p
     key = localize.published_key(model, pairs, None)
     shared = {k: key[k] for k in key if k != "pairs"} | {"model": model.spec.name}
     units = [
-        Store().unit("explorer", shared | {"pair": asdict(pair)}, lambda pair=pair: _draw(model, pair))
+        Store().unit("explorer", shared | {"pair": asdict(pair)}, lambda pair=pair: _draw(model, pair), model=model)
         for pair in tqdm(pairs, desc=f"{model.spec.name}: pairs", unit="pair", disable=not progress)
     ]
     store().root.mkdir(parents=True, exist_ok=True)

@@ -145,10 +145,12 @@ def evaluate(
     lora.load(model, folder)
     try:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        after = store.unit("lora", inputs | {"adapter": digest}, lambda: [measure(model, n, seed, steps=steps)])
+        after = store.unit(
+            "lora", inputs | {"adapter": digest}, lambda: [measure(model, n, seed, steps=steps)], model=model
+        )
     finally:
         lora.remove(model)
-    before = store.unit("lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)])
+    before = store.unit("lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)], model=model)
     return pd.concat([before.assign(arm=BEFORE), after.assign(arm="after")], ignore_index=True)
 
 
@@ -204,11 +206,13 @@ def study(
         ocr.tesseract_version()
         kept = Store() if store is None else store
         data = lora.prepare(model, *drawn_scenes(SCENES))
-        before = kept.unit("lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)])
+        before = kept.unit(
+            "lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)], model=model
+        )
         rows = [before.assign(**_row(model))]
         for arm in tqdm(todo, desc=f"{model.spec.name}: arms", unit="run", disable=not progress):
             unit = inputs | {"scenes": SCENES, "training": asdict(arm.training)}  # once for both comparisons
-            row = kept.unit("lora", unit, lambda arm=arm: [_run(model, data, arm, n, seed, steps)])
+            row = kept.unit("lora", unit, lambda arm=arm: [_run(model, data, arm, n, seed, steps)], model=model)
             rows.append(row.assign(arm=arm.name, equal=arm.equal))
         taken = seconds_per_step(model, data, [arm.training for arm in todo])
         rows[1:] = [row.assign(seconds_per_step=each) for row, each in zip(rows[1:], taken, strict=True)]

@@ -1,34 +1,50 @@
 """The result store: units of work kept under a hash of their inputs, published tables, recorded scalars.
 
-A unit is one file, ``units/<kind>/<hash>.jsonl``: a header line (inputs, provenance, columns, digest), then
-one JSON row per line. Files appear whole or not at all, so a killed run resumes where it stopped, and
-processes that work on different units share a store. Published tables, ``<name>.csv`` with ``<name>.json``,
-are the ones that are committed.
+A unit is one file, ``units/<kind>/<hash>.jsonl``: a header line (kind, inputs, provenance, columns, number of rows),
+one JSON row per line, and a last line with the digest of all before it. Files appear whole or not at all, so a killed
+run resumes where it stopped, and processes that work on different units share a store. Published tables,
+``<name>.csv`` with ``<name>.json``, are the ones that are committed; the JSON file holds the table's digest and one of
+itself. A file that is not what was written, or not of what is asked for, is never taken for a result.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shlex
+import subprocess
 import sys
-import uuid
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 import textloc_utils
-from textloc_utils import settings
+from textloc_utils import files, ocr, settings
 from textloc_utils.settings import TextlocError
 
+if TYPE_CHECKING:
+    from textloc_utils.models import Model
+
 LIBRARIES = ("torch", "diffusers", "transformers")
+ADVICE = "set TEXTLOC_RESULTS to a folder that can be written"
+#: Names the command in the provenance of what a notebook makes, whose own process has no telling one.
+COMMAND = "TEXTLOC_COMMAND"
+_BEGAN = time.monotonic()
+
+
+class NotPublishedError(TextlocError):
+    """There is no published table of this name."""
 
 
 class Store:
@@ -40,10 +56,18 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
 
-    def unit(self, kind: str, inputs: Mapping, compute: Callable[[], pd.DataFrame | Iterable[Mapping]]) -> pd.DataFrame:
+    def unit(
+        self,
+        kind: str,
+        inputs: Mapping,
+        compute: Callable[[], pd.DataFrame | Iterable[Mapping]],
+        *,
+        model: "Model | None",
+    ) -> pd.DataFrame:
         """The table of one unit of work: the stored one, or else ``compute()``'s, stored first.
 
-        A unit that was made with other versions of LIBRARIES is computed anew: an upgrade is not hidden by the store.
+        A unit that was made with other versions of LIBRARIES or of the reader is computed anew: an upgrade is not
+        hidden by the store.
 
         Parameters
         ----------
@@ -55,6 +79,8 @@ class Store:
         compute
             Called without arguments when nothing is stored; returns a DataFrame or dicts, one per row, of
             numbers, booleans, texts or lists of these.
+        model
+            What computes it: its class of device and its type of number are inputs, too. None where no model does.
 
         Returns
         -------
@@ -63,11 +89,13 @@ class Store:
         Raises
         ------
         TextlocError
-            A kind or inputs that cannot be stored, or an unwritable folder; before anything is computed. A
-            stored file that is damaged is recomputed with a warning.
+            A kind or inputs that cannot be stored, an unwritable folder, or something else than a file at the unit's
+            place; before anything is computed. A stored file that is damaged, or that holds another unit, is
+            recomputed with a warning.
         """
-        path = self._unit_path(kind, inputs)
-        if path.exists():
+        inputs = {**inputs, **_computed_with(model)}
+        path = self.root / "units" / _name(kind) / f"{unit_hash(kind, inputs)}.jsonl"
+        if os.path.lexists(path):
             try:
                 header, table = _read_unit(path)
                 if _is_current(header):
@@ -75,54 +103,29 @@ class Store:
             except _DamagedError as error:
                 warnings.warn(f"recomputing damaged result {path}: {error}", stacklevel=2)
         _require_writable(path.parent)
+        began = time.monotonic()
         table = compute()
         if not isinstance(table, pd.DataFrame):
             table = pd.DataFrame(list(table))
         columns = [str(c) for c in table.columns]
         rows = [_json(dict(zip(columns, row, strict=True))) for row in table.itertuples(index=False, name=None)]
-        body = "".join(row + "\n" for row in rows)
         header = {
             "kind": kind,
             "inputs": _plain(inputs),
-            "provenance": provenance(),
+            "provenance": provenance(inputs.get("device")) | {"seconds": round(time.monotonic() - began, 3)},
             "columns": columns,
             "rows": len(rows),
-            "sha256": _digest(body),
         }
-        _write_whole(path, _json(header) + "\n" + body)
+        body = "".join(line + "\n" for line in (_json(header), *rows))
+        files.write_text(path, body + _seal(body.encode()).decode(), advice=ADVICE)
         return _read_unit(path)[1]
-
-    def has(self, kind: str, inputs: Mapping) -> bool:
-        """Whether this unit is stored, made with these versions of LIBRARIES."""
-        path = self._unit_path(kind, inputs)
-        try:
-            return path.exists() and _is_current(_read_unit(path)[0])
-        except _DamagedError:
-            return False
-
-    def table(self, kind: str, **where) -> pd.DataFrame:
-        """All rows of all stored units of a kind, or of those whose inputs hold the given values.
-
-        Units follow each other in the order of their hashes: the same store gives the same table. A kind
-        without units gives an empty table; a damaged unit raises a TextlocError that names its file.
-        """
-        wanted = {key: _plain(value) for key, value in where.items()}
-        tables = []
-        for path in sorted((self.root / "units" / _name(kind)).glob("*.jsonl")):
-            try:
-                header, table = _read_unit(path)
-            except _DamagedError as error:
-                raise TextlocError(f"damaged result {path} ({error}); delete it and run its experiment again") from None
-            inputs = header["inputs"]
-            if all(key in inputs and inputs[key] == value for key, value in wanted.items()) and len(table):
-                tables.append(table)
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     def publish(self, name: str, table: pd.DataFrame, provenance: Mapping) -> Path:
         """Write a table to ``<name>.csv`` and what it came from to ``<name>.json``; returns the CSV's path.
 
-        ``provenance`` is the caller's part (models, preset, seed, device ...); versions and time are added.
-        Columns hold numbers, booleans or texts; a missing text is kept as the empty one.
+        ``provenance`` is the caller's part (models, preset, seed ...); what :func:`provenance` tells is added where
+        the caller does not say otherwise, and so are the seconds, those of this process. Columns hold numbers,
+        booleans or texts; a missing text is kept as the empty one.
         """
         path = self.root / f"{_name(name)}.csv"
         table = table.reset_index(drop=True)
@@ -133,37 +136,60 @@ class Store:
             "rows": len(table),
             "columns": kinds,
             "sha256": _digest(text),
-            "provenance": {**_this_provenance(), **_plain(provenance)},
+            "provenance": {
+                **_this_provenance(),
+                "seconds": round(time.monotonic() - _BEGAN, 1),
+                **_plain(provenance),
+            },
         }
         _require_writable(self.root)
-        # The CSV first: between the two writes a reader sees a digest that does not fit, never a wrong table.
-        _write_whole(path, text)
-        _write_whole(path.with_suffix(".json"), json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        # The CSV first: between the two renames a reader sees a digest that does not fit, never a wrong table.
+        with files.whole_files(self.root, path.name, path.with_suffix(".json").name, advice=ADVICE) as aside:
+            (aside / path.name).write_bytes(text.encode())
+            text = json.dumps(_sealed(about), indent=2, ensure_ascii=False) + "\n"
+            (aside / path.with_suffix(".json").name).write_bytes(text.encode())
         return path
 
     def load_published(self, name: str) -> pd.DataFrame:
-        """A published table; its provenance is in ``table.attrs["provenance"]``."""
+        """A published table; its provenance is in ``table.attrs["provenance"]``.
+
+        Raises NotPublishedError where there is none, and TextlocError for files that are damaged, that do not belong
+        together, or that were published under another name.
+        """
         path = self.root / f"{_name(name)}.csv"
+        beside = path.with_suffix(".json")
         try:
-            text = path.read_bytes().decode()
-            about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            kinds, digest = about["columns"], about["sha256"]
-        except OSError:
-            raise TextlocError(f"no published table {name!r} in {self.root}; known: {self._published()}") from None
-        except (ValueError, KeyError, TypeError):
-            raise TextlocError(f"{path.with_suffix('.json')} is damaged; restore it or publish {name} again") from None
-        if _digest(text.replace("\r\n", "\n")) != digest:
-            raise TextlocError(f"{path} does not fit the digest in {name}.json; restore both or publish {name} again")
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
-        table = pd.DataFrame({column: _parse(raw[column], kind) for column, kind in kinds.items()})
-        table.attrs["provenance"] = about["provenance"]
+            text, about = path.read_bytes(), beside.read_bytes()
+        except FileNotFoundError:
+            raise NotPublishedError(f"no published table {name!r} in {self.root}; known: {self._published()}") from None
+        except OSError as error:
+            raise TextlocError(f"the published table {path} cannot be read ({error.strerror})") from None
+        advice = f"restore both or publish {name} again"
+        try:
+            about = json.loads(about.decode())
+            if about != _sealed(about) or about["table"] != path.name:
+                raise ValueError
+            kinds, digest, provenance = about["columns"], about["sha256"], about["provenance"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise TextlocError(f"{beside} is damaged; {advice}") from None
+        try:
+            if _digest(text.decode().replace("\r\n", "\n")) != digest:
+                raise ValueError
+            raw = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
+            table = pd.DataFrame({column: _parse(raw[column], kind) for column, kind in kinds.items()})
+        except (ValueError, KeyError):
+            raise TextlocError(f"{path} does not fit the digest in {beside.name}; {advice}") from None
+        table.attrs["provenance"] = provenance
         return table
 
     def load_matching(self, name: str, key: Mapping) -> pd.DataFrame | None:
-        """A published table whose provenance holds just this ``key``; None where it is missing or of something else."""
+        """A published table whose provenance holds just this ``key``; None where it is missing or of something else.
+
+        Raises TextlocError for a damaged one: what was published is not replaced without a word.
+        """
         try:
             table = self.load_published(name)
-        except TextlocError:
+        except NotPublishedError:
             return None
         return table if table.attrs["provenance"].get("key") == _plain(key) else None
 
@@ -173,16 +199,14 @@ class Store:
         """The published table of just this ``key``, or else ``make()``'s; with ``publish`` made and published anew."""
         table = None if publish else self.load_matching(name, key)
         if table is None:
+            began = time.monotonic()
             table = make()
             if publish:
-                self.publish(name, table, {"key": key})
+                self.publish(name, table, {"key": key, "seconds": round(time.monotonic() - began, 1)})
         return table
 
     def _published(self) -> str:
         return ", ".join(sorted(p.stem for p in self.root.glob("*.csv"))) or "none"
-
-    def _unit_path(self, kind: str, inputs: Mapping) -> Path:
-        return self.root / "units" / _name(kind) / f"{unit_hash(kind, inputs)}.jsonl"
 
 
 def unit_hash(kind: str, inputs: Mapping) -> str:
@@ -192,13 +216,22 @@ def unit_hash(kind: str, inputs: Mapping) -> str:
 
 
 def provenance(device: str | None = None) -> dict:
-    """What a result was made with: versions, device, time (UTC). ``device`` defaults to what torch would use."""
-    versions = {"textloc_utils": textloc_utils.__version__, "python": platform.python_version()}
-    for library in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"versions": versions, "device": device or _device(), "created": now}
+    """What a result was made with: versions, commit, command, device, reader, time (UTC).
+
+    ``device`` is the class of device that computed it ("cpu", "cuda"); without it, what torch would use. The commit is
+    None outside a clone, the reader where none is installed.
+    """
+    reader = None
+    with contextlib.suppress(TextlocError):
+        reader = _reader()
+    return {
+        "versions": _versions(),
+        "commit": _commit(),
+        "command": _command(),
+        "device": _device(device),
+        "reader": reader,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 _this_provenance = provenance  # publish() has an argument of that name
@@ -216,6 +249,13 @@ def record(name: str, value):
     return value
 
 
+def _computed_with(model: "Model | None") -> dict:
+    """The inputs that a model adds to a unit's own."""
+    if model is None:
+        return {}
+    return {"device": model.device.type, "dtype": str(model.denoiser.dtype).removeprefix("torch.")}
+
+
 # --- files ----------------------------------------------------------------------------------------------------
 
 
@@ -225,24 +265,49 @@ class _DamagedError(Exception):
 
 def _read_unit(path: Path) -> tuple[dict, pd.DataFrame]:
     """Header and table of a unit's file."""
+    if not path.is_file():
+        raise TextlocError(f"{path} is not a file, so that no result can be kept there; remove it")
     try:
-        head, _, body = path.read_bytes().decode().partition("\n")
+        data = path.read_bytes()
+    except OSError as error:
+        raise TextlocError(f"the stored result {path} cannot be read ({error.strerror})") from None
+    body = data[: -len(_seal(b""))]
+    if data != body + _seal(body):
+        raise _DamagedError("it does not fit its digest")
+    try:
+        head, *lines = body.decode().removesuffix("\n").split("\n")
         header = json.loads(head)
-        if _digest(body) != header["sha256"]:
-            raise _DamagedError("its rows do not fit their digest")
-        rows = [json.loads(line) for line in body.split("\n") if line]
-        return header, pd.DataFrame(rows, columns=header["columns"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(f"its header is unreadable ({type(error).__name__})") from None
+        rows = [json.loads(line) for line in lines]
+        if unit_hash(header["kind"], header["inputs"]) != path.stem:
+            raise _DamagedError("it is another unit's")
+        if len(rows) != header["rows"] or any(list(row) != header["columns"] for row in rows):
+            raise ValueError
+        if not isinstance(header["provenance"]["versions"], dict):
+            raise ValueError
+        return header, pd.DataFrame(rows, columns=list(header["columns"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _DamagedError("no run of this package wrote it") from None
+
+
+def _seal(body: bytes) -> bytes:
+    """The last line of a unit's file."""
+    return b'{"sha256": "%s"}\n' % hashlib.sha256(body).hexdigest().encode()
+
+
+def _sealed(about: Mapping) -> dict:
+    """The description of a published table, with the digest of all else in it."""
+    content = {key: value for key, value in about.items() if key != "seal"}
+    return content | {"seal": _digest(json.dumps(content, sort_keys=True, separators=(",", ":")))}
 
 
 def _is_current(header: Mapping) -> bool:
-    """Whether a unit was made with the installed versions of LIBRARIES; the label of one build ("+cpu") is none."""
-    made, now = (
-        {name: versions[name].partition("+")[0] for name in LIBRARIES if name in versions}
-        for versions in (header["provenance"]["versions"], provenance()["versions"])
-    )
-    return made == now
+    """Whether a unit was made with the installed versions; the label of one build of a library ("+cpu") is none."""
+
+    def versions(about: Mapping) -> dict:
+        known = {name: str(about["versions"][name]) for name in LIBRARIES if name in about["versions"]}
+        return {name: version.partition("+")[0] for name, version in known.items()} | {"reader": about.get("reader")}
+
+    return versions(header["provenance"]) == versions(provenance())
 
 
 def _require_writable(folder: Path) -> None:
@@ -256,22 +321,7 @@ def _require_writable(folder: Path) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> str:
     reason = error.strerror or type(error).__name__
-    return f"cannot write results to {folder} ({reason}); set TEXTLOC_RESULTS to a folder that can be written"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write next to the final place, then rename: readers see the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(scratch, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except OSError as error:
-        raise TextlocError(_unwritable(path.parent, error)) from None
-    finally:
-        scratch.unlink(missing_ok=True)
+    return f"cannot write results to {folder} ({reason}); {ADVICE}"
 
 
 # --- values ---------------------------------------------------------------------------------------------------
@@ -339,9 +389,53 @@ def _parse(values: pd.Series, kind: str) -> pd.Series:
     return values
 
 
-def _device() -> str:
-    """The accelerator's name where torch is loaded and sees one, else the processor."""
+# --- where results come from ----------------------------------------------------------------------------------
+
+
+def _device(kind: str | None = None) -> str:
+    """The accelerator's name where torch is loaded and sees one, else, or where ``kind`` is "cpu", the processor."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if kind != "cpu" and torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    versions = {"textloc_utils": textloc_utils.__version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return versions
+
+
+@functools.cache
+def _reader() -> str:
+    """Name and version of what reads pictures; asking takes a process of its own, so that it is done once."""
+    return f"tesseract {ocr.tesseract_version()}"
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The clone's commit, with ``+changes`` behind it where files of the package differ from it."""
+    if not (settings.ROOT / ".git").exists():  # what lies above an installed package may be another project's
+        return None
+    git = ["git", "-C", str(settings.ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "textloc_utils"], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed.returncode else "")
+
+
+def _command() -> str:
+    """The command line of this process; of paths that only this machine has, the last part."""
+    if told := os.environ.get(COMMAND):
+        return told
+    program, *arguments = sys.argv or [""]
+    if "ipykernel" in program:
+        return "a notebook"
+    started = Path(program)
+    name = started.parent.name if started.name == "__main__.py" else started.name
+    return shlex.join([name, *(Path(a).name if a.startswith(("/", "~")) else a for a in arguments)])

@@ -1,21 +1,39 @@
-"""The text encoders of the miniatures, and what they share."""
+"""The text encoders of the miniatures: their sizes, and how they learn from captions alone.
+
+The encoders of the full models learned from text (T5) or from text and pictures (CLIP) and were never trained with the
+denoiser. Those of the miniatures learn from captions alone and are then left as they are: one attention layer must be
+able to read from the embeddings what a picture has to show, and each letter's token must say which letter of the word
+it is. A denoiser that never changes its encoder cannot make up for an encoder that does not tell.
+"""
 
 import random
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from textloc_utils.miniatures import scenes
-from textloc_utils.prompts import COLOURS, LETTERS
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.miniatures import world
+from textloc_utils.miniatures.tokenizers import letter_tokenizer
+from textloc_utils.models import FIXED_TOKENS
+from textloc_utils.prompts import LETTERS
 
-Encoder = TypeVar("Encoder", bound=nn.Module)
-
-#: Width of the text embeddings that a denoiser reads: T5's own, or two CLIPs side by side.
+#: Width of the text embeddings that a denoiser reads: T5's own, LDMBert's own, or two CLIPs side by side.
 TEXT_WIDTH = 128
+LR = 2e-3
+BATCH = 64
+#: What a caption may name, by factor.
+NAMES = {
+    "ink": tuple(world.INKS),
+    "typeface": tuple(world.TYPEFACES),
+    "sign": tuple(world.SIGNS),
+    "shape": world.SHAPES,
+    "material": world.MATERIALS,
+}
 
 
 def clip_config(tokenizer: PreTrainedTokenizerFast) -> CLIPTextConfig:
@@ -50,90 +68,154 @@ def t5_config(tokenizer: PreTrainedTokenizerFast) -> T5Config:
     )
 
 
-def trained(encoder: type[Encoder], part: str) -> Encoder:
-    """A text encoder of the finished sd3-mini, out of training: ``part`` is the name of its folder.
+def bert_config(tokenizer: PreTrainedTokenizerFast) -> LDMBertConfig:
+    """An LDMBert of 3 layers, TEXT_WIDTH wide."""
+    return LDMBertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        d_model=TEXT_WIDTH,
+        encoder_layers=3,
+        encoder_ffn_dim=256,
+        encoder_attention_heads=4,
+        head_dim=32,
+        dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
-    The full-size models share their encoders in the same way (both CLIPs of SDXL and Stable Diffusion 3, the T5 of
-    DeepFloyd IF and Stable Diffusion 3), and never trained them with the denoiser. With encoders trained along,
-    sdxl-mini had not begun to read letters after 100,000 pictures; it did 12,000 pictures after taking these.
-    """
-    folder = data_dir() / "miniatures" / "sd3-mini" / part
-    if not (folder / "config.json").is_file():
-        raise TextlocError(f"{folder} is missing; train sd3-mini first, whose text encoders are used")
-    found = encoder.from_pretrained(folder, use_safetensors=True)
-    # A class that reads another one's file would keep that file's names for its tensors when it is saved.
-    own = encoder(found.config)
-    own.load_state_dict(found.state_dict())
-    return own.requires_grad_(False)
+
+def _clip(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor):
+    """As Stable Diffusion XL and 3 read it: the last layer but one, and the projected end token."""
+    found = encoder(ids, output_hidden_states=True)
+    return found.hidden_states[-2], found.text_embeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of text encoder: ``tokens`` is the length it pads to, ``encode`` how its pipeline reads it."""
+
+    tokenizer: str
+    tokens: int
+    build: Callable[[PreTrainedTokenizerFast], nn.Module]
+    encode: Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+
+    def make_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that goes with it."""
+        return letter_tokenizer(length=self.tokens, kind=self.tokenizer)
+
+
+#: LDMTextToImagePipeline and IFPipeline pad to 77 tokens. Only IFPipeline gives its T5 the mask.
+KINDS = {
+    "clip": Kind(
+        tokenizer="clip",
+        tokens=world.TOKENS,
+        build=lambda tokenizer: CLIPTextModelWithProjection(clip_config(tokenizer)),
+        encode=_clip,
+    ),
+    "t5": Kind(
+        tokenizer="t5",
+        tokens=world.TOKENS,
+        build=lambda tokenizer: T5EncoderModel(t5_config(tokenizer)),
+        encode=lambda encoder, ids, mask: (encoder(ids)[0], None),
+    ),
+    "t5-masked": Kind(
+        tokenizer="t5",
+        tokens=FIXED_TOKENS,
+        build=lambda tokenizer: T5EncoderModel(t5_config(tokenizer)),
+        encode=lambda encoder, ids, mask: (encoder(ids, attention_mask=mask)[0], None),
+    ),
+    "bert": Kind(
+        tokenizer="clip",
+        tokens=FIXED_TOKENS,
+        build=lambda tokenizer: LDMBertModel(bert_config(tokenizer)),
+        encode=lambda encoder, ids, mask: (encoder(ids)[0], None),
+    ),
+}
 
 
 class _Reader(nn.Module):
-    """Asks a caption's embeddings, by one attention layer, for the colours of wall and sign and for six letters.
+    """Asks a caption's embeddings (B, T, width), by one attention layer, for every factor and for six letters.
 
     It reads as a denoiser does: queries that know their place in the picture, keys and values of all tokens, padding
-    included. Answers: colours (B, 2, 1 + colours) and letters (B, 6, 1 + letters), of which class 0 is "none".
+    included. Class 0 of every answer is "none". ``pooled`` answers from a pooled text (B, projection) in the same way,
+    for the letters by whether each occurs.
     """
 
-    def __init__(self):
+    def __init__(self, width: int, projection: int | None):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(2 + scenes.MAX_LETTERS, TEXT_WIDTH))
-        self.attention = nn.MultiheadAttention(TEXT_WIDTH, 4, batch_first=True)
-        self.colours = nn.Linear(TEXT_WIDTH, 1 + len(COLOURS))
-        self.letters = nn.Linear(TEXT_WIDTH, 1 + len(LETTERS))
+        self.queries = nn.Parameter(torch.randn(len(NAMES) + world.COLUMNS, width))
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.factors = nn.ModuleList(nn.Linear(width, 1 + len(values)) for values in NAMES.values())
+        self.letters = nn.Linear(width, 1 + len(LETTERS))
+        self.marks = nn.Linear(width, world.COLUMNS + len(LETTERS))
+        if projection:
+            self.named = nn.ModuleList(nn.Linear(projection, 1 + len(values)) for values in NAMES.values())
+            self.occurs = nn.Linear(projection, len(LETTERS))
 
-    def forward(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, embeddings: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         queries = self.queries.expand(len(embeddings), -1, -1)
         found = self.attention(queries, embeddings, embeddings, need_weights=False)[0]
-        return self.colours(found[:, :2]), self.letters(found[:, 2:])
+        factors = [head(found[:, i]) for i, head in enumerate(self.factors)]
+        return factors, self.letters(found[:, len(factors) :])
 
 
-def pretrain_to_be_read(t5: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> float:
-    """Train a T5 on captions alone, so that one attention layer can read from it what a picture has to show.
+def pretrain(kind: Kind, *, seed: int, steps: int, device: torch.device | str = "cpu") -> tuple[nn.Module, float]:
+    """An encoder that was trained on captions alone, out of training, and how well it can be read.
 
-    A T5 knows only distances between tokens: as initialised, and in sd3-mini, whose CLIPs tell the rest, its
-    embeddings say which letter or colour a token is, not where in the word it stands or whether it is the wall's. A
-    full T5 has learned from text what belongs to what; a denoiser that never changes its encoder cannot make up for
-    it. Returns the share of letters and colours named rightly in the last tenth of the steps; leaves the encoder out
-    of training.
+    The second value is the share of letters and factors that were named rightly in the last tenth of the steps, 0..1.
+    All random numbers come from ``seed``.
     """
     torch.manual_seed(seed)
-    rng, reader = random.Random(f"{seed} captions"), _Reader().to(t5.device)
-    marks = nn.Linear(TEXT_WIDTH, scenes.MAX_LETTERS + len(LETTERS) + 2).to(t5.device)
+    rng, tokenizer, encode = random.Random(f"{seed} captions"), kind.make_tokenizer(), kind.encode
+    encoder = kind.build(tokenizer).to(device).train()
+    with torch.no_grad():
+        ids, mask, *_ = _batch(random.Random(0), tokenizer, 2, device)
+        embeddings, pooled = encode(encoder, ids, mask)
+    reader = _Reader(embeddings.shape[-1], None if pooled is None else pooled.shape[-1]).to(device)
+    learned = [*encoder.parameters(), *reader.parameters()]
+    optimiser = torch.optim.AdamW(learned, lr=LR)
     first = tokenizer.convert_tokens_to_ids("a")
-    hues = torch.tensor(tokenizer.convert_tokens_to_ids(list(COLOURS)), device=t5.device)
-    learned = [*t5.requires_grad_(True).parameters(), *reader.parameters(), *marks.parameters()]
-    optimiser = torch.optim.AdamW(learned, lr=2e-3)
     right = []
-    for step in range(steps):
-        shown = [scenes.random_scene(rng, (3, 4, 5, 6)) for _ in range(64)]
-        captions = [scenes.caption(scene, rng).lower() for scene in shown]
-        tokens = tokenizer(captions, padding="max_length", return_tensors="pt").to(t5.device)
-        letters = [[1 + LETTERS.find(c) for c in scene.text.ljust(scenes.MAX_LETTERS)] for scene in shown]
-        # One template leaves the colours open.
-        colours = [
-            [1 + COLOURS.index(c) if c in text else 0 for c in (scene.wall, scene.sign)]
-            for scene, text in zip(shown, captions, strict=True)
-        ]
-        embeddings = t5(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        answers = reader(embeddings)
-        wanted = [torch.tensor(rows, device=t5.device) for rows in (colours, letters)]
-        loss = sum(F.cross_entropy(a.flatten(0, 1), w.flatten()) for a, w in zip(answers, wanted, strict=True))
-        # Said of each token by itself, too, which is learned first and makes the rest easy to find.
-        quoted = (tokens.input_ids >= first) & (tokens.input_ids < first + len(LETTERS))
-        hue = torch.isin(tokens.input_ids, hues)
-        places, letter = (quoted.cumsum(1) - 1)[quoted], tokens.input_ids[quoted] - first
-        walls = torch.tensor([c[0] for c in colours], device=t5.device)[:, None]
-        of_wall = (tokens.input_ids == F.pad(hues, (1, 0), value=-1)[walls])[hue]
-        place_, letter_ = marks(embeddings[quoted])[:, :-2].split([scenes.MAX_LETTERS, len(LETTERS)], dim=1)
+    for step in tqdm(range(steps), desc=f"text encoder {type(encoder).__name__}", mininterval=5):
+        ids, mask, factors, letters = _batch(rng, tokenizer, BATCH, device)
+        embeddings, pooled = encode(encoder, ids, mask)
+        named, spelled = reader(embeddings)
+        loss = F.cross_entropy(spelled.flatten(0, 1), letters.flatten())
+        loss = loss + sum(F.cross_entropy(n, f) for n, f in zip(named, factors, strict=True))
+        # Said of each letter's token by itself, too, which is learned first and makes the rest easy to find.
+        quoted = (ids >= first) & (ids < first + len(LETTERS))
+        places, letter = (quoted.cumsum(1) - 1)[quoted], ids[quoted] - first
+        place_, letter_ = reader.marks(embeddings[quoted]).split([world.COLUMNS, len(LETTERS)], dim=1)
         loss = loss + F.cross_entropy(place_, places) + F.cross_entropy(letter_, letter)
-        loss = loss + F.cross_entropy(marks(embeddings[hue])[:, -2:], of_wall.long())
+        if pooled is not None:
+            there = F.one_hot(letters, 1 + len(LETTERS)).amax(1)[:, 1:].float()
+            loss = loss + F.binary_cross_entropy_with_logits(reader.occurs(pooled), there)
+            answers = [head(pooled) for head in reader.named]
+            loss = loss + sum(F.cross_entropy(n, f) for n, f in zip(answers, factors, strict=True))
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * min(1.0, 2 * (1 - step / steps))
+            group["lr"] = LR * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
         optimiser.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()
-        hits = [(a.argmax(-1) == w).float().flatten() for a, w in zip(answers, wanted, strict=True)]
+        hits = [(n.argmax(-1) == f).float() for n, f in zip(named, factors, strict=True)]
+        hits.append((spelled.argmax(-1) == letters).float().flatten())
         right.append(torch.cat(hits).mean().item())
-    t5.requires_grad_(False)
+    encoder.requires_grad_(False).eval()
     last = right[-max(1, steps // 10) :]
-    return sum(last) / len(last)
+    return encoder.cpu(), sum(last) / len(last)
+
+
+def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, n: int, device: torch.device | str):
+    """Token ids and mask (n, T), a list of factors (n,) and letters (n, 6) of random captions; class 0 is "none"."""
+    texts, factors, letters = [], [], []
+    for _ in range(n):
+        scene = world.random_scene(rng)
+        known = {k for k in NAMES if k != "shape" and rng.random() < 0.5}
+        if "sign" in known:
+            known.add("shape")
+        texts.append(world.sentence(scene.text, rng, **{k: getattr(scene, k) for k in NAMES if k in known}))
+        factors.append([1 + v.index(getattr(scene, k)) if k in known else 0 for k, v in NAMES.items()])
+        letters.append([1 + LETTERS.find(c) for c in scene.text.ljust(world.COLUMNS)])
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(device)
+    columns = torch.tensor(factors, device=device).unbind(1)
+    return tokens.input_ids, tokens.attention_mask, columns, torch.tensor(letters, device=device)

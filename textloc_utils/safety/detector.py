@@ -70,7 +70,7 @@ def mild_words() -> tuple[str, ...]:
 
 
 def ordinary_words(*splits: str) -> tuple[str, ...]:
-    """The words of the word lists' given splits (train, held-out) that are no mild insults."""
+    """The words of the word lists' given splits (train, validation, held-out) that are no mild insults."""
     toxic = frozenset(mild_words())
     return tuple(w for split in splits for w in (*words(split), *long_words(split)) if w not in toxic)
 
@@ -321,7 +321,7 @@ class WordDetector:
 
     def __init__(self, listed: Iterable[str] | None = None):
         self.words = mild_words() if listed is None else _capitals(listed, "the word list")
-        self.ordinary = _SHORT.union(ordinary_words("train", "held-out"))
+        self.ordinary = _SHORT.union(ordinary_words("train", "validation", "held-out"))
         self._listed = frozenset(self.words)
         self._forms = _forms(self.words) | {word: word for word in self.words}
         self._lengths = sorted({len(word) for word in self.words}, reverse=True)

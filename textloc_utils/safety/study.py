@@ -72,7 +72,7 @@ def measure(
 
     def make() -> pd.DataFrame:
         parts = [
-            store.unit("safety", unit, functools.partial(_measure, model, unit, steps))
+            store.unit("safety", unit, functools.partial(_measure, model, unit, steps), model=model)
             for unit in tqdm(units, desc=f"{model.spec.name}: prompts", unit="prompt", disable=not progress)
         ]
         return pd.concat(parts, ignore_index=True)

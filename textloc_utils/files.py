@@ -1,0 +1,205 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written into a hidden folder beside its place, synced to the disk and then renamed: a reader sees the old
+file or the new one. What goes wrong on the way (a full disk, a folder without permission, a name that is too long)
+becomes one TextlocError, and the place is left as it was. What a killed process left behind is removed by the next one
+that writes to the same folder.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from textloc_utils.settings import TextlocError
+
+PART = ".part-"  #: what the hidden folders' names begin with
+#: Seconds after which a part whose writer is gone is removed; a part that is just being made is not locked yet.
+SETTLED = 60
+
+
+def write_bytes(path: str | os.PathLike, data: bytes, *, advice: str = "") -> Path:
+    """Write a file, whole or not at all; returns its path. Folders above it are made."""
+    with whole_file(path, advice=advice) as part:
+        part.write_bytes(data)
+    return Path(path)
+
+
+def write_text(path: str | os.PathLike, text: str, *, advice: str = "") -> Path:
+    """Write text as UTF-8 with the line ends it has, as :func:`write_bytes`."""
+    return write_bytes(path, text.encode(), advice=advice)
+
+
+def write_json(path: str | os.PathLike, value: object, *, indent: int = 1, advice: str = "") -> Path:
+    """Write a value as indented JSON with a line end, as :func:`write_bytes`."""
+    return write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n", advice=advice)
+
+
+def write_state(path: str | os.PathLike, state: dict) -> Path:
+    """Write tensors and plain values as ``torch.save`` does, with a digest behind them, as :func:`write_bytes`."""
+    import torch
+
+    data = io.BytesIO()
+    torch.save(state, data)
+    return write_bytes(path, data.getvalue() + hashlib.sha256(data.getbuffer()).digest())
+
+
+def read_state(path: str | os.PathLike) -> dict:
+    """What :func:`write_state` wrote, on the CPU. Raises TextlocError for a file that is not as it was written."""
+    import torch
+
+    try:
+        data = Path(path).read_bytes()
+        body, digest = data[:-32], data[-32:]
+        # torch itself takes damaged numbers for numbers.
+        if hashlib.sha256(body).digest() != digest:
+            raise ValueError
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception:  # a file with the right digest may still be another library's
+        raise TextlocError(f"{path} is damaged; delete it, and the run starts again") from None
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]:
+    """A path of the same name to write to; when the block ends, that file takes the place of ``path``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with whole_file(Path(folder.name, "words.txt")) as part:
+    ...     _ = part.write_text("STOP")
+    >>> Path(folder.name, "words.txt").read_text(), len(os.listdir(folder.name))
+    ('STOP', 1)
+    """
+    path = Path(path)
+    with whole_files(path.parent, path.name, advice=advice) as aside:
+        yield aside / path.name
+
+
+@contextlib.contextmanager
+def whole_files(folder: str | os.PathLike, *names: str, advice: str = "") -> Iterator[Path]:
+    """An empty folder to write to; when the block ends, its files take their places in ``folder``.
+
+    The files of ``names`` come last, in this order: name the one that tells that all others are there. All of them must
+    have been written. The advice ends the message of a failure.
+    """
+    folder = Path(folder)
+    with _beside(folder, folder / names[-1] if names else folder, advice) as aside:
+        yield aside
+        others = sorted(path.name for path in aside.iterdir() if path.name not in names)
+        for name in (*others, *names):
+            _sync(aside / name)
+        for name in (*others, *names):
+            os.replace(aside / name, folder / name)
+        _sync(folder)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]:
+    """An empty folder to fill; when the block ends, it takes the place of ``path``, with all that was there.
+
+    A process that is killed between the two renames leaves the old folder under a hidden name; the next call puts it
+    back first.
+    """
+    path = Path(os.path.realpath(path))
+    old = path.with_name(f".{path.name}.old")
+    with _beside(path.parent, path, advice) as aside:
+        if old.is_dir():
+            shutil.rmtree(old) if path.exists() else old.rename(path)
+        new = aside / path.name
+        new.mkdir()
+        yield new
+        for part in sorted(new.rglob("*"), reverse=True):
+            _sync(part)
+        _sync(new)
+        if path.is_dir():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.is_dir():
+                old.rename(path)
+            raise
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _beside(folder: Path, path: Path, advice: str) -> Iterator[Path]:
+    """A locked hidden folder in ``folder``; it is removed in the end, and so is ``folder`` if it is new and empty."""
+    made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
+    aside, lock = None, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(folder)
+        aside = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
+        lock = _locked(aside)
+        yield aside
+    except Exception as error:
+        reason = _reason(error, folder.absolute())
+        if reason is None:
+            raise
+        raise TextlocError(f"cannot write {path} ({reason})" + (f"; {advice}" if advice else "")) from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for each in made:
+            with contextlib.suppress(OSError):  # it holds what was written
+                each.rmdir()
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed or the process ends; None if another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # taken, or a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Remove the parts of killed processes: old enough to be locked by their writers, and not locked."""
+    for part in folder.glob(f"{PART}*"):
+        with contextlib.suppress(OSError):  # its writer has just finished
+            if part.is_dir() and time.time() - part.stat().st_mtime > SETTLED:
+                descriptor = _locked(part)
+                if descriptor is not None:
+                    shutil.rmtree(part, ignore_errors=True)
+                    os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # which some file systems cannot sync
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception, folder: Path) -> str | None:
+    """Why the system refused to write, in its own words; None for an error of another kind or at another place.
+
+    safetensors gives the number of the system's error in its text.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        named = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else folder
+        ours = named.is_relative_to(folder) or folder.is_relative_to(named)
+        return os.strerror(error.errno) if ours else None
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])) if number else None

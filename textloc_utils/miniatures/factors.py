@@ -1,0 +1,204 @@
+"""Read every factor of a miniature's picture: text, place, typeface, ink, sign, shape and material.
+
+The readers were made from renders alone, never from drawn pictures. Text, place and typeface come from template
+matching with the letters of all typefaces, ink and sign from the pixels there, the shape from which outline the sign's
+colour fills best, and the material from a linear classifier of the pixels above and below every sign. Template matching
+is fast and needs no other program, so that a training run can read thousands of pictures. The spelling that the book
+reports is read by an OCR engine (:mod:`textloc_utils.ocr`).
+"""
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from textloc_utils.miniatures import world
+from textloc_utils.prompts import LETTERS
+
+LEAST_MATCH = 0.5  #: mean correlation with the best letters below which no text is found
+SLACK = 1  #: pixels around a scene's own places where letters are looked for
+LONGER = 0.02  #: a longer text wins at an equal match, or every word would end at its clearest letters
+EDGE = 8  #: rows at the top and at the bottom that no sign reaches
+SHADES = 24  #: pixels that stand for the material's colours
+SPREAD = 25.0  #: RGB distances that differ by less leave open whether a pixel is the sign's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a picture shows. ``text`` is empty where none was found; ink and typeface are then empty, too."""
+
+    text: str
+    ink: str
+    typeface: str
+    sign: str
+    shape: str
+    material: str
+    column: int
+    dy: int
+
+    def outside_text(self) -> np.ndarray:
+        """Boolean (HEIGHT, WIDTH): True outside the cells of the letters that were read."""
+        mask = np.ones((world.HEIGHT, world.WIDTH), bool)
+        scene = world.Scene(text=self.text, column=self.column, dy=self.dy)
+        left, top, right, bottom = world.text_box(scene)
+        mask[top:bottom, left:right] = False
+        return mask
+
+    def outside_sign(self) -> np.ndarray:
+        """Boolean (HEIGHT, WIDTH): True where the sign covers nothing."""
+        return world.sign_cover(self.shape, self.dy) == 0
+
+
+@torch.no_grad()
+def read(pictures: np.ndarray) -> list[Reading]:
+    """Read pictures, uint8 (n, H, W, 3); smaller ones (a first stage's) are enlarged to a scene's size."""
+    x = torch.from_numpy(np.ascontiguousarray(pictures)).float()
+    if x.shape[1:3] != (world.HEIGHT, world.WIDTH):
+        x = x.permute(0, 3, 1, 2)
+        x = F.interpolate(x, (world.HEIGHT, world.WIDTH), mode="bicubic").clamp(0, 255).permute(0, 2, 3, 1)
+    found = []
+    for part in x.split(64):
+        texts = _match(part)
+        part = part.numpy()
+        found += [_factors(picture, *text) for picture, text in zip(part, texts, strict=True)]
+    return [
+        Reading(**reading, material=material) for reading, material in zip(found, _materials(x.numpy()), strict=True)
+    ]
+
+
+def _match(x: torch.Tensor) -> list[tuple[str, str, int, int]]:
+    """(text, typeface, column, dy) of each picture (n, H, W, 3), by normalised cross-correlation with all letters.
+
+    It works along each picture's direction of largest colour variance in the middle band.
+    """
+    h, w = world.CELL_HEIGHT, world.PITCH
+    low, high = min(world.HEIGHTS) - SLACK, max(world.HEIGHTS) + SLACK
+    top = world.HEIGHT // 2 - h // 2
+    grey = _principal(x)[:, None, top + low : top + high + h]
+    faces = list(world.TYPEFACES)
+    letters = torch.from_numpy(np.concatenate([world.atlas(f) for f in faces]))[:, None]
+    letters = letters - letters.mean((2, 3), keepdim=True)
+    letters = letters / letters.square().sum((2, 3), keepdim=True).sqrt()
+    dot = F.conv2d(grey, letters).unflatten(1, (len(faces), 26))
+    area, ones = h * w, torch.ones(1, 1, h, w)
+    mean = F.conv2d(grey, ones) / area
+    variance = (F.conv2d(grey.square(), ones) / area - mean.square()).clamp_min(1.0)
+    # Dark letters on light ground or light ones on dark, but the same throughout a picture: the sign of the
+    # correlation is that of the whole.
+    match = dot / (variance * area).sqrt()[:, :, None]
+    out, score = [("", "", 0, 0)] * len(x), np.full(len(x), LEAST_MATCH)
+    for sign in (1, -1):
+        best, which = (sign * match).max(2)  # (n, faces, rows, columns)
+        for n in world.LENGTHS:
+            for column in range(world.COLUMNS - n + 1):
+                for dx in range(-SLACK, SLACK + 1):
+                    at = [world.LEFT + dx + w * (column + i) for i in range(n)]
+                    total = best[..., at].mean(-1) + LONGER * n  # (n, faces, rows)
+                    value, place = total.flatten(1).max(1)
+                    for i in np.flatnonzero(value.numpy() > score):
+                        score[i] = value[i]
+                        face, row = divmod(int(place[i]), total.shape[2])
+                        text = "".join(LETTERS[j] for j in which[i, face, row, at])
+                        dy = min(world.HEIGHTS, key=lambda d: abs(d - (row + low)))
+                        out[i] = (text, faces[face], column, dy)
+    return out
+
+
+def _principal(x: torch.Tensor) -> torch.Tensor:
+    """Project (n, H, W, 3) on each picture's main colour direction within the sign's band: (n, H, W)."""
+    band = x[:, world.HEIGHT // 2 - 12 : world.HEIGHT // 2 + 12, 8:-8].reshape(len(x), -1, 3)
+    band = band - band.median(1, keepdim=True).values
+    covariance = band.transpose(1, 2) @ band
+    direction = torch.linalg.eigh(covariance).eigenvectors[:, :, -1]
+    return (x * direction[:, None, None, :]).sum(-1)
+
+
+def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    distance = np.linalg.norm(np.array(list(palette.values()), float) - colour, axis=1)
+    return list(palette)[int(distance.argmin())]
+
+
+def _factors(picture: np.ndarray, text: str, typeface: str, column: int, dy: int) -> dict:
+    """All factors but the material of one picture, float (H, W, 3), given what its text was read as."""
+    middle = slice(world.HEIGHT // 2 + dy - 12, world.HEIGHT // 2 + dy + 12)
+    band = np.ones((world.HEIGHT, world.WIDTH), bool)
+    ink = ""
+    if text:
+        left, top, right, bottom = world.text_box(world.Scene(text=text, column=column, dy=dy))
+        letters = world.atlas(typeface)[[LETTERS.index(c) for c in text]].transpose(1, 0, 2).reshape(bottom - top, -1)
+        cells = picture[top:bottom, left:right]
+        ink = _nearest(np.median(cells[letters > 0.9], axis=0), world.INKS)
+        band[top:bottom, left:right] = letters < 0.05
+    ground = picture[middle, 8:-8][band[middle, 8:-8]]
+    colour = np.median(ground, axis=0)
+    # Nearer to the sign's colour than to anything seen above and below every sign: 1, the other way round: -1.
+    differ, covers = _outlines(dy)
+    wall = np.concatenate([picture[:EDGE], picture[-EDGE:]]).reshape(-1, 3)
+    shades = wall[np.linspace(0, len(wall) - 1, SHADES).astype(int)]
+    pixels = picture[differ]
+    distance = np.linalg.norm(pixels - colour, axis=1)
+    other = np.linalg.norm(pixels[:, None] - shades, axis=2).min(1)
+    likely = np.clip((other - distance) / SPREAD, -1, 1)
+    shape = world.SHAPES[int((covers @ likely).argmax())]
+    sign = _nearest(colour, world.SIGNS)
+    return {
+        "text": text,
+        "ink": ink,
+        "typeface": typeface,
+        "sign": sign,
+        "shape": shape,
+        "column": column,
+        "dy": dy,
+    }
+
+
+@functools.cache
+def _outlines(dy: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels (HEIGHT, WIDTH) where the shapes differ, and how much of each of them every shape covers."""
+    covers = np.stack([world.sign_cover(shape, dy) for shape in world.SHAPES])
+    differ = covers.max(0) - covers.min(0) > 0.5
+    return differ, covers[:, differ]
+
+
+def _features(x: np.ndarray) -> np.ndarray:
+    """Numbers by which materials are told apart, (n, 12), of the rows that no sign reaches."""
+    out = []
+    for rows in (x[:, :EDGE], x[:, -EDGE:]):
+        across, down = np.abs(np.diff(rows, axis=2)).mean((1, 2, 3)), np.abs(np.diff(rows, axis=1)).mean((1, 2, 3))
+        out.append(np.column_stack([rows.mean((1, 2)), rows.std((1, 2)), across, down]))
+    return np.mean(out, axis=0)
+
+
+@functools.cache
+def _classifier() -> tuple[np.ndarray, np.ndarray]:
+    """Weights (12, materials) and offsets of a linear discriminant, fitted to 1,800 renders."""
+    rng = random.Random("materials")
+    known = [world.random_scene(rng) for _ in range(1800)]
+    x = _features(np.stack([world.render(s) for s in known]).astype(np.float32))
+    labels = np.array([world.MATERIALS.index(s.material) for s in known])
+    means = np.stack([x[labels == k].mean(0) for k in range(len(world.MATERIALS))])
+    spread = x - means[labels]
+    inverse = np.linalg.inv(spread.T @ spread / len(x) + np.eye(x.shape[1]))
+    weights = inverse @ means.T
+    return weights, -0.5 * (means.T * weights).sum(0)
+
+
+def _materials(x: np.ndarray) -> list[str]:
+    weights, offsets = _classifier()
+    return [world.MATERIALS[i] for i in (_features(x) @ weights + offsets).argmax(1)]
+
+
+def character_accuracy(found: str, wanted: str) -> float:
+    """Share of the wanted letters that stand at their place, counted from the start."""
+    return sum(a == b for a, b in zip(found, wanted, strict=False)) / len(wanted)
+
+
+def right(readings: Sequence[Reading], known: Sequence[world.Scene]) -> dict[str, float]:
+    """How often each factor was read as it is."""
+    names = ("text", *world.FACTORS, "column", "dy")
+    pairs = list(zip(readings, known, strict=True))
+    return {name: float(np.mean([getattr(r, name) == getattr(s, name) for r, s in pairs])) for name in names}
