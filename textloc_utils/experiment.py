@@ -53,7 +53,7 @@ class Experiment:
         given = {name: value for name, value in settings.items() if value is not None}
         if isinstance(subject, cls):
             return replace(subject, **given)
-        model = subject if isinstance(subject, Model) else Model.from_pipeline(subject)
+        model = Model.of(subject)
         own = {"steps": model.spec.steps, "guidance": model.spec.guidance, "store": Store()}
         return cls(model=model, **own | given)
 

@@ -22,7 +22,7 @@ from scipy import stats
 from textloc_utils import metrics, onestep, sweeps
 from textloc_utils.experiment import Experiment, check_pairs, digest_of, published_store
 from textloc_utils.generate import rows_per_call
-from textloc_utils.models import Model
+from textloc_utils.models import Model, key_value_numbers
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer, joined, single_layers, together
@@ -314,11 +314,8 @@ def _race(
 
 def _cost(experiment: Experiment, sources: int) -> int:
     """Row evaluations of one pair with this many pictures of the source: each batch draws the target, too."""
-    model = experiment.model
-    rows = sources + math.ceil(sources / (rows_per_call(model) - 1))
-    # FLUX is told its guidance, and has no negatives beside the prompts.
-    guided = experiment.guidance > 1 and not getattr(model.denoiser.config, "guidance_embeds", False)
-    return rows * experiment.steps * (2 if guided else 1)
+    rows = sources + math.ceil(sources / (rows_per_call(experiment.model) - 1))
+    return rows * experiment.steps * experiment.model.evaluations(experiment.guidance)
 
 
 def _cheap_only(experiment: Experiment, pairs: Sequence[Pair], share: float, how: str) -> Found:
@@ -368,8 +365,7 @@ def _leading(effects: np.ndarray, share: float) -> int:
 def parameter_share(model: Model, layers: Sequence[int]) -> float:
     """Part of the denoiser's parameters that the key and value maps of these layers hold."""
     total = sum(p.numel() for p in model.denoiser.parameters())
-    maps = {name for i in layers for name in (model.layers[i].key, model.layers[i].value)}
-    return sum(p.numel() for name in maps for p in model.denoiser.get_submodule(name).parameters()) / total
+    return sum(key_value_numbers(model.denoiser, model.layers[i]) for i in set(layers)) / total
 
 
 def _found(
