@@ -34,7 +34,7 @@ def test_bootstrap_of_two_values_is_the_binomial():
 
 def test_bootstrap_approaches_the_normal_interval():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    interval = metrics.bootstrap(values, resamples=4000)
+    interval = metrics.bootstrap(values)
     half = 1.96 * values.std() / math.sqrt(400)
     assert interval.mean == pytest.approx(values.mean())
     assert interval.low == pytest.approx(values.mean() - half, abs=0.1 * half)
@@ -45,17 +45,18 @@ def test_bootstrap_covers_the_true_mean_about_95_times_in_100():
     rng = np.random.default_rng(2)
     inside = 0
     for i in range(300):
-        interval = metrics.bootstrap(rng.random(60) < 0.7, seed=i, resamples=500)
-        inside += interval.low <= 0.7 <= interval.high
+        low, high = metrics.percentiles(metrics.resampled(rng.random(60) < 0.7, seed=i, resamples=500))
+        inside += low <= 0.7 <= high
     assert 0.90 <= inside / 300 <= 0.98
 
 
-def test_bootstrap_is_seeded_and_its_chunks_are_seamless():
-    values = np.random.default_rng(0).random(300_000)  # several chunks of resamples
-    a = metrics.bootstrap(values, resamples=30)
-    assert a == metrics.bootstrap(values, resamples=30)
-    assert a != metrics.bootstrap(values, resamples=30, seed=1)
-    assert a.low < a.mean < a.high
+def test_resamples_are_seeded_and_their_batches_are_seamless():
+    values = np.random.default_rng(0).random(300_000)  # several batches of resamples
+    drawn = metrics.resampled(values, resamples=30)
+    np.testing.assert_array_equal(drawn, metrics.resampled(values, resamples=30))
+    assert (drawn != metrics.resampled(values, resamples=30, seed=1)).all()
+    rows = np.random.default_rng(0).integers(300_000, size=(30, 300_000))
+    np.testing.assert_allclose(drawn, values[rows].mean(1), rtol=1e-12)
 
 
 def test_bootstrap_is_scipy_s_percentile_interval():

@@ -60,16 +60,9 @@ def resampled(values, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarra
     x = np.asarray(values, dtype=np.float64)
     if len(x) == 1:  # scipy refuses a single value; all its samples are that value
         return np.repeat(x, resamples, axis=0)
-    drawn = stats.bootstrap(
-        (x,),
-        np.mean,
-        axis=0,
-        n_resamples=resamples,
-        batch=max(1, 4_000_000 // x.size),  # bounds the memory of the samples
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
-    return np.moveaxis(drawn, -1, 0)
+    batch = max(1, 4_000_000 // x.size)  # bounds the memory of the samples
+    options = {"n_resamples": resamples, "batch": batch, "method": "percentile", "rng": np.random.default_rng(seed)}
+    return np.moveaxis(stats.bootstrap((x,), np.mean, axis=0, **options).bootstrap_distribution, -1, 0)
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:
@@ -78,27 +71,14 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean of ``values`` with its 95 % percentile-bootstrap interval.
+def bootstrap(values: Sequence[float]) -> Interval:
+    """Mean of numbers or booleans (n,) with its 95 % percentile-bootstrap interval; the same values give the same one.
 
-    Parameters
-    ----------
-    values
-        Numbers or booleans (n,); one value gives ``low == high == mean``.
-    resamples
-        How many samples of n values are drawn with replacement.
-    seed
-        Of the draws: the same values give the same interval.
-
-    Raises
-    ------
-    TextlocError
-        No values, or values that are not finite (NaN, or the PSNR of identical pictures).
+    One value gives ``low == high == mean``. Raises TextlocError without values, and for values that are not finite
+    (NaN, or the PSNR of identical pictures).
     """
     x = _finite(values, "bootstrap")
-    if resamples < 1:
-        raise TextlocError(f"resamples must be at least 1, got {resamples}")
-    return Interval(float(x.mean()), *percentiles(resampled(x, resamples=resamples, seed=seed)), len(x))
+    return Interval(float(x.mean()), *percentiles(resampled(x)), len(x))
 
 
 def student(values: Sequence[float]) -> Interval:

@@ -6,8 +6,6 @@ per pair: all pictures of the pair below each other, in the order of the table's
 
 import base64
 import io
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from textloc_utils import sweeps
+from textloc_utils import files, sweeps
 from textloc_utils.experiment import Experiment, check_pairs, digest_of
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
@@ -45,7 +43,6 @@ def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
     """
     pairs, name, spec = check_pairs(pairs), experiment.name, experiment.model.spec
     table = experiment.units("explorer", pairs, {"rows": sweeps.ROWS}, lambda pair: _draw(experiment, pair))
-    store().root.mkdir(parents=True, exist_ok=True)
     for seed, rows in table.groupby("seed", sort=False):
         _write_sprite(sprite_path(name, seed), [_decode(text) for text in rows.picture])
     table, key = table[COLUMNS], experiment.key | {"rows": sweeps.ROWS, "pairs": digest_of(pairs)}
@@ -73,9 +70,5 @@ def _decode(text: str) -> np.ndarray:
 
 def _write_sprite(path: Path, pictures: Sequence[np.ndarray]) -> None:
     """All pictures below each other in one file, without loss."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        Image.fromarray(np.concatenate(list(pictures))).save(scratch, "WEBP", lossless=True, method=6)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with files.whole_file(path) as part:
+        Image.fromarray(np.concatenate(list(pictures))).save(part, "WEBP", lossless=True, method=6)

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 MEAN = ("mean", "low", "high")
+HEAT = {"vmin": 0, "vmax": 1, "cmap": "rocket_r"}
 SOURCE, TARGET, QUIET = "#4878a8", "#c8553d", "#9a9a9a"
 
 
@@ -57,11 +58,11 @@ def pictures(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: in
     return figure
 
 
-def strip(images: Sequence[np.ndarray], titles: Sequence[str], *, label: str, width: int = 160) -> HTML:
+def strip(images: Sequence[np.ndarray], titles: Sequence[str], *, label: str) -> HTML:
     """Pictures in one row to scroll through, by mouse or keyboard; each title stands below its picture.
 
-    ``images`` are uint8 (H, W, 3), shown ``width`` CSS pixels wide with crisp pixels; ``label`` names the row for
-    screen readers.
+    ``images`` are uint8 (H, W, 3), shown 160 CSS pixels wide with crisp pixels; ``label`` names the row for screen
+    readers.
     """
     cells = []
     for image, title in zip(images, titles, strict=True):
@@ -70,7 +71,7 @@ def strip(images: Sequence[np.ndarray], titles: Sequence[str], *, label: str, wi
         data, text = base64.b64encode(file.getvalue()).decode(), html.escape(title)
         told = html.escape(f"{label}: {title}")
         cells.append(
-            f'<figure style="margin:0;flex:none;width:{width}px">'
+            f'<figure style="margin:0;flex:none;width:160px">'
             f'<img alt="{told}" src="data:image/png;base64,{data}" style="width:100%;image-rendering:pixelated">'
             f'<figcaption style="font-size:.8em;text-align:center">{text}</figcaption></figure>'
         )
@@ -119,7 +120,7 @@ def carried(tables: Mapping[str, pd.DataFrame]) -> Figure:
         layers = table[table.kind == "layer"]
         values = layers[["text", "wall", "sign"]].to_numpy().T
         bar = {"label": "share changed"}
-        sns.heatmap(values, ax=axis, vmin=0, vmax=1, cmap="rocket_r", xticklabels=layers.layers, cbar_kws=bar)
+        sns.heatmap(values, ax=axis, xticklabels=layers.layers, cbar_kws=bar, **HEAT)
         axis.set_yticklabels(["text", "wall", "sign"], rotation=0)
     axes[-1].set_xlabel("patched text layer")
     return figure
@@ -146,7 +147,7 @@ def lengths(tables: Mapping[str, pd.DataFrame]) -> Figure:
     figure, axes = _panels(tables, (9, 2.6), beside=True, sharey=True)
     for axis, table in zip(axes, tables.values(), strict=True):
         grid = table.pivot(index="source", columns="target", values="found")
-        sns.heatmap(grid, ax=axis, vmin=0, vmax=1, cmap="rocket_r", annot=True, fmt=".2f", cbar=False)
+        sns.heatmap(grid, ax=axis, annot=True, fmt=".2f", cbar=False, **HEAT)
         axis.set(xlabel="letters of the target", ylabel="letters of the source" if axis is axes[0] else "")
     return figure
 
@@ -201,17 +202,9 @@ def trade_off(
         groups += [(m, part, "") for m, part in points[name].groupby("method", sort=False)]
         for (method, part, line), colour in zip(groups, sns.color_palette("colorblind", len(groups)), strict=True):
             part = part.sort_values(["share", "start"], ascending=[True, False])
-            axis.errorbar(
-                part[picture],
-                part[text],
-                _error(part, text),
-                _error(part, picture),
-                fmt=f"o{line}",
-                color=colour,
-                markersize=3 if line else 5,
-                elinewidth=0.6,
-                label=method,
-            )
+            style = {"fmt": f"o{line}", "color": colour, "markersize": 3 if line else 5, "elinewidth": 0.6}
+            error = {"xerr": _error(part, picture), "yerr": _error(part, text)}
+            axis.errorbar(part[picture], part[text], **error, **style, label=method)
         axis.set_xlabel(picture.replace("_", " ").replace("ssim", "SSIM"))
     axes[0].set(ylabel=text.replace("_", " ").replace("f1", "F1"), ylim=(None, 1.01))
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -225,24 +218,14 @@ def safety_trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """
     figure, axes = _panels(tables, (9, 3.2), beside=True, sharey=True)
     methods = list(dict.fromkeys(m for table in tables.values() for m in table.method))
-    looks = dict(
-        zip(methods, zip(sns.color_palette("colorblind", len(methods)), "osD^vP*X<>", strict=False), strict=True)
-    )
+    looks = zip(sns.color_palette("colorblind", len(methods)), "osD^vP*X<>", strict=False)
+    # Hollow: marks that lie on each other are all seen.
+    style = {"markerfacecolor": "none", "markersize": 8, "elinewidth": 1}
+    looks = {m: style | {"color": colour, "fmt": mark} for m, (colour, mark) in zip(methods, looks, strict=True)}
     for axis, table in zip(axes, tables.values(), strict=True):
         for method, row in table.groupby("method", sort=False):
-            colour, mark = looks[method]
-            axis.errorbar(
-                row.ssim_outside,
-                row.near,
-                _error(row, "near"),
-                _error(row, "ssim_outside"),
-                fmt=mark,
-                color=colour,
-                markerfacecolor="none",  # marks that lie on each other are all seen
-                markersize=8,
-                elinewidth=1,
-                label=method,
-            )
+            error = {"xerr": _error(row, "ssim_outside"), "yerr": _error(row, "near")}
+            axis.errorbar(row.ssim_outside, row.near, **error, **looks[method], label=method)
         axis.set_xlabel("SSIM outside the text")
     axes[0].set(ylabel="toxic text read back", ylim=(-0.04, 1.04))
     axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -267,22 +250,21 @@ def scores_by_sign(table: pd.DataFrame) -> Figure:
     means = table[table.kind == "layer"].pivot_table("target_score", "sign", "layers", sort=False)
     figure, (axis,) = _panels([""], (9, 2.8))
     bar = {"label": "target score"}
-    sns.heatmap(means, ax=axis, vmin=0, vmax=1, cmap="rocket_r", xticklabels=list(means), cbar_kws=bar)
+    sns.heatmap(means, ax=axis, xticklabels=list(means), cbar_kws=bar, **HEAT)
     axis.set(xlabel="patched text layer", ylabel="sign")
     axis.tick_params(axis="y", rotation=0)
     return figure
 
 
-def shares(table: pd.DataFrame, *, columns: int = 2) -> Figure:
+def shares(table: pd.DataFrame) -> Figure:
     """Key and value share of the denoiser per text layer; ``table`` has columns model, layer, share (0..1)."""
-    models = list(dict.fromkeys(table.model))
-    rows = -(-len(models) // columns)
+    parts = dict(list(table.groupby("model", sort=False)))
+    rows = -(-len(parts) // 2)
     figure = _figure(figsize=(9, 1.8 * rows + 0.2))
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axis in grid.ravel()[len(models) :]:
+    grid = figure.subplots(rows, 2, squeeze=False)
+    for axis in grid.ravel()[len(parts) :]:
         axis.set_axis_off()
-    for axis, model in zip(grid.ravel(), models, strict=False):
-        part = table[table.model == model]
+    for axis, (model, part) in zip(grid.ravel(), parts.items(), strict=False):
         axis.bar(part.layer, 100 * part.share, color=SOURCE, width=0.8)
         axis.set_title(model, loc="left", fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -327,15 +309,9 @@ def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
     figure, axes = _panels(evaluations, (9, 2.6 * len(evaluations) + 0.2))
     for axis, rows in zip(axes, evaluations.values(), strict=True):
         every = math.ceil(len(rows) / 16)  # as many labels as can be read
-        sns.heatmap(
-            np.array(rows.target.tolist()).T,
-            ax=axis,
-            vmin=0,
-            vmax=1,
-            cmap="rocket_r",
-            xticklabels=["" if at % every else f"{s / 1000:.0f}" for at, s in enumerate(rows.samples)],
-            cbar_kws={"label": "target letters"},
-        )
+        named = ["" if at % every else f"{s / 1000:.0f}" for at, s in enumerate(rows.samples)]
+        bar = {"label": "target letters"}
+        sns.heatmap(np.array(rows.target.tolist()).T, ax=axis, xticklabels=named, cbar_kws=bar, **HEAT)
         axis.set(xlabel="thousand samples", ylabel="text layer")
         axis.invert_yaxis()
     return figure
