@@ -292,7 +292,8 @@ def test_a_killed_papermill_takes_its_kernel_with_it(tmp_path):
     wait_until((tmp_path / "started").exists)
     (papermill,) = psutil.Process(running.pid).children()
     papermill.kill()
-    assert "slow.ipynb: papermill was ended by signal 9" in running.communicate(timeout=30)[1] and running.returncode == 2
+    told = running.communicate(timeout=30)[1]
+    assert "slow.ipynb: papermill was ended by signal 9" in told and running.returncode == 2
     wait_until(lambda: not processes(str(tmp_path / "started")), 10)
 
 
