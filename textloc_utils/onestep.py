@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from textloc_utils.generate import BATCH_FULL_SIZE, EnoughError, counted
-from textloc_utils.models import TEXT_FIRST, Model, check_prompts, read_call, select_rows
+from textloc_utils.models import Model, check_prompts, guided, read_call, select_rows
 from textloc_utils.patching import Patch, patched
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
@@ -46,8 +46,8 @@ def effects(
     ``levels`` are shares of the steps done when the source's noisy picture is taken, 0 <= level < 1. One row per pair,
     level and layer; columns model, seed, depth, level, layer, effect, and row_evaluations, the pair's denoiser rows
     divided by its rows here, so that the column's sum is the cost. A backward pass counts as two evaluations of its
-    rows. Raises TextlocError for an unknown depth, a level out of range, or (attribution) answers of the denoiser that
-    are not finite or do not differ.
+    rows. Raises TextlocError for an unknown depth, a level out of range, answers of the denoiser that are not finite or
+    do not differ, or an effect that is not finite.
     """
     check_depth(depth)
     if not levels or any(not 0 <= level < 1 for level in levels):
@@ -60,6 +60,9 @@ def effects(
         with counted(model) as counter:
             found, backward = _pair(model, pair, at, steps, depth)
         cost = counter.rows + 2 * backward
+        bad = [layer for values in found.values() for layer, effect in enumerate(values) if not math.isfinite(effect)]
+        if bad:
+            raise TextlocError(f"the effect of layer {bad[0]} on the pair of seed {pair.seed} is not finite")
         for step, values in found.items():
             for layer, effect in enumerate(values):
                 rows.append(
@@ -78,11 +81,16 @@ def effects(
 
 def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str) -> tuple[dict, int]:
     """Run the source up to the last level and probe the denoiser on the way: effects per step, rows of backward."""
-    found, backward, state = {}, [0], {"step": 0, "inside": False}
+    found, backward, state = {}, [0], {"calls": 0, "step": 0, "inside": False}
+    # Where negatives have a call of their own, the prompts' comes first, and it alone is asked.
+    calls = 1 if model.doubled else model.evaluations()
     probe = _one_step if depth == "one-step" else _attribution
 
     def after(denoiser, args, kwargs, output):
         if state["inside"]:
+            return
+        state["calls"] += 1
+        if (state["calls"] - 1) % calls:
             return
         if state["step"] in at:
             state["inside"] = True
@@ -118,13 +126,11 @@ def _call(model: Model, args: tuple, kwargs: dict, texts: list[int]) -> torch.Te
     pictures = [half for half in halves for _ in texts]
     rows = [half + text for half in halves for text in texts]
     given = select_rows(model.denoiser, args, kwargs, pictures, rows)
-    out = model.denoiser(**given | {"return_dict": False})[0].float()
+    out = model.denoiser(**given | {"return_dict": False})[0]
+    out = (torch.stack(out) if isinstance(out, list) else out).float()
     # A learned variance stands behind the answer's channels.
-    out = out[:, : (given["sample"] if "sample" in given else given["hidden_states"]).shape[1]]
-    if batch == 2:
-        return out
-    negative, prompt = out.chunk(2)
-    return negative + model.spec.guidance * (prompt - negative)
+    out = out[:, : given[model.architecture.sample][0].shape[0]]
+    return out if batch == 2 else guided(model.denoiser, out, model.spec.guidance)
 
 
 def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
@@ -137,8 +143,15 @@ def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int
         with patched(model, patches, 2 + len(part)):
             answers = _call(model, args, kwargs, [1, 0] + [0] * len(part)).flatten(1).double()
         direction = answers[0] - answers[1]
+        _check_direction(direction)
         effects += ((answers[2:] - answers[1]) @ direction / direction.square().sum()).tolist()
     return effects, 0
+
+
+def _check_direction(direction: torch.Tensor) -> None:
+    """Effects are shares of what the target prompt changes, which must be something."""
+    if not direction.isfinite().all() or not direction.any():
+        raise TextlocError("the denoiser's answers to source and target are the same, or not finite; try another dtype")
 
 
 @torch.enable_grad()
@@ -154,17 +167,20 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
 
         return hook
 
-    names = [(layer, name) for layer in model.layers for name in (layer.key, layer.value)]
+    names = [
+        (layer, letter, name)
+        for layer in model.layers
+        for letter, name in zip("kv", (layer.key, layer.value), strict=True)
+    ]
     try:
-        for _, name in names:
+        for name in dict.fromkeys(name for _, _, name in names):
             handles.append(model.denoiser.get_submodule(name).register_forward_hook(listen(name)))
         target, source = _call(model, args, kwargs, [1, 0])
     finally:
         for handle in handles:
             handle.remove()
     direction = (target - source).detach()
-    if not direction.isfinite().all() or not direction.any():
-        raise TextlocError("the denoiser's answers to source and target are the same, or not finite; try another dtype")
+    _check_direction(direction)
     # Of a size that half precision can hold, by a power of two: other than that it changes no bit.
     scale = 2.0 ** -math.floor(math.log2(float(direction.abs().max() / direction.square().sum())))
     along = (source * direction).sum() * (scale / direction.square().sum())
@@ -172,8 +188,8 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
     gradients = dict(zip(added, gradients, strict=True))
     tokens = read_call(model.denoiser, args, kwargs).tokens
     values = [0.0] * len(model.layers)
-    for layer, name in names:
-        rows = slice(None, tokens if layer.context == TEXT_FIRST else None)
-        change = outputs[name][0::2, rows] - outputs[name][1::2, rows]
-        values[layer.index] += float((gradients[name][1::2, rows].double() * change.double()).sum()) / scale
-    return values, len(outputs[names[0][1]])
+    for layer, letter, name in names:
+        output, gradient = (layer.text(x, letter, tokens) for x in (outputs[name], gradients[name]))
+        change = output[0::2] - output[1::2]
+        values[layer.index] += float((gradient[1::2].double() * change.double()).sum()) / scale
+    return values, len(outputs[names[0][2]])

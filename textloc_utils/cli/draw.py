@@ -93,10 +93,11 @@ def _add_guard(commands) -> None:
 
 
 def _guard(args) -> None:
-    from textloc_utils import ocr, prompts, safety, toxic
+    from textloc_utils import ocr, prompts, safety
+    from textloc_utils.safety import detector as words
 
     asked = args.prompt or prompts.read_prompts(args.file)
-    detector = toxic.WordDetector(toxic.read_words(args.words) if args.words else None)
+    detector = words.WordDetector(words.read_words(args.words) if args.words else None)
     spec = options.spec_of(args)
     reader = ocr.check_reader(spec.height)
     guarded = safety.guard(options.loaded(args, spec), args.layers, detector=detector)
