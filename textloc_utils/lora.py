@@ -290,6 +290,8 @@ def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.
     disable_progress_bars()
     try:
         rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
+        if "text" in rows.column_names and rows.features["text"].dtype not in ("string", "large_string", "null"):
+            raise TypeError("its captions are numbers, and a caption describes a picture in words")
         if "text" in rows.column_names:
             pictures = [np.asarray(ImageOps.fit(row["image"].convert("RGB"), (width, height))) for row in rows]
             return np.stack(pictures), [row["text"] or "" for row in rows]

@@ -35,6 +35,11 @@ from textloc_utils.settings import ROOT, TextlocError, check_writable, data_dir
 WORK = ROOT / "_build" / "executed"
 #: What nbstripout takes out besides papermill's notes, so that two runs give the same bytes.
 STRIPPED = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
+#: What nbformat raises for files that are something else, JSON of another shape among them.
+_NO_NOTEBOOK = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    *(nbformat.reader.NotJSONError, nbformat.ValidationError),
+)
 #: More processes than this want more memory than a laptop has.
 MOST = 4
 
@@ -195,17 +200,24 @@ def _reason(log: Path) -> str:
     return (told or lines or [""])[-1]
 
 
+def read(path: str | Path) -> nbformat.NotebookNode:
+    """A notebook in format 4; TextlocError for a file that is none."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except _NO_NOTEBOOK as error:
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TextlocError(f"{path} is no notebook that can be read: {reason}") from None
+    return notebook
+
+
 def strip(path: str | Path) -> None:
     """Take out of an executed notebook what differs from run to run, so that two runs give the same bytes.
 
     Times and papermill's notes go, and what a cell printed becomes one output, however the kernel cut it apart.
     Raises TextlocError for a file that is no notebook.
     """
-    path = Path(path)
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
-        raise TextlocError(f"{path} is no notebook that can be read: {error}") from None
+    path, notebook = Path(path), read(path)
     for cell in notebook.cells:
         joined = []
         for output in cell.get("outputs", ()):
@@ -264,7 +276,7 @@ def _cells(path: Path) -> list[dict]:
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [c for c in cells if c["source"] is not None and isinstance(c["metadata"], dict)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise TextlocError(f"{path} is no notebook that can be read") from None
 
 
