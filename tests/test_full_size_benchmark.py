@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from textloc_utils.models import FULL_CONFIGS, meta_denoiser
+from textloc_utils.models import FULL_SIZE, meta_denoiser
 
 _PATH = Path(__file__).parent / "benchmarks" / "full_size.py"
 _SPEC = importlib.util.spec_from_file_location("full_size", _PATH)
@@ -65,7 +65,7 @@ def test_full_size_denoisers_are_drawn_in_the_dtype_on_the_device():
 @pytest.mark.parametrize("name", full_size.NAMES)
 def test_the_pipeline_takes_the_full_size_denoiser_alone(name):
     spec = full_size.FULL_SIZE[name]
-    assert name in FULL_CONFIGS
+    assert name in FULL_SIZE
     pipe = full_size.build_pipeline(spec, meta_denoiser(spec))
     full = full_size.Model.from_pipeline(pipe, spec)
     assert not spec.paper_layers or max(spec.paper_layers) < len(full.layers)

@@ -52,9 +52,9 @@ def test_patching_nothing_changes_no_bit(models, name):
         nothing = sample(model, [SOURCE, TARGET], [7, 7])
     with patched(model, [Patch(source=0, target=1, layers=())], 2):
         no_layer = sample(model, [SOURCE, TARGET], [7, 7])
-    with patched(model, [Patch(source=0, target=1, layers=(0,), start=99)], 2):
-        never = sample(model, [SOURCE, TARGET], [7, 7])
-    for pictures in (nothing, no_layer, never):
+    with patched(model, [Patch(source=0, target=1, layers=(0,), start=2, stop=2)], 2):
+        no_step = sample(model, [SOURCE, TARGET], [7, 7])
+    for pictures in (nothing, no_layer, no_step):
         np.testing.assert_array_equal(pictures, plain)
     assert np.abs(plain[0] - plain[1]).mean() > VISIBLE
 
@@ -219,11 +219,99 @@ def test_steps_count_noise_levels_not_calls(models):
     assert copied == 2 * [False, False, True, True, False, False]
 
 
-def test_fused_projections_are_refused():
-    model = tiny.model("sd3")
-    model.denoiser.fuse_qkv_projections()
-    with pytest.raises(TextlocError, match="fused; call unfuse_qkv_projections"):
-        patched(model, [Patch(source=0, target=1, layers=(0,))], 2).__enter__()
+# --- the account of what fired ----------------------------------------------------------------------------------
+
+
+def test_a_block_tells_what_fired(models):
+    model = models("sd3")
+    patches = [Patch(source=0, target=2, layers=1, pooled=True), Patch(source=1, target=2, layers=1)]
+    with patched(model, patches, 3) as fired:
+        sample(model, [SOURCE, SOURCE, TARGET], [7] * 3)
+    key, value = model.layers[1].key, model.layers[1].value
+    every = {0: 4, 1: 4, 2: 4}  # two rows in each half of guidance
+    assert fired.steps == {key: every, value: every, model.pooled_site: {0: 2, 1: 2, 2: 2}} and fired.calls == 3
+    with patched(model, Patch(source=0, target=1, layers=[0], tensors="v", start=1, stop=9), 2) as late:
+        sample(model, [SOURCE, TARGET], [7, 7], 1.0)
+    assert late.steps == {model.layers[0].value: {1: 1, 2: 1}}
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_fused_projections_are_never_silent(name, when):
+    model = tiny.model(name)
+    if when == "before":
+        model.denoiser.fuse_qkv_projections()
+    with (
+        pytest.raises(TextlocError, match="fused"),
+        patched(model, [Patch(source=0, target=1, layers=(0,))], 2),
+    ):
+        model.denoiser.fuse_qkv_projections()
+        sample(model, [SOURCE, TARGET], [7, 7])
+
+
+def test_an_attention_that_goes_around_the_modules_is_noticed():
+    model = tiny.model("sdxl")
+
+    class Around:
+        def __call__(self, attn, hidden_states, **other):
+            return hidden_states
+
+    with (
+        pytest.raises(TextlocError, match="attn2.to_k took no part in the denoiser's call 1"),
+        patched(model, [Patch(source=0, target=1, layers=(1,))], 2),
+    ):
+        model.denoiser.set_attn_processor(Around())
+        sample(model, [SOURCE, TARGET], [7, 7])
+
+
+def test_a_block_without_a_call_of_the_denoiser(models):
+    model, other = models("sdxl"), tiny.model("sdxl")
+    with (
+        pytest.raises(TextlocError, match="denoiser was not called"),
+        patched(model, [Patch(source=0, target=1, layers=(1,))], 2),
+    ):
+        sample(other, [SOURCE, TARGET], [7, 7])
+    with pytest.raises(ZeroDivisionError), patched(model, [Patch(source=0, target=1, layers=(1,))], 2):
+        raise ZeroDivisionError  # the first mistake is the one to tell
+
+
+def test_steps_that_never_come(models):
+    with (
+        pytest.raises(TextlocError, match="attn2.to_k was to be patched at steps from 99 on, but the run had 3"),
+        patched(models("ldm"), [Patch(source=0, target=1, layers=(0,), start=99)], 2),
+    ):
+        sample(models("ldm"), [SOURCE, TARGET], [7, 7])
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_several_pictures_per_prompt_are_no_guidance_halves(models, name):
+    model = models(name)
+    patch = Patch(source=1, target=0, layers="all")
+    message = "4 rows for 2 prompts, and they are no guidance halves" if name != "flux" else "got 4; allowed: 2$"
+    arguments = model.call_arguments([TARGET, SOURCE], steps=2, guidance=1.0, negative_prompt=None)
+    arguments |= {"num_images_per_prompt": 2, "output_type": "np"}
+    with pytest.raises(TextlocError, match=message), patched(model, patch, 2):
+        model.pipe(**arguments, generator=[torch.Generator().manual_seed(7) for _ in range(4)])
+    with patched(model, [Patch(source=2, target=0, layers="all", pooled=True)], 4):
+        out = model.pipe(**arguments, generator=[torch.Generator().manual_seed(7) for _ in range(4)]).images
+    np.testing.assert_allclose(out[2], out[0], atol=TOLERANCE)
+    assert np.abs(out[3] - out[1]).mean() > VISIBLE
+
+
+def test_layers_and_heads_of_many_kinds(models):
+    model = models("ldm")
+    for layers in (1, np.int64(1), [1], (np.int32(1),), np.array([1]), range(1, 2)):
+        assert Patch(source=0, target=1, layers=layers) == Patch(source=np.int64(0), target=1, layers=(1,))
+    assert Patch(source=0, target=1, layers="all").indices(model) == (0, 1, 2, 3)
+    assert Patch(source=0, target=1, heads="all").heads is None
+    assert Patch(source=0, target=1, heads=[0]).heads == Patch(source=0, target=1, heads=np.int8(0)).heads == (0,)
+    for wrong in ({"layers": "3"}, {"layers": 1.0}, {"layers": [True]}, {"layers": None}, {"heads": "first"}):
+        (name,) = wrong
+        with pytest.raises(TextlocError, match=f"^{name} must be an integer or integers, got"):
+            Patch(source=0, target=1, **wrong)
+    for name, value in {"source": "0", "target": None, "start": 0.5, "stop": (1, 2)}.items():
+        with pytest.raises(TextlocError, match=name):
+            Patch(**{"source": 0, "target": 1, name: value})
 
 
 @pytest.mark.parametrize(("name", "modules"), [("sdxl", ["to_k", "to_v"]), ("sd3", ["add_k_proj", "add_v_proj"])])
@@ -261,6 +349,7 @@ def test_rows_that_share_steps_cost_one_copy(models):
         assert len(model.denoiser.get_submodule(model.layers[0].key)._forward_hooks) == 1
         hook = next(iter(model.denoiser.get_submodule(model.layers[0].key)._forward_hooks.values()))
         assert len(hook.copies) == 1 and hook.copies[0].sources == list(range(9))
+        sample(model, [SOURCE] * 9 + [TARGET], [7] * 10)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------

@@ -78,15 +78,15 @@ def test_text_layers_and_weight(name):
 
 def test_layouts_are_the_full_models():
     unet = build("sdxl-mini")[1].unet.config
-    full = models.FULL_CONFIGS["sdxl"][1]
-    assert tuple(unet.down_block_types) == full["down_block_types"]
+    full = models.configuration("sdxl")
+    assert list(unet.down_block_types) == full["down_block_types"]
     depths = unet.transformer_layers_per_block
     assert depths == sorted(depths) and depths[-1] > depths[0]
     unet = build("if-mini")[1].unet.config
-    full = models.FULL_CONFIGS["if"][1]
+    full = models.configuration("if")
     for key in ("mid_block_type", "addition_embed_type", "cross_attention_norm", "resnet_time_scale_shift", "act_fn"):
         assert unet[key] == full[key]
-    assert tuple(unet.down_block_types) == full["down_block_types"] and unet.out_channels == 2 * unet.in_channels
+    assert list(unet.down_block_types) == full["down_block_types"] and unet.out_channels == 2 * unet.in_channels
 
 
 @pytest.mark.parametrize("name", UNETS)

@@ -126,8 +126,10 @@ def generate(
     With a second stage (DeepFloyd IF) every picture is enlarged under its own prompt, the source prompt for a
     patched row, or under that of ``stage2_prompts``: patches hold in stage I only.
     """
+    model = Model.of(model)
+    alone = isinstance(prompts, str)
     prompts, seeds = list(prompts), [int(s) for s in seeds]
-    if not prompts or any(not isinstance(p, str) for p in prompts):
+    if alone or not prompts or any(not isinstance(p, str) for p in prompts):
         raise TextlocError("generate needs a list of at least one prompt, each a string")
     if len(prompts) != len(seeds):
         raise TextlocError(f"{len(prompts)} prompts came with {len(seeds)} seeds; give one seed per prompt")
@@ -160,7 +162,7 @@ def generate(
                 prompts[part], steps=steps, guidance=guidance, negative_prompt=negative_prompt, **pipeline_arguments
             )
             generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[part]]
-            with model.starting_from(None if noise is None else noise[part]) as begin:
+            with model.starting_from(None if noise is None else noise[part], guidance) as begin:
                 second = None if stage2_prompts is None else {"prompt": list(stage2_prompts[part])}
                 images.append(_sample(model, arguments | begin, generators, second))
     seconds = time.perf_counter() - began
@@ -170,7 +172,7 @@ def generate(
 def _sample(model: Model, arguments: dict, generators: list[torch.Generator], second: dict | None = None) -> np.ndarray:
     """One pipeline call: uint8 (rows, height, width, 3); ``second`` is what a second stage's arguments differ in."""
     if model.stage2 is None:
-        pictures = model.pipe(**arguments, generator=generators, output_type="np").images
+        pictures = model.pictures(model.pipe(**arguments, generator=generators, output_type="np"))
     else:
         small = model.pipe(**arguments, generator=generators, output_type="pt").images.clamp(-1, 1)
         enlarge = model.stage2_arguments(arguments | (second or {}))

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from textloc_utils import metrics, ocr, onestep
 from textloc_utils.generate import generate, rows_per_call
 from textloc_utils.miniatures import scenes
-from textloc_utils.models import Model, check_layers
+from textloc_utils.models import Model, check_layers, key_value_numbers
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
@@ -515,9 +515,7 @@ def _race(
 def _cost(model: Model, sources: int, steps: int | None) -> int:
     """Row evaluations of one pair with this many pictures of the source: each batch draws the target, too."""
     rows = sources + math.ceil(sources / (rows_per_call(model) - 1))
-    # FLUX is told its guidance, and has no negatives beside the prompts.
-    guided = model.spec.guidance > 1 and not getattr(model.denoiser.config, "guidance_embeds", False)
-    return rows * (steps or model.spec.steps) * (2 if guided else 1)
+    return rows * (steps or model.spec.steps) * model.evaluations()
 
 
 def _cheap_only(model: Model, pairs: Sequence[Pair], share: float, how: str, options: dict) -> Found:
@@ -568,8 +566,7 @@ def _leading(effects: np.ndarray, share: float) -> int:
 def parameter_share(model: Model, layers: Sequence[int]) -> float:
     """Part of the denoiser's parameters that the key and value maps of these layers hold."""
     total = sum(p.numel() for p in model.denoiser.parameters())
-    maps = {name for i in layers for name in (model.layers[i].key, model.layers[i].value)}
-    return sum(p.numel() for name in maps for p in model.denoiser.get_submodule(name).parameters()) / total
+    return sum(key_value_numbers(model.denoiser, model.layers[i]) for i in set(layers)) / total
 
 
 def _found(

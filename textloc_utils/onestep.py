@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from textloc_utils.generate import BATCH_FULL_SIZE, EnoughError, counted
-from textloc_utils.models import TEXT_FIRST, Model, check_prompts, read_call, select_rows
+from textloc_utils.models import Model, check_prompts, guided, read_call, select_rows
 from textloc_utils.patching import Patch, patched
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
@@ -81,11 +81,16 @@ def effects(
 
 def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str) -> tuple[dict, int]:
     """Run the source up to the last level and probe the denoiser on the way: effects per step, rows of backward."""
-    found, backward, state = {}, [0], {"step": 0, "inside": False}
+    found, backward, state = {}, [0], {"calls": 0, "step": 0, "inside": False}
+    # Where negatives have a call of their own, the prompts' comes first, and it alone is asked.
+    calls = 1 if model.doubled else model.evaluations()
     probe = _one_step if depth == "one-step" else _attribution
 
     def after(denoiser, args, kwargs, output):
         if state["inside"]:
+            return
+        state["calls"] += 1
+        if (state["calls"] - 1) % calls:
             return
         if state["step"] in at:
             state["inside"] = True
@@ -121,13 +126,11 @@ def _call(model: Model, args: tuple, kwargs: dict, texts: list[int]) -> torch.Te
     pictures = [half for half in halves for _ in texts]
     rows = [half + text for half in halves for text in texts]
     given = select_rows(model.denoiser, args, kwargs, pictures, rows)
-    out = model.denoiser(**given | {"return_dict": False})[0].float()
+    out = model.denoiser(**given | {"return_dict": False})[0]
+    out = (torch.stack(out) if isinstance(out, list) else out).float()
     # A learned variance stands behind the answer's channels.
-    out = out[:, : (given["sample"] if "sample" in given else given["hidden_states"]).shape[1]]
-    if batch == 2:
-        return out
-    negative, prompt = out.chunk(2)
-    return negative + model.spec.guidance * (prompt - negative)
+    out = out[:, : given[model.architecture.sample][0].shape[0]]
+    return out if batch == 2 else guided(model.denoiser, out, model.spec.guidance)
 
 
 def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
@@ -164,9 +167,13 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
 
         return hook
 
-    names = [(layer, name) for layer in model.layers for name in (layer.key, layer.value)]
+    names = [
+        (layer, letter, name)
+        for layer in model.layers
+        for letter, name in zip("kv", (layer.key, layer.value), strict=True)
+    ]
     try:
-        for _, name in names:
+        for name in dict.fromkeys(name for _, _, name in names):
             handles.append(model.denoiser.get_submodule(name).register_forward_hook(listen(name)))
         target, source = _call(model, args, kwargs, [1, 0])
     finally:
@@ -181,8 +188,8 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
     gradients = dict(zip(added, gradients, strict=True))
     tokens = read_call(model.denoiser, args, kwargs).tokens
     values = [0.0] * len(model.layers)
-    for layer, name in names:
-        rows = slice(None, tokens if layer.context == TEXT_FIRST else None)
-        change = outputs[name][0::2, rows] - outputs[name][1::2, rows]
-        values[layer.index] += float((gradients[name][1::2, rows].double() * change.double()).sum()) / scale
-    return values, len(outputs[names[0][1]])
+    for layer, letter, name in names:
+        output, gradient = (layer.text(x, letter, tokens) for x in (outputs[name], gradients[name]))
+        change = output[0::2] - output[1::2]
+        values[layer.index] += float((gradient[1::2].double() * change.double()).sum()) / scale
+    return values, len(outputs[names[0][2]])

@@ -1,29 +1,34 @@
 """The one patching engine: rows of a batch take the text keys and values of other rows (the paper's section 3).
 
 **Row convention.** Rows count the prompts of one pipeline call, 0 to n - 1. Without guidance the denoiser sees
-those n rows; with classifier-free guidance it sees 2n, ``[negative x n, prompt x n]``, and a patch then copies in
-both halves: row ``target`` over row ``source``, and row n + ``target`` over row n + ``source``. Pipelines that call
-the denoiser once for the prompts and once for the negatives (FLUX with ``true_cfg_scale``) show it n rows each time.
+those n rows; with classifier-free guidance it sees 2n, ``[negative x n, prompt x n]`` (Z-Image: the prompts first),
+and a patch then copies in both halves: row ``target`` over row ``source``, and row n + ``target`` over row n +
+``source``. Pipelines that call the denoiser once for the prompts and once for the negatives (FLUX with
+``true_cfg_scale``) show it n rows each time.
 
-**Steps.** Step s of a run is its (s + 1)-th noise level: the count rises whenever the timestep falls and starts
-again at 0 whenever the timestep rises, so that one block serves several pipeline calls. Repeated calls at one
-timestep (FLUX's negatives, the doubled timestep of PNDM) belong to one step.
+**Steps.** Step s of a run is its (s + 1)-th noise level: the count rises whenever the noise falls and starts again
+at 0 whenever the noise rises, so that one block serves several pipeline calls. Repeated calls at one timestep
+(FLUX's negatives, the doubled timestep of PNDM) belong to one step.
+
+**Account.** A block knows which modules must take part in each call of the denoiser, and raises where one did not:
+whatever was done to the pipeline (fused projections, caches, compilation), a patch never does nothing in silence.
 
 Source and target run together, so nothing is stored and the target's text stream is always that of the same step.
 """
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from textloc_utils.models import Model, TextLayer, check_layers, read_call
+from textloc_utils.models import DenoiserCall, Model, TextLayer, as_indices, check_hookable, check_layers, read_call
 from textloc_utils.settings import TextlocError
 
 TENSORS = ("k", "v", "kv")
+ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,28 +36,166 @@ class Patch:
     """Row ``source`` takes the text keys and values of row ``target`` in ``layers``.
 
     Rows count the pipeline call's prompts (see the module's row convention); ``layers`` are indices of the model's
-    text layers. The patch holds at steps ``start`` <= s < ``stop`` (None: to the end), in the attention heads named
-    in ``heads`` (None: all), for ``tensors`` "k", "v" or "kv". ``pooled`` copies the pooled text embedding as well,
-    a site of its own that has neither layers nor heads.
+    text layers: one, several, or "all". The patch holds at steps ``start`` <= s < ``stop`` (None: to the end), in the
+    attention heads named in ``heads`` (one, several, or None or "all": all), for ``tensors`` "k", "v" or "kv".
+    ``pooled`` copies the pooled text embedding as well, a site of its own that has neither layers nor heads.
     """
 
     source: int
     target: int
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] | str = ()
     start: int = 0
     stop: int | None = None
     heads: tuple[int, ...] | None = None
     tensors: str = "kv"
     pooled: bool = False
 
+    def __post_init__(self):
+        heads = None if self.heads is None or self._all(self.heads) else as_indices(self.heads, "heads")
+        layers = ALL if self._all(self.layers) else as_indices(self.layers, "layers")
+        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "layers", layers)
+        for name in ("source", "target", "start", "stop"):
+            value = getattr(self, name)
+            if value is not None or name != "stop":
+                object.__setattr__(self, name, _integer(value, name))
+
+    @staticmethod
+    def _all(value) -> bool:
+        return isinstance(value, str) and value == ALL
+
+    def indices(self, model: Model) -> tuple[int, ...]:
+        """Its layers as indices, in ascending order. Raises TextlocError for one that the model does not have."""
+        layers = tuple(range(len(model.layers))) if self.layers == ALL else self.layers
+        check_layers(model, layers)
+        return tuple(sorted(set(layers)))
+
+
+def _integer(value, name: str) -> int:
+    found = as_indices(value, name)
+    if len(found) != 1:
+        raise TextlocError(f"{name} must be one integer, got {value!r}")
+    return found[0]
+
+
+class Clock:
+    """The step and the number of text tokens of the denoiser call under way."""
+
+    def __init__(self):
+        self.step, self.tokens, self._noise = 0, 0, None
+
+    def pre_hook(self, timed: bool):
+        """A forward pre-hook for the denoiser; only a ``timed`` one reads timesteps, for which it waits on the GPU."""
+
+        def before(denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
+            call = read_call(denoiser, args, kwargs)
+            self.tokens = call.tokens
+            if timed:
+                self.advance(float(call.noise))
+
+        return before
+
+    def advance(self, noise: float) -> int:
+        """Take the noise level of a call, whatever its unit, and return the call's step."""
+        if self._noise is None or noise > self._noise:
+            self.step = 0
+        elif noise < self._noise:
+            self.step += 1
+        self._noise = noise
+        return self.step
+
+
+class Fired:
+    """What the hooks of a block did, call by call of the denoiser.
+
+    ``sites`` maps each site (dotted module name) to the step ranges, (start, stop or None), in which it must take
+    part. Hooks of that site say so with :meth:`note`. ``calls`` counts the denoiser's calls inside the block. Raises
+    TextlocError at the end of a call in which a site that was due did not take part; :meth:`close`, called when the
+    block is left, raises it where the denoiser was not called, or a range of steps never came.
+    """
+
+    def __init__(self, sites: Mapping[str, Iterable[tuple[int, int | None]]]):
+        self.sites = {name: {(start, stop) for start, stop in ranges} for name, ranges in sites.items()}
+        self.calls, self.clock = 0, Clock()
+        self._timed = any(span != (0, None) for spans in self.sites.values() for span in spans)
+        self._events: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._noise: list = []  # of each call; on the GPU until somebody asks
+        self._steps: list[int] = []
+
+    def watch(self, denoiser: nn.Module) -> list:
+        """Register the hooks that count and check the denoiser's calls; returns their handles."""
+        return [
+            denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
+            denoiser.register_forward_hook(self._end),
+        ]
+
+    def note(self, site: str, rows: int) -> None:
+        """A site's hook wrote this many rows of the batch in the call under way."""
+        self._events[site].append((self.calls - 1, rows))
+
+    def due(self, site: str, step: int) -> bool:
+        """Whether a site must take part at a step."""
+        return any(start <= step and (stop is None or step < stop) for start, stop in self.sites[site])
+
+    @property
+    def steps(self) -> dict[str, dict[int, int]]:
+        """Site to {step: rows written there}, summed over the step's calls (two with separate negatives)."""
+        per_call = self._call_steps()
+        found: dict[str, dict[int, int]] = {}
+        for site, events in self._events.items():
+            found[site] = defaultdict(int)
+            for call, rows in events:
+                found[site][per_call[call]] += rows
+        return {site: dict(steps) for site, steps in found.items()}
+
+    def _call_steps(self) -> list[int]:
+        if not self._timed:  # the clock has not run yet
+            clock = Clock()
+            return [clock.advance(float(noise)) for noise in self._noise]
+        return self._steps
+
+    def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = read_call(denoiser, args, kwargs)
+        self.calls += 1
+        self.clock.tokens = call.tokens
+        self._noise.append(call.noise)
+        if self._timed:
+            self._steps.append(self.clock.advance(float(call.noise)))
+
+    def _end(self, denoiser: nn.Module, args: tuple, output) -> None:
+        now = self.calls - 1
+        for site in self.sites:
+            took_part = self._events[site] and self._events[site][-1][0] == now
+            if self.due(site, self.clock.step) and not took_part:
+                raise TextlocError(
+                    f"{site} took no part in the denoiser's call {self.calls}, so that a patch there would do nothing; "
+                    f"undo what bypasses it (fused projections, an attention processor, a cache, compilation)"
+                )
+
+    def close(self) -> None:
+        """Raise TextlocError unless all that was due has happened."""
+        wanted = {name: [(a, b) for a, b in spans if b is None or a < b] for name, spans in self.sites.items()}
+        if any(wanted.values()) and not self.calls:
+            raise TextlocError(
+                "this model's denoiser was not called while patches were in force; call the pipeline inside the block "
+                "(compiled? call torch.compile inside it, or not at all)"
+            )
+        for site, spans in wanted.items():
+            for start, stop in spans:
+                if self._timed and not any(start <= s and (stop is None or s < stop) for s in self._steps):
+                    span = f"from {start} on" if stop is None else f"{start} to {stop - 1}"
+                    steps = max(self._steps) + 1
+                    raise TextlocError(f"{site} was to be patched at steps {span}, but the run had {steps} steps")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Copy:
-    """One gather and scatter at one module: all patches that share steps and heads there."""
+    """One gather and scatter at one module: all patches that share steps, heads and columns there."""
 
     start: int
     stop: int | None
     heads: tuple[int, ...] | None
+    letter: str
     sources: list[int]
     targets: list[int]
 
@@ -61,28 +204,54 @@ class _Copy:
 
 
 @contextlib.contextmanager
-def patched(model: Model, patches: Iterable[Patch], rows: int) -> Iterator[None]:
+def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterator[Fired]:
     """Run the model's pipeline on ``rows`` prompts with ``patches`` in force inside the block.
 
-    The block works by forward hooks and leaves the pipeline as it was, also after an exception. Raises
-    TextlocError before anything runs for rows, layers, heads or tensors out of range, a target row that is itself
-    a source, two patches that write different targets to one place, or pooled patches on a model without a pooled
-    embedding; and inside the block for a batch that holds neither ``rows`` nor 2 x ``rows`` rows.
+    Parameters
+    ----------
+    model
+        A wrapped model, or a diffusers pipeline whose architecture is known.
+    patches
+        One patch or several.
+    rows
+        Prompts of each pipeline call inside the block, counted with their copies (``num_images_per_prompt``).
+
+    Yields
+    ------
+    Fired
+        What took part so far: ``fired.steps`` maps each patched module to {step: rows written}.
+
+    Raises
+    ------
+    TextlocError
+        Before anything runs: rows, layers, heads or tensors out of range, a target row that is itself a source, two
+        patches that write different targets to one place, pooled patches on a model without a pooled embedding.
+        Inside the block: a batch of neither ``rows`` nor 2 x ``rows`` rows, a module that took no part, texts whose
+        lengths differ where the model cannot take that. When it is left: a denoiser that was not called, steps that
+        never came, rows that were no guidance halves.
+
+    The block works by forward hooks and leaves the pipeline as it was, also after an exception.
     """
-    patches = tuple(patches)
+    model = Model.of(model)
+    patches = (patches,) if isinstance(patches, Patch) else tuple(patches)
     check_patches(model, patches, rows)
-    clock = Clock()
-    indices: dict = {}
+    sites = _sites(model, patches)
+    fired = Fired({name: {(c.start, c.stop) for c in copies} for name, (copies, _) in sites.items()})
+    batch = _Batch(model, patches, rows, fired)
     handles = []
     try:
-        for name, (copies, layer) in _sites(model, patches).items():
-            hook = _CopyRows(copies, layer, rows, clock, indices)
+        if sites:
+            handles += fired.watch(model.denoiser)
+            handles.append(model.denoiser.register_forward_pre_hook(batch.check, with_kwargs=True))
+        for name, (copies, layer) in sites.items():
+            hook = _CopyRows(name, copies, layer, batch)
             handles.append(model.denoiser.get_submodule(name).register_forward_hook(hook))
-        if handles:
-            timed = any(p.start or p.stop is not None for p in patches)
-            hook = clock.pre_hook(timed)
-            handles.append(model.denoiser.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
+        for layer, copies in _masked(model, sites).items():
+            attention = model.denoiser.get_submodule(layer)
+            handles.append(attention.register_forward_pre_hook(_CopyMasks(copies, batch), with_kwargs=True))
+        yield fired
+        fired.close()
+        batch.close()
     finally:
         for handle in handles:
             handle.remove()
@@ -91,6 +260,12 @@ def patched(model: Model, patches: Iterable[Patch], rows: int) -> Iterator[None]
 def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
     """Raise TextlocError for patches that cannot be carried out on ``rows`` prompts of this model."""
     patches = tuple(patches)
+    if _integer(rows, "rows") < 1:
+        raise TextlocError(f"rows must be at least 1, got {rows}")
+    for p in patches:
+        if not isinstance(p, Patch):
+            raise TextlocError(f"patches must be of class Patch, got {type(p).__name__}")
+    check_hookable(model.denoiser)
     sources = {p.source for p in patches}
     for p in patches:
         for row in (p.source, p.target):
@@ -98,12 +273,12 @@ def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
                 raise TextlocError(f"row {row} is out of range; this batch's rows are 0 to {rows - 1}")
         if p.target in sources:
             raise TextlocError(f"row {p.target} is both a target and a source; a target row must stay unpatched")
-        check_layers(model, p.layers)
+        layers = p.indices(model)
         if p.tensors not in TENSORS:
             raise TextlocError(f"unknown tensors {p.tensors!r}; allowed: {', '.join(TENSORS)}")
         if p.start < 0 or (p.stop is not None and p.stop < p.start):
             raise TextlocError(f"steps {p.start} to {p.stop} are no range; allowed: 0 <= start <= stop")
-        for layer in p.layers:
+        for layer in layers:
             last = model.layers[layer].heads - 1
             if any(not 0 <= h <= last for h in p.heads or ()):
                 raise TextlocError(f"heads {p.heads} are out of range; layer {layer} has heads 0 to {last}")
@@ -111,24 +286,25 @@ def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
                 raise TextlocError("the pipeline's projections are fused; call unfuse_qkv_projections() first")
         if p.pooled and model.pooled_site is None:
             raise TextlocError(f"{model.spec.name} has no pooled text embedding to patch")
-    _check_conflicts(patches)
+    _check_conflicts(model, patches)
 
 
-def _check_conflicts(patches: tuple[Patch, ...]) -> None:
+def _check_conflicts(model: Model, patches: tuple[Patch, ...]) -> None:
     by_source = defaultdict(list)
     for p in patches:
-        for other in by_source[p.source]:
+        layers = set(p.indices(model))
+        for other, others in by_source[p.source]:
             apart_in_steps = (p.stop is not None and p.stop <= other.start) or (
                 other.stop is not None and other.stop <= p.start
             )
             same_place = (
-                set(p.layers) & set(other.layers)
+                layers & others
                 and set(p.tensors) & set(other.tensors)
                 and (p.heads is None or other.heads is None or set(p.heads) & set(other.heads))
             )
             if p.target != other.target and not apart_in_steps and (same_place or (p.pooled and other.pooled)):
                 raise TextlocError(f"row {p.source} is patched from rows {other.target} and {p.target} at one place")
-        by_source[p.source].append(p)
+        by_source[p.source].append((p, layers))
 
 
 def _sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[list[_Copy], TextLayer | None]]:
@@ -136,70 +312,121 @@ def _sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[list[_Co
     grouped = defaultdict(lambda: defaultdict(list))
     layer_at = {}
     for p in patches:
-        places = [(model.layers[i], letter) for i in sorted(set(p.layers)) for letter in p.tensors]
+        places = [(model.layers[i], letter) for i in p.indices(model) for letter in p.tensors]
         for layer, letter in places:
             name = layer.key if letter == "k" else layer.value
             layer_at[name] = layer
-            grouped[name][p.start, p.stop, p.heads].append((p.source, p.target))
+            grouped[name][p.start, p.stop, p.heads, letter].append((p.source, p.target))
         if p.pooled:
             layer_at[model.pooled_site] = None
-            grouped[model.pooled_site][p.start, p.stop, None].append((p.source, p.target))
+            grouped[model.pooled_site][p.start, p.stop, None, ""].append((p.source, p.target))
     sites = {}
     for name, groups in grouped.items():
         copies = []
-        for (start, stop, heads), pairs in groups.items():
+        for (start, stop, heads, letter), pairs in groups.items():
             sources, targets = map(list, zip(*pairs, strict=True))
-            copies.append(_Copy(start=start, stop=stop, heads=heads, sources=sources, targets=targets))
+            copies.append(_Copy(start=start, stop=stop, heads=heads, letter=letter, sources=sources, targets=targets))
         sites[name] = copies, layer_at[name]
     return sites
 
 
-class Clock:
-    """The step and the number of text tokens of the denoiser call under way."""
+def _masked(model: Model, sites: dict) -> dict[str, list[_Copy]]:
+    """Attention module to the copies of its keys and values: the texts' masks go where their keys and values go."""
+    found = defaultdict(list)
+    for copies, layer in sites.values():
+        if layer is not None:
+            found[layer.name] += copies
+    return found
 
-    def __init__(self):
-        self.step, self.tokens, self._timestep = 0, 0, None
 
-    def pre_hook(self, timed: bool):
-        def before(denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
-            call = read_call(denoiser, args, kwargs)
-            self.tokens = call.tokens
-            if timed:  # reading a timestep waits for the GPU, so only patches with a step range do it
-                self._advance(float(torch.as_tensor(call.timestep).max()))
+class _Batch:
+    """How the rows of the denoiser's batch belong to the prompts."""
 
-        return before
+    def __init__(self, model: Model, patches: tuple[Patch, ...], rows: int, fired: Fired):
+        self.rows, self.fired, self.row, self._doubled = rows, fired, model.architecture, model.doubled
+        self.pairs = {(p.source, p.target) for p in patches if p.indices(model)}
+        self._indices: dict = {}
+        self._unlike = None  # whether the halves of a doubled batch ever were of different pictures; on the GPU
+        self._lengths = None
+        self.picture_tokens: int | None = None
 
-    def _advance(self, timestep: float) -> None:
-        if self._timestep is None or timestep > self._timestep:
-            self.step = 0
-        elif timestep < self._timestep:
-            self.step += 1
-        self._timestep = timestep
+    def check(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook of the denoiser: guidance halves are two copies of the same noisy pictures."""
+        call = read_call(denoiser, args, kwargs)
+        self.picture_tokens = call.picture_tokens
+        self.check_size(call.rows)
+        self._check_lengths(call)
+        if call.rows == 2 * self.rows:
+            halves = [torch.stack([*part]) for part in (call.picture[: self.rows], call.picture[self.rows :])]
+            unlike = ((halves[0] != halves[1]) & ~halves[0].isnan()).any()
+            self._unlike = unlike if self._unlike is None else self._unlike | unlike
+
+    def _check_lengths(self, call: DenoiserCall) -> None:
+        """Refuse texts of different lengths where the places of the picture depend on them."""
+        if call.lengths is None or call.lengths is self._lengths:
+            return
+        lengths = call.lengths if isinstance(call.lengths, list) else call.lengths.tolist()
+        self._lengths = call.lengths
+        for half in range(0, call.rows, self.rows):
+            for source, target in self.pairs:
+                if lengths[half + source] != lengths[half + target]:
+                    of = f" (in steps of {self.row.multiple} tokens)" if self.row.multiple > 1 else ""
+                    raise TextlocError(
+                        f"the prompts of rows {source} and {target} have different lengths{of}, on which this model's "
+                        f"picture depends; take prompts of as many tokens"
+                    )
+
+    def check_size(self, batch: int) -> None:
+        """Raise TextlocError unless a module's output has the rows that the patches were made for."""
+        allowed = {self.rows: f"{self.rows} (no guidance)", 2 * self.rows: f"{2 * self.rows} (guidance)"}
+        if not self._doubled:
+            allowed = {self.rows: f"{self.rows}"}
+        if batch not in allowed:
+            raise TextlocError(
+                f"patches were made for {self.rows} rows, but the denoiser got {batch}; "
+                f"allowed: {' or '.join(allowed.values())}"
+            )
+
+    def close(self) -> None:
+        """Raise TextlocError where a batch of twice the rows was no batch of guidance halves."""
+        if self._unlike is not None and bool(self._unlike):
+            raise TextlocError(
+                f"the denoiser got {2 * self.rows} rows for {self.rows} prompts, and they are no guidance halves; "
+                f"with num_images_per_prompt count every picture as a row"
+            )
+
+    def index(self, rows: Iterable[int], batch: int, device: torch.device) -> torch.Tensor:
+        """Places of prompts' rows in a batch, in all its halves."""
+        # Shared by all hooks of a block: one copy to the device per set of rows.
+        key = tuple(rows), batch, device
+        if key not in self._indices:
+            halves = range(0, batch, self.rows)
+            self._indices[key] = torch.tensor([half + row for half in halves for row in key[0]], device=device)
+        return self._indices[key]
 
 
 class _CopyRows:
     """Forward hook: returns the output with target rows copied over source rows; the original is left alone."""
 
-    def __init__(self, copies: list[_Copy], layer: TextLayer | None, rows: int, clock: Clock, indices: dict):
-        self.copies, self.layer, self.rows, self.clock, self.indices = copies, layer, rows, clock, indices
+    def __init__(self, name: str, copies: list[_Copy], layer: TextLayer | None, batch: _Batch):
+        self.name, self.copies, self.layer, self.batch = name, copies, layer, batch
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        copies = [c for c in self.copies if c.holds(self.clock.step)]
+        fired = self.batch.fired
+        copies = [c for c in self.copies if c.holds(fired.clock.step)]
         if not copies:
             return None
-        batch = output.shape[0]
-        if batch not in (self.rows, 2 * self.rows):
-            raise TextlocError(
-                f"patches were made for {self.rows} rows, but the denoiser got {batch}; "
-                f"allowed: {self.rows} (no guidance) or {2 * self.rows} (guidance)"
-            )
+        size = output.shape[0]
+        self.batch.check_size(size)
+        self._check_length(output)
         patched_output = output.clone()
-        into, from_ = patched_output, output
-        if self.layer is not None and self.layer.context is not None:
-            into, from_ = into[:, : self.clock.tokens], from_[:, : self.clock.tokens]
+        written = set()
         for copy in copies:
-            source = self._index(tuple(copy.sources), batch, output.device)
-            target = self._index(tuple(copy.targets), batch, output.device)
+            into, from_ = patched_output, output
+            if self.layer is not None:
+                into, from_ = (self.layer.text(x, copy.letter, fired.clock.tokens) for x in (into, from_))
+            source = self.batch.index(copy.sources, size, output.device)
+            target = self.batch.index(copy.targets, size, output.device)
             if copy.heads is None:
                 into[source] = from_[target]
             else:
@@ -207,12 +434,54 @@ class _CopyRows:
                 split = (self.layer.heads, -1)
                 picked = from_.unflatten(-1, split)[target[:, None], :, heads]
                 into.unflatten(-1, split)[source[:, None], :, heads] = picked  # unflatten gives a view
+            written |= set(copy.sources)
+        fired.note(self.name, len(written) * (size // self.batch.rows))
         return patched_output
 
-    def _index(self, rows: tuple[int, ...], batch: int, device: torch.device) -> torch.Tensor:
-        # Shared by all hooks of a block: one copy to the device per set of rows.
-        key = rows, batch, device
-        if key not in self.indices:
-            halves = range(0, batch, self.rows)
-            self.indices[key] = torch.tensor([half + row for half in halves for row in rows], device=device)
-        return self.indices[key]
+    def _check_length(self, output: torch.Tensor) -> None:
+        """Refuse an output without its text: some models keep the text's keys and compute the picture's alone."""
+        if self.layer is None or self.layer.context is None:
+            return
+        length, text, picture = output.shape[1], self.batch.fired.clock.tokens, self.batch.picture_tokens
+        if length <= text or (picture is not None and length != text + picture):
+            raise TextlocError(
+                f"{self.name} gave {length} tokens, and text and picture have {text} and {picture or 'more'}: are they "
+                f"cached, or are there other pictures among them? Call the pipeline without"
+            )
+
+
+class _CopyMasks:
+    """Forward pre-hook of an attention module: the rows of its masks travel with the keys and values."""
+
+    def __init__(self, copies: list[_Copy], batch: _Batch):
+        self.copies, self.batch = copies, batch
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        copies = [c for c in self.copies if c.holds(self.batch.fired.clock.step)]
+        size = max((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), default=0)
+        masks = {
+            name: value
+            for name, value in kwargs.items()
+            if any(m in name for m in self.batch.row.masks) and value is not None
+        }
+        if not copies or not masks:
+            return None
+        for name, value in masks.items():
+            if not isinstance(value, torch.Tensor):
+                raise TextlocError(f"the attention's {name} is a {type(value).__name__}, whose rows cannot be patched")
+        masks = {name: value for name, value in masks.items() if value.ndim > 1 and value.shape[0] == size}
+        self.batch.check_size(size)
+        changed = {}
+        for name, mask in masks.items():
+            changed[name] = mask.clone()
+            for copy in copies:
+                source = self.batch.index(copy.sources, size, mask.device)
+                target = self.batch.index(copy.targets, size, mask.device)
+                whole = {"k", "v"} <= {c.letter for c in copies if c.heads is None and c.sources == copy.sources}
+                if not whole and not torch.equal(mask[source], mask[target]):
+                    raise TextlocError(
+                        "source and target prompt have different lengths, so that heads, keys or values alone cannot "
+                        "be patched; patch kv in all heads, or take prompts of as many tokens"
+                    )
+                changed[name][source] = mask[target]
+        return args, kwargs | changed

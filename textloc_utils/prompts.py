@@ -70,7 +70,7 @@ class Pair:
 
 @functools.cache
 def words_table() -> pd.DataFrame:
-    """The word list: columns word, zipf (log10 frequency per 10^9 words), band, split (train, held-out)."""
+    """The word list: columns word, zipf (log10 frequency per 10^9 words), band, split (see :func:`words`)."""
     path = data_dir() / "words" / "words.csv"
     try:
         return pd.read_csv(path, keep_default_na=False)
@@ -78,35 +78,48 @@ def words_table() -> pd.DataFrame:
         raise TextlocError(f"word list {path} is missing; restore data/words/words.csv") from None
 
 
+SPLITS = ("train", "validation", "held-out")
+
+
 @functools.cache
 def words(split: str) -> tuple[str, ...]:
-    """Words of a split, ``train`` or ``held-out``, common first (the mild insults at the end)."""
+    """Words of a split, common first (the mild insults at the end).
+
+    Miniatures learn from ``train``. Curricula, settings and sizes are chosen on ``validation``. What is reported is
+    measured on ``held-out``, the test words.
+    """
     table = words_table()
-    if split not in set(table.split):
-        raise TextlocError(f"unknown split {split!r}; allowed: train, held-out")
+    _check_split(split)
     return tuple(table.word[table.split == split])
 
 
 @functools.cache
 def long_words(split: str) -> tuple[str, ...]:
-    """Words of seven letters, longer than any that a miniature was trained on; ``split`` as for :func:`words`."""
+    """Words of seven letters, longer than any that a miniature was trained on; ``split`` as for :func:`words`.
+
+    None of them is for validation.
+    """
     path = data_dir() / "words" / "long.csv"
     try:
         table = pd.read_csv(path, keep_default_na=False)
     except FileNotFoundError:
         raise TextlocError(f"word list {path} is missing; restore data/words/long.csv") from None
-    if split not in set(table.split):
-        raise TextlocError(f"unknown split {split!r}; allowed: train, held-out")
+    _check_split(split)
     return tuple(table.word[table.split == split])
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise TextlocError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
 
 
 @functools.cache
 def _held_out() -> frozenset[str]:
-    return frozenset((*words("held-out"), *long_words("held-out")))
+    return frozenset((*words("validation"), *words("held-out"), *long_words("held-out")))
 
 
 def random_string(rng: random.Random, length: int) -> str:
-    """A random letter string that is no held-out word."""
+    """A random letter string that is neither a validation word nor a held-out one."""
     while True:
         text = "".join(rng.choices(LETTERS, k=length))
         if text not in _held_out():

@@ -38,7 +38,7 @@ from diffusers import (
 )
 from torch import nn
 
-from textloc_utils.models import FIXED_TOKENS, FULL_CONFIGS, FULL_SIZE, Model, ModelSpec, pick_device
+from textloc_utils.models import FIXED_TOKENS, FULL_SIZE, Model, ModelSpec, configuration, pick_device
 from textloc_utils.patching import Patch, patched
 from textloc_utils.settings import TextlocError, quiet_libraries
 
@@ -78,12 +78,12 @@ TINY = {
 
 def build_denoiser(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A full-size denoiser with torch's initial weights, drawn on the device in ``dtype``: no float32 copy anywhere."""
-    denoiser_class, config = FULL_CONFIGS[name]
+    config = configuration(name)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            denoiser = denoiser_class.from_config(config)
+            denoiser = getattr(diffusers, config["_class_name"]).from_config(config)
     finally:
         torch.set_default_dtype(before)
     return denoiser.to(dtype)  # buffers that were computed in float32

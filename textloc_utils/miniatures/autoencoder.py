@@ -2,6 +2,7 @@
 
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,10 +10,12 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from textloc_utils.miniatures import reader, scenes
+from textloc_utils import files
+from textloc_utils.miniatures import factors, world
 
 CROP = 48
-LEAST_READ = 0.95  #: share of the words that must stay readable, or no denoiser can spell through the autoencoder
+LEAST_READ = 0.95  #: share of the texts that must stay readable, or no denoiser can spell through the autoencoder
+CHECKPOINT_SECONDS = 60.0
 
 
 def build(channels: int, **config) -> AutoencoderKL:
@@ -46,11 +49,11 @@ def crop_batch(rng: random.Random, n: int) -> torch.Tensor:
     """``n`` random scenes cropped around the text: float (n, 3, CROP, CROP) in -1..1."""
     out = np.empty((n, CROP, CROP, 3), np.uint8)
     for i in range(n):
-        scene = scenes.random_scene(rng)
-        x0, y0, x1, y1 = scenes.text_box(scene)
-        left = min(max(rng.randint(x0 - CROP // 2, x1 - CROP // 2), 0), scenes.WIDTH - CROP)
-        top = min(max(rng.randint(y0 - CROP // 2, y1 - CROP // 2), 0), scenes.HEIGHT - CROP)
-        out[i] = scenes.render(scene)[top : top + CROP, left : left + CROP]
+        scene = world.random_scene(rng)
+        x0, y0, x1, y1 = world.text_box(scene)
+        left = min(max(rng.randint(x0 - CROP // 2, x1 - CROP // 2), 0), world.WIDTH - CROP)
+        top = min(max(rng.randint(y0 - CROP // 2, y1 - CROP // 2), 0), world.HEIGHT - CROP)
+        out[i] = world.render(scene)[top : top + CROP, left : left + CROP]
     return to_tensor(out)
 
 
@@ -61,71 +64,97 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reconstruction(vae, n: int = 64, seed: int = 1) -> dict[str, float]:
-    """How well ``n`` whole scenes survive the autoencoder's mean.
+def through(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
+    """Pictures, uint8 (n, H, W, 3), after the autoencoder: decoded from the mean of their latents."""
+    device = next(vae.parameters()).device
+    out = []
+    for part in np.array_split(pictures, max(1, len(pictures) // 64)):
+        y = vae.decode(vae.encode(to_tensor(part).to(device)).latent_dist.mean).sample.clamp(-1, 1)
+        out.append(((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(out)
 
-    Keys: ``psnr_db``, the mean PSNR, and ``words_read``, the share of words that template matching reads back.
+
+def reconstruction(vae: AutoencoderKL, n: int = 64, seed: int = 1) -> dict[str, float]:
+    """How well ``n`` whole scenes survive the autoencoder.
+
+    Keys: ``psnr_db``, the mean PSNR, and for each factor (``text`` among them) the share that is read back rightly.
     """
     rng = random.Random(seed)
-    device = next(vae.parameters()).device
-    known = [scenes.random_scene(rng) for _ in range(n)]
-    x = to_tensor(np.stack([scenes.render(s) for s in known])).to(device)
-    y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-    mse = (x - y).square().mean((1, 2, 3)) / 4
-    pictures = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    right = [text == s.text for text, s in zip(reader.read(pictures), known, strict=True)]
-    return {"psnr_db": round(float((-10 * mse.log10()).mean()), 2), "words_read": round(float(np.mean(right)), 3)}
+    known = [world.random_scene(rng) for _ in range(n)]
+    before = np.stack([world.render(s) for s in known])
+    after = through(vae, before)
+    mse = np.square(before.astype(float) - after).mean((1, 2, 3)) / 255**2
+    read = factors.right(factors.read(after), known)
+    return {"psnr_db": round(float(np.mean(-10 * np.log10(mse))), 2)} | {k: round(v, 3) for k, v in read.items()}
 
 
-def train(vae, *, seconds: float, batch: int = 16, lr: float = 2e-3, kl: float = 1e-5, seed: int = 0, log=print):
-    """Train in place for ``seconds`` with a cosine schedule over the time budget.
+def train(
+    vae: AutoencoderKL,
+    checkpoint: Path,
+    *,
+    steps: int,
+    batch: int = 16,
+    lr: float = 2e-3,
+    kl: float = 1e-5,
+    seed: int = 0,
+    log=print,
+) -> dict:
+    """Train in place for ``steps`` steps with a cosine schedule, or go on where ``checkpoint`` was.
 
-    Returns a dict with the steps done, the seconds and what ``reconstruction`` measures. ``kl`` keeps the latents
-    near unit variance.
+    Returns a dict with the steps, the seconds and what ``reconstruction`` measures. ``kl`` keeps the latents near unit
+    variance. Every batch and its noise come from (seed, step), so that a resumed training sees what an uninterrupted
+    one would have seen.
     """
     device = next(vae.parameters()).device
     vae.to(memory_format=torch.channels_last).train()
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0)
-    start, step, last = time.time(), 0, 0.0
-    bar = tqdm(total=round(seconds), unit="s", desc="autoencoder")
-    while (spent := time.time() - start) < seconds:
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0)
+    first, seconds = 0, 0.0
+    if checkpoint.exists():
+        saved = files.read_state(checkpoint)
+        vae.load_state_dict(saved["vae"])
+        optimiser.load_state_dict(saved["optimiser"])
+        first, seconds = saved["step"], saved["seconds"]
+        log(f"autoencoder resumed at step {first}")
+    last = clock = time.time()
+    for step in tqdm(range(first, steps), desc="autoencoder", initial=first, total=steps, mininterval=5):
         ramp = min(1.0, (step + 1) / 50)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * ramp * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * spent / seconds)))
-        x = crop_batch(rng, batch).to(device)
+        for group in optimiser.param_groups:
+            group["lr"] = lr * ramp * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps)))
+        x = crop_batch(random.Random(f"{seed} autoencoder {step}"), batch).to(device)
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+        y = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample
         loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + kl * posterior.kl().mean()
-        optimizer.zero_grad(set_to_none=True)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the autoencoder's loss is not finite at step {step}")
+        optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        bar.update(round(spent) - bar.n)
-        if spent - last > 60:
-            last = spent
+        optimiser.step()
+        seconds, clock = seconds + time.time() - clock, time.time()
+        if time.time() - last > CHECKPOINT_SECONDS:
             vae.eval()
-            log(f"autoencoder {spent:.0f} s, step {step}: loss {loss.item():.4f}, {reconstruction(vae)}")
+            log(f"autoencoder {seconds:.0f} s, step {step + 1}: loss {loss.item():.4f}, {reconstruction(vae)}")
             vae.train()
-    bar.close()
+            state = {"vae": vae.state_dict(), "optimiser": optimiser.state_dict()}
+            files.write_state(checkpoint, state | {"step": step + 1, "seconds": seconds})
+            last = clock = time.time()
     vae.eval()
-    report = {"steps": step, "seconds": round(time.time() - start), **reconstruction(vae)}
-    if report["words_read"] < LEAST_READ:
+    report = {"steps": steps, "seconds": round(seconds), **reconstruction(vae, 256)}
+    if report["text"] < LEAST_READ:
         log(
-            f"only {report['words_read']:.0%} of the words are readable through the autoencoder, and no denoiser will "
-            "spell better: start again with more --autoencoder-seconds"
+            f"only {report['text']:.0%} of the texts are readable through the autoencoder, and no denoiser will spell "
+            "better: start again with more --autoencoder-steps"
         )
     return report
 
 
 @torch.no_grad()
-def set_latent_statistics(vae, n: int = 128, seed: int = 2) -> None:
+def set_latent_statistics(vae: AutoencoderKL, n: int = 128, seed: int = 2) -> None:
     """Measure the latents' mean and spread on scenes and write them to the config as shift and scaling factor."""
     rng = random.Random(seed)
     device = next(vae.parameters()).device
-    x = to_tensor(np.stack([scenes.render(scenes.random_scene(rng)) for _ in range(n)])).to(device)
+    x = to_tensor(np.stack([world.render(world.random_scene(rng)) for _ in range(n)])).to(device)
     z = vae.encode(x).latent_dist.mean
     shift = vae.config.shift_factor is not None
     mean = z.mean().item() if shift else 0.0

@@ -8,15 +8,18 @@ it is. A denoiser that never changes its encoder cannot make up for an encoder t
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from textloc_utils.miniatures import world
+from textloc_utils.miniatures.tokenizers import letter_tokenizer
+from textloc_utils.models import FIXED_TOKENS
 from textloc_utils.prompts import LETTERS
 
 #: Width of the text embeddings that a denoiser reads: T5's own, LDMBert's own, or two CLIPs side by side.
@@ -80,6 +83,55 @@ def bert_config(tokenizer: PreTrainedTokenizerFast) -> LDMBertConfig:
     )
 
 
+def _clip(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor):
+    """As Stable Diffusion XL and 3 read it: the last layer but one, and the projected end token."""
+    found = encoder(ids, output_hidden_states=True)
+    return found.hidden_states[-2], found.text_embeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of text encoder: ``tokens`` is the length it pads to, ``encode`` how its pipeline reads it."""
+
+    tokenizer: str
+    tokens: int
+    build: Callable[[PreTrainedTokenizerFast], nn.Module]
+    encode: Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+
+    def make_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that goes with it."""
+        return letter_tokenizer(length=self.tokens, kind=self.tokenizer)
+
+
+#: LDMTextToImagePipeline and IFPipeline pad to 77 tokens. Only IFPipeline gives its T5 the mask.
+KINDS = {
+    "clip": Kind(
+        tokenizer="clip",
+        tokens=world.TOKENS,
+        build=lambda tokenizer: CLIPTextModelWithProjection(clip_config(tokenizer)),
+        encode=_clip,
+    ),
+    "t5": Kind(
+        tokenizer="t5",
+        tokens=world.TOKENS,
+        build=lambda tokenizer: T5EncoderModel(t5_config(tokenizer)),
+        encode=lambda encoder, ids, mask: (encoder(ids)[0], None),
+    ),
+    "t5-masked": Kind(
+        tokenizer="t5",
+        tokens=FIXED_TOKENS,
+        build=lambda tokenizer: T5EncoderModel(t5_config(tokenizer)),
+        encode=lambda encoder, ids, mask: (encoder(ids, attention_mask=mask)[0], None),
+    ),
+    "bert": Kind(
+        tokenizer="clip",
+        tokens=FIXED_TOKENS,
+        build=lambda tokenizer: LDMBertModel(bert_config(tokenizer)),
+        encode=lambda encoder, ids, mask: (encoder(ids)[0], None),
+    ),
+}
+
+
 class _Reader(nn.Module):
     """Asks a caption's embeddings (B, T, width), by one attention layer, for every factor and for six letters.
 
@@ -106,24 +158,15 @@ class _Reader(nn.Module):
         return factors, self.letters(found[:, len(factors) :])
 
 
-def pretrain(
-    encoder: nn.Module,
-    encode: Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    seed: int,
-    steps: int,
-) -> float:
-    """Train an encoder on captions alone, and leave it out of training from then on.
+def pretrain(kind: Kind, *, seed: int, steps: int, device: torch.device | str = "cpu") -> tuple[nn.Module, float]:
+    """An encoder that was trained on captions alone, out of training, and how well it can be read.
 
-    ``encode`` makes of the encoder, token ids (B, T) and their mask (B, T) the embeddings (B, T, width) that the
-    denoiser will read, and the pooled text (B, projection) or None. Returns the share of letters and factors that were
-    named rightly in the last tenth of the steps, 0..1. All random numbers come from ``seed``.
+    The second value is the share of letters and factors that were named rightly in the last tenth of the steps, 0..1.
+    All random numbers come from ``seed``.
     """
     torch.manual_seed(seed)
-    rng = random.Random(f"{seed} captions")
-    device = next(encoder.parameters()).device
-    encoder.requires_grad_(True).train()
+    rng, tokenizer, encode = random.Random(f"{seed} captions"), kind.make_tokenizer(), kind.encode
+    encoder = kind.build(tokenizer).to(device).train()
     with torch.no_grad():
         ids, mask, *_ = _batch(random.Random(0), tokenizer, 2, device)
         embeddings, pooled = encode(encoder, ids, mask)
@@ -159,10 +202,10 @@ def pretrain(
         right.append(torch.cat(hits).mean().item())
     encoder.requires_grad_(False).eval()
     last = right[-max(1, steps // 10) :]
-    return sum(last) / len(last)
+    return encoder.cpu(), sum(last) / len(last)
 
 
-def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, n: int, device: torch.device):
+def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, n: int, device: torch.device | str):
     """Token ids and mask (n, T), a list of factors (n,) and letters (n, 6) of random captions; class 0 is "none"."""
     texts, factors, letters = [], [], []
     for _ in range(n):

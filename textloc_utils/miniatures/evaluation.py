@@ -1,48 +1,106 @@
-"""What a training run measures on the way: spelling, and the patch effect of every text layer."""
+"""What a training run measures on the way, on validation words: spelling, and the patch effect of every text layer."""
+
+import random
 
 import numpy as np
 
 from textloc_utils import prompts
 from textloc_utils.generate import generate
-from textloc_utils.miniatures import reader
+from textloc_utils.miniatures import factors, world
 from textloc_utils.models import Model, ModelSpec
 from textloc_utils.patching import Patch
 
-WORDS, PAIRS, STEPS = 32, 8, 10
+WORDS, STEPS = 48, 10
+SEED = 1_000
+#: Share of letters at their place from which on layers are patched: before, there is no text that a patch could move.
+SPELLS = 0.12
 
 
-def evaluate(pipe, spec: ModelSpec) -> dict:
-    """Spelling on held-out words and, for held-out pairs, what patching each text layer alone does.
+def scenes(words: list[str], seed: int, only: world.World = world.SECOND) -> list[world.Scene]:
+    """One scene for each word, all its factors drawn from ``seed``."""
+    rng = random.Random(f"{seed} scenes")
+    return [world.random_scene(rng, only, text=word) for word in words]
 
-    Letters are read by template matching and compared place by place. Keys: ``exact`` and ``characters`` (over
-    words), ``plain_source`` (source letters in the unpatched picture), ``plain_target``, ``all_layers`` (target
-    letters with every layer patched), and per layer ``target`` (target letters) and ``source`` (source letters
-    left), each a mean over pairs.
+
+def named(scene: world.Scene, only: world.World = world.SECOND) -> str:
+    """The prompt that names everything that the world's captions can name."""
+    kept = [k for k in ("typeface", "ink") if only.named[k]]
+    letters = f" in {' '.join(getattr(scene, k) for k in kept)} letters" if kept else ""
+    material = " against {material}" if only.named["material"] else ""
+    template = "{a} {sign} {shape}" + material + ' says "{text}"' + letters + "."
+    return world.prompt(scene.text, template, **{k: getattr(scene, k) for k in world.FACTORS})
+
+
+def validation_pairs(n: int) -> list[tuple[str, str]]:
+    """(source word, target word), of equal length, without a common letter at one place."""
+    rng, pool, pairs = random.Random("pairs"), list(prompts.words("validation")), []
+    while len(pairs) < n:
+        source, target = rng.sample(pool, 2)
+        if len(source) == len(target) and not any(a == b for a, b in zip(source, target, strict=True)):
+            pairs.append((source, target))
+    return pairs
+
+
+def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SECOND) -> dict:
+    """Spelling on validation words and what patching each text layer alone does to ``pairs`` pairs of them.
+
+    All texts are read by template matching. Keys: ``exact``, ``characters`` (letters at their place) and one for each
+    named factor, over WORDS prompts that name everything; ``exact_open``, the same words with nothing named, and
+    ``own_material``, how often their material is that of the first letter; then over the pairs, whose prompts name
+    everything: ``plain_source`` and ``plain_target`` (letters of the unpatched pictures' own texts), and, once it
+    spells, ``all_layers`` (target letters with every layer patched), and lists by layer: ``target`` (target letters),
+    ``source`` (source letters left) and ``exact_layers`` (whole target words).
     """
     model = Model.from_pipeline(pipe, spec)
-    todo = prompts.spelling_prompts(WORDS)
-    spelled = generate(model, [p for p, _, _ in todo], [s for _, _, s in todo], steps=STEPS, batch_size=WORDS).images
-    read = reader.read(spelled)
+    words = list(prompts.words("validation"))
+    rng = random.Random("spelling")
+    shown = scenes(rng.sample(words, WORDS), SEED, only)
+    seeds = [SEED + i for i in range(WORDS)]
+
+    def draw(asked: list[str]) -> list[factors.Reading]:
+        return factors.read(generate(model, asked, seeds, steps=STEPS, batch_size=WORDS).images)
+
+    read = draw([named(s, only) for s in shown])
+    result = {
+        "exact": np.mean([r.text == s.text for r, s in zip(read, shown, strict=True)]),
+        "characters": np.mean([factors.character_accuracy(r.text, s.text) for r, s in zip(read, shown, strict=True)]),
+    }
+    said = [k for k in world.FACTORS if only.named["sign" if k == "shape" else k]]
+    result |= {k: np.mean([getattr(r, k) == getattr(s, k) for r, s in zip(read, shown, strict=True)]) for k in said}
+    if only.named["material"]:
+        read = draw([world.prompt(s.text, world.OPEN) for s in shown])
+        result["exact_open"] = np.mean([r.text == s.text for r, s in zip(read, shown, strict=True)])
+        result["own_material"] = np.mean([r.material == world.OWN[s.text[0]] for r, s in zip(read, shown, strict=True)])
+    if result["characters"] >= SPELLS:
+        result |= _layers(model, pairs, only)
+    return {
+        k: [round(float(x), 4) for x in v] if isinstance(v, list) else round(float(v), 4) for k, v in result.items()
+    }
+
+
+def _layers(model: Model, pairs: int, only: world.World) -> dict:
     layers = len(model.layers)
     sites = [(i,) for i in range(layers)] + [tuple(range(layers))]
-    pairs = prompts.make_pairs(PAIRS, same_length=True)
-    target, source = [], []
-    for pair in pairs:
+    words = validation_pairs(pairs)
+    kept = scenes([source for source, _ in words], SEED + 1, only)
+    target, source, exact = [], [], []
+    for i, ((old, new), scene) in enumerate(zip(words, kept, strict=True)):
         # One batch: the target, the plain source, the source once per patched site.
-        rows = [pair.target] + [pair.source] * (1 + len(sites))
-        patches = [Patch(source=2 + i, target=0, layers=site) for i, site in enumerate(sites)]
-        letters = reader.read(generate(model, rows, [pair.seed] * len(rows), patches=patches, steps=STEPS).images)
-        target.append([reader.character_accuracy(text, pair.target_text) for text in letters])
-        source.append([reader.character_accuracy(text, pair.source_text) for text in letters])
-    target, source = np.mean(target, 0), np.mean(source, 0)
+        prompt = named(scene, only)
+        rows = [prompts.replace_text(prompt, new)] + [prompt] * (1 + len(sites))
+        patches = [Patch(source=2 + j, target=0, layers=site) for j, site in enumerate(sites)]
+        made = generate(model, rows, [SEED + i] * len(rows), patches=patches, steps=STEPS)
+        texts = [r.text for r in factors.read(made.images)]
+        target.append([factors.character_accuracy(text, new) for text in texts])
+        source.append([factors.character_accuracy(text, old) for text in texts])
+        exact.append([text == new for text in texts])
+    target, source, exact = (np.mean(table, axis=0) for table in (target, source, exact))
     return {
-        "exact": round(float(np.mean([r == w for r, (_, w, _) in zip(read, todo, strict=True)])), 4),
-        "characters": round(
-            float(np.mean([reader.character_accuracy(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])), 4
-        ),
-        "plain_target": round(float(target[0]), 4),
-        "plain_source": round(float(source[1]), 4),
-        "all_layers": round(float(target[-1]), 4),
-        "target": np.round(target[2:-1], 4).tolist(),
-        "source": np.round(source[2:-1], 4).tolist(),
+        "plain_target": target[0],
+        "plain_source": source[1],
+        "all_layers": target[-1],
+        "exact_all_layers": exact[-1],
+        "target": target[2:-1].tolist(),
+        "source": source[2:-1].tolist(),
+        "exact_layers": exact[2:-1].tolist(),
     }

@@ -66,8 +66,7 @@ def read(pictures: np.ndarray) -> list[Reading]:
         part = part.numpy()
         found += [_factors(picture, *text) for picture, text in zip(part, texts, strict=True)]
     return [
-        Reading(**reading, material=material)
-        for reading, material in zip(found, _materials(x.numpy()), strict=True)
+        Reading(**reading, material=material) for reading, material in zip(found, _materials(x.numpy()), strict=True)
     ]
 
 

@@ -18,11 +18,9 @@ from diffusers import (
 from torch.nn import functional as F
 from transformers import T5EncoderModel
 
-from textloc_utils.miniatures import scenes, unets
-from textloc_utils.miniatures.encoders import TEXT_WIDTH, pretrain_to_be_read, t5_config
-from textloc_utils.miniatures.scenes import RUNS
-from textloc_utils.miniatures.tokenizers import letter_tokenizer
-from textloc_utils.models import FIXED_TOKENS
+from textloc_utils.miniatures import unets
+from textloc_utils.miniatures.encoders import TEXT_WIDTH
+from textloc_utils.miniatures.training import Prepared
 
 #: What the registry knows about the finished miniature (written to its textloc.json).
 SPEC = {
@@ -35,19 +33,10 @@ SPEC = {
     "stage1": (32, 64),
     "stage2": "stage2",
     "stage2_arguments": {"num_inference_steps": 8, "guidance_scale": 1.0, "noise_level": 100},
-    "text_box": scenes.letters_region(),
 }
-#: For the model card.
-ENCODERS = "a T5 trained beforehand on captions alone: which letter stands where, which colour is whose"
-#: Many small steps: here the denoiser is short of steps, not of samples for each. It reads letters some 40,000 samples
-#: after it is given a T5 that can be read.
-BUDGET = unets.BUDGET | {
-    "samples": 230_000,
-    "batch": 16,
-    "lr": 2e-3,
-    "encoder_steps": 700,
-    "curriculum": ((0.0, (RUNS,)), (0.3, (RUNS, 6)), (0.45, (3, 4, 5, 6))),
-}
+TEXT = {"text_encoder": ("t5-masked", 0)}
+#: Many small steps: here the denoiser is short of steps, not of samples for each.
+BUDGET = unets.BUDGET | {"samples": 260_000, "batch": 16, "lr": 2e-3}
 #: Timesteps at which letters of 8x12 pixels are lost in the noise while the sign still shows.
 SPELLING = (450, 850)
 #: Weight of the variance's bound beside the velocity loss, as in Nichol & Dhariwal's hybrid loss.
@@ -78,9 +67,8 @@ def _unet(**config) -> UNet2DConditionModel:
     )
 
 
-def pipeline() -> IFPipeline:
-    """The untrained stage I, its T5 out of training."""
-    tokenizer = letter_tokenizer(length=FIXED_TOKENS, kind="if")
+def pipeline(ready: Prepared) -> IFPipeline:
+    """Stage I with an untrained denoiser behind the trained T5."""
     unet = _unet(
         sample_size=32,
         in_channels=3,
@@ -94,18 +82,13 @@ def pipeline() -> IFPipeline:
         addition_embed_type_num_heads=4,
     )
     return IFPipeline(
-        tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(t5_config(tokenizer)).requires_grad_(False),
+        **ready.encoders,
+        tokenizer=ready.tokenizers["text_encoder"],
         unet=unet,
         # Twenty steps that draw noise anew leave the picture grainy; this sampler draws none and needs no variance.
         scheduler=DPMSolverMultistepScheduler(**unets.PIXELS),
         **_CHECKS_OFF,
     )
-
-
-def pretrain(pipe: IFPipeline, seed: int, steps: int) -> float:
-    """Teach the T5 from captions alone, before the denoiser: see :func:`.encoders.pretrain_to_be_read`."""
-    return pretrain_to_be_read(pipe.text_encoder, pipe.tokenizer, seed, steps)
 
 
 class VarianceLoss(unets.VelocityLoss):
@@ -115,6 +98,7 @@ class VarianceLoss(unets.VelocityLoss):
         super().__init__(pipe.unet, pipe.scheduler)
         self.t5 = t5
 
+    @torch.no_grad()
     def condition(self, tokens: dict) -> dict:
         """T5's embeddings (B, T, TEXT_WIDTH) of ``tokens`` {"t5": (B, T), "mask": (B, T)}."""
         return {"encoder_hidden_states": self.t5(tokens["t5"], attention_mask=tokens["mask"])[0]}
@@ -168,7 +152,7 @@ class Objective(VarianceLoss):
 
 
 def tokenize(pipe: IFPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
-    """Token ids and attention mask of captions as the pipeline cleans them, each (B, FIXED_TOKENS)."""
+    """Token ids and attention mask of captions as the pipeline cleans them, each (B, 77)."""
     clean = [c.lower() for c in captions]
     tokens = pipe.tokenizer(clean, padding="max_length", truncation=True, return_tensors="pt")
     return {"t5": tokens.input_ids, "mask": tokens.attention_mask}
@@ -183,7 +167,7 @@ class Stage2:
     def __init__(self, first: Path):
         self.first = IFPipeline.from_pretrained(first, **_CHECKS_OFF)
 
-    def pipeline(self) -> IFSuperResolutionPipeline:
+    def pipeline(self, ready: Prepared) -> IFSuperResolutionPipeline:
         """The untrained stage II; tokenizer and T5 are stage I's and not saved again."""
         unet = _unet(
             sample_size=64,

@@ -5,14 +5,11 @@ resolutions and in the middle: 48 and 96 channels in place of 320 to 1280.
 """
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LDMTextToImagePipeline, UNet2DConditionModel
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers import DDIMScheduler, LDMTextToImagePipeline, UNet2DConditionModel
 
-from textloc_utils.miniatures import scenes, unets
-from textloc_utils.miniatures.autoencoder import build
+from textloc_utils.miniatures import unets
 from textloc_utils.miniatures.encoders import TEXT_WIDTH
-from textloc_utils.miniatures.tokenizers import letter_tokenizer
-from textloc_utils.models import FIXED_TOKENS
+from textloc_utils.miniatures.training import Prepared
 
 #: What the registry knows about the finished miniature (written to its textloc.json).
 SPEC = {
@@ -22,34 +19,15 @@ SPEC = {
     "guidance": 3.0,
     "height": 64,
     "width": 128,
-    "text_box": scenes.letters_region(),
 }
 
-#: For the model card. An untrained LDMBert adds up what a token is and where it stands: all that spelling asks for.
-#: Trained along, it kept moving, and the denoiser had not begun to read letters after 45,000 samples.
-ENCODERS = "LDMBert as initialised, not trained"
+TEXT = {"bert": ("bert", 0)}
+LATENTS = {"channels": 4}
 BUDGET = unets.BUDGET
 
 
-def autoencoder() -> AutoencoderKL:
-    """The untrained autoencoder: 8x smaller, 4 channels."""
-    return build(4)
-
-
-def pipeline(vae: AutoencoderKL) -> LDMTextToImagePipeline:
-    """The whole pipeline with untrained text encoder and denoiser around a given autoencoder."""
-    tokenizer = letter_tokenizer(length=FIXED_TOKENS, kind="clip")
-    bert = LDMBertConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=FIXED_TOKENS,
-        d_model=TEXT_WIDTH,
-        encoder_layers=3,
-        encoder_ffn_dim=256,
-        encoder_attention_heads=4,
-        head_dim=32,
-        dropout=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def pipeline(ready: Prepared) -> LDMTextToImagePipeline:
+    """The whole pipeline with an untrained denoiser around the trained parts."""
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -63,9 +41,9 @@ def pipeline(vae: AutoencoderKL) -> LDMTextToImagePipeline:
         cross_attention_dim=TEXT_WIDTH,
     )
     return LDMTextToImagePipeline(
-        vqvae=vae,
-        bert=LDMBertModel(bert),
-        tokenizer=tokenizer,
+        vqvae=ready.vae,
+        bert=ready.encoders["bert"],
+        tokenizer=ready.tokenizers["bert"],
         unet=unet,
         scheduler=DDIMScheduler(**unets.LATENTS),
     )
@@ -77,13 +55,13 @@ class Objective(unets.VelocityLoss):
     def __init__(self, pipe: LDMTextToImagePipeline):
         super().__init__(pipe.unet, pipe.scheduler)
         self.bert = pipe.bert
-        self.bert.requires_grad_(False)
 
+    @torch.no_grad()
     def condition(self, tokens: dict) -> dict:
         """Text embeddings (B, T, TEXT_WIDTH) of ``tokens`` {"bert": (B, T)}."""
         return {"encoder_hidden_states": self.bert(tokens["bert"])[0]}
 
 
 def tokenize(pipe: LDMTextToImagePipeline, captions: list[str]) -> dict[str, torch.Tensor]:
-    """Token ids of captions, {"bert": (B, FIXED_TOKENS)}."""
+    """Token ids of captions, {"bert": (B, 77)}."""
     return {"bert": pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids}

@@ -6,19 +6,15 @@ blocks on 2x2 patches, as in SD3-medium; 12 blocks of width 96 in place of 24 of
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from textloc_utils.miniatures import scenes
-from textloc_utils.miniatures.autoencoder import build
-from textloc_utils.miniatures.encoders import TEXT_WIDTH, clip_config, t5_config
-from textloc_utils.miniatures.tokenizers import letter_tokenizer
+from textloc_utils.miniatures import world
+from textloc_utils.miniatures.encoders import TEXT_WIDTH
+from textloc_utils.miniatures.training import Prepared
 
-TOKENS = 22
 WIDTH = 96
 
 #: What the registry knows about the finished miniature (written to its textloc.json).
@@ -29,23 +25,15 @@ SPEC = {
     "guidance": 3.0,
     "height": 64,
     "width": 128,
-    "max_sequence_length": TOKENS,
-    "text_box": scenes.letters_region(),
+    "max_sequence_length": world.TOKENS,
 }
 
-ENCODERS = "trained with the denoiser"  #: for the model card
+TEXT = {"text_encoder": ("clip", 0), "text_encoder_2": ("clip", 1), "text_encoder_3": ("t5", 0)}
+LATENTS = {"channels": 16, "shift_factor": 0.0}
 
 
-def autoencoder() -> AutoencoderKL:
-    """The untrained autoencoder: 8x smaller, 16 channels."""
-    return build(16, shift_factor=0.0)
-
-
-def pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """The whole pipeline with untrained text encoders and denoiser around a given autoencoder."""
-    clip_tokenizer = letter_tokenizer(length=TOKENS, kind="clip")
-    t5_tokenizer = letter_tokenizer(length=TOKENS, kind="t5")
-    clip = clip_config(clip_tokenizer)
+def pipeline(ready: Prepared) -> StableDiffusion3Pipeline:
+    """The whole pipeline with an untrained denoiser around the trained parts."""
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -61,15 +49,11 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     )
     initialise(transformer)
     return StableDiffusion3Pipeline(
-        vae=vae,
+        vae=ready.vae,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=CLIPTextModelWithProjection(clip),
-        text_encoder_2=CLIPTextModelWithProjection(clip),
-        text_encoder_3=T5EncoderModel(t5_config(t5_tokenizer)),
-        tokenizer=clip_tokenizer,
-        tokenizer_2=clip_tokenizer,
-        tokenizer_3=t5_tokenizer,
+        **ready.encoders,
+        **{name.replace("text_encoder", "tokenizer"): made for name, made in ready.tokenizers.items()},
     )
 
 
@@ -107,9 +91,8 @@ def initialise(transformer: SD3Transformer2DModel) -> None:
 class Objective(torch.nn.Module):
     """The training loss, rectified flow on latents (Esser et al. 2024, eq. 5 and 14), as one module.
 
-    Holds everything that is trained: both CLIPs, the T5 and the denoiser. Letters stay readable in the latents
-    until the noise is strong, so the noise levels are drawn logit-normal around a high level: only there must
-    the prompt be read.
+    Only the denoiser is trained. Letters stay readable in the latents until the noise is strong, so the noise levels
+    are drawn logit-normal around a high level: only there must the prompt be read.
     """
 
     def __init__(self, pipe: StableDiffusion3Pipeline):
@@ -117,16 +100,20 @@ class Objective(torch.nn.Module):
         self.clip, self.clip_2, self.t5 = pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3
         self.denoiser = pipe.transformer
 
-    def forward(self, latents: torch.Tensor, tokens: dict, generator: torch.Generator) -> torch.Tensor:
-        """Mean loss of latents (B, 16, h, w) and ``tokens`` {"clip": (B, T), "t5": (B, T)}; noise on the CPU."""
-        n, device = len(latents), latents.device
+    @torch.no_grad()
+    def condition(self, tokens: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text (B, tokens of CLIP and T5, TEXT_WIDTH) and pooled text (B, TEXT_WIDTH), as the pipeline makes them."""
         first = self.clip(tokens["clip"], output_hidden_states=True)
         second = self.clip_2(tokens["clip"], output_hidden_states=True)
         t5 = self.t5(tokens["t5"])[0]
         clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-        text = torch.cat([clip, t5], dim=1)
-        pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+        text = torch.cat([torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
+        return text, torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+
+    def forward(self, latents: torch.Tensor, tokens: dict, generator: torch.Generator) -> torch.Tensor:
+        """Mean loss of latents (B, 16, h, w) and ``tokens`` {"clip": (B, T), "t5": (B, T)}; noise on the CPU."""
+        n, device = len(latents), latents.device
+        text, pooled = self.condition(tokens)
         sigma = torch.sigmoid(1.0 + torch.randn(n, generator=generator))
         uniform = torch.rand(n, generator=generator)
         sigma = torch.where(torch.rand(n, generator=generator) < 0.1, uniform, sigma).to(device)
@@ -137,7 +124,7 @@ class Objective(torch.nn.Module):
 
 
 def tokenize(pipe: StableDiffusion3Pipeline, captions: list[str]) -> dict:
-    """Token ids of captions, {"clip": (B, TOKENS), "t5": (B, TOKENS)}."""
+    """Token ids of captions, {"clip": (B, T), "t5": (B, T)}."""
     keep = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     return {
         "clip": pipe.tokenizer(captions, **keep).input_ids,

@@ -6,15 +6,13 @@ and in the middle.
 """
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
 
-from textloc_utils.miniatures import scenes, unets
-from textloc_utils.miniatures.autoencoder import build
-from textloc_utils.miniatures.encoders import TEXT_WIDTH, trained
-from textloc_utils.miniatures.tokenizers import letter_tokenizer
+from textloc_utils.miniatures import unets
+from textloc_utils.miniatures.encoders import TEXT_WIDTH
+from textloc_utils.miniatures.training import Prepared
 
-TOKENS = 22
 SIZE_WIDTH = 16  #: numbers per embedded size; there are six sizes
 
 #: What the registry knows about the finished miniature (written to its textloc.json).
@@ -25,30 +23,27 @@ SPEC = {
     "guidance": 2.0,
     "height": 64,
     "width": 128,
-    "text_box": scenes.letters_region(),
 }
 
-ENCODERS = "both CLIPs of sd3-mini, not trained further"  #: for the model card
+#: Both CLIPs are those of sd3-mini, as the full models share theirs.
+TEXT = {"text_encoder": ("clip", 0), "text_encoder_2": ("clip", 1)}
+LATENTS = {"channels": 4}
 BUDGET = unets.BUDGET
 
 
-def autoencoder() -> AutoencoderKL:
-    """The untrained autoencoder: 8x smaller, 4 channels."""
-    return build(4)
-
-
-def pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
-    """The whole pipeline with the CLIPs of sd3-mini and an untrained denoiser around a given autoencoder."""
-    tokenizer = letter_tokenizer(length=TOKENS, kind="clip")
+def pipeline(ready: Prepared) -> StableDiffusionXLPipeline:
+    """The whole pipeline with an untrained denoiser around the trained parts."""
+    second = ready.encoders["text_encoder_2"]
     # Stable Diffusion 3 reads a pooled text of both CLIPs; SDXL of the second alone.
-    first, second = trained(CLIPTextModel, "text_encoder"), trained(CLIPTextModelWithProjection, "text_encoder_2")
+    first = CLIPTextModel(ready.encoders["text_encoder"].config).eval().requires_grad_(False)
+    first.load_state_dict(ready.encoders["text_encoder"].state_dict(), strict=False)
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 80, 80),
+        block_out_channels=(48, 72, 72),
         layers_per_block=2,
         transformer_layers_per_block=[1, 1, 3],
         norm_num_groups=8,
@@ -60,11 +55,11 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=second.config.projection_dim + 6 * SIZE_WIDTH,
     )
     return StableDiffusionXLPipeline(
-        vae=vae,
+        vae=ready.vae,
         text_encoder=first,
         text_encoder_2=second,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
+        tokenizer=ready.tokenizers["text_encoder"],
+        tokenizer_2=ready.tokenizers["text_encoder_2"],
         unet=unet,
         scheduler=DDIMScheduler(**unets.LATENTS),
         # The empty prompt is encoded like any other, so that it may be given as a negative prompt too.
@@ -80,6 +75,7 @@ class Objective(unets.VelocityLoss):
         super().__init__(pipe.unet, pipe.scheduler)
         self.clip, self.clip_2 = pipe.text_encoder, pipe.text_encoder_2
 
+    @torch.no_grad()
     def condition(self, tokens: dict) -> dict:
         """Embeddings (B, T, TEXT_WIDTH), pooled text and sizes (B, 6) of ``tokens`` {"clip": (B, T)}."""
         ids = tokens["clip"]

@@ -1,0 +1,84 @@
+"""What a denoiser learns from: scenes encoded once, or drawn anew for every batch, with captions."""
+
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from textloc_utils import files
+from textloc_utils.miniatures import autoencoder, world
+
+EMPTY = 0.1  #: share of the captions that are empty, for guidance
+KINDS = {"runs": 1 / 3, "words": 2 / 3}  #: of texts, and each one's share of the pool
+
+
+@torch.no_grad()
+def encode_scenes(vae, n: int, kind: str, only: world.World, seed: int, path: Path) -> None:
+    """Encode ``n`` random scenes of one kind of text to normalised latents at ``path``.
+
+    The file holds ``latents`` float16 (n, C, h, w), the autoencoder's mean, shifted and scaled as the pipeline
+    expects them; the scenes stand beside it as JSON.
+    """
+    rng = random.Random(f"{seed} {kind}")
+    device = next(vae.parameters()).device
+    vae.to(memory_format=torch.channels_last)
+    todo = [world.random_scene(rng, only, runs=kind == "runs") for _ in range(n)]
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    out = []
+    for start in tqdm(range(0, n, 64), desc=f"encoding scenes, {kind}", mininterval=5):
+        x = autoencoder.to_tensor(np.stack([world.render(s) for s in todo[start : start + 64]])).to(device)
+        # Its rounding is far below what the autoencoder itself loses.
+        with torch.autocast(device.type, torch.bfloat16, enabled=autoencoder.has_bf16(device)):
+            mean = vae.encode(x).latent_dist.mean
+        out.append(((mean.float() - shift) * scale).half().cpu())
+    with files.whole_files(path.parent, path.with_suffix(".json").name, path.name) as aside:
+        files.write_json(aside / path.with_suffix(".json").name, [asdict(s) for s in todo])
+        save_file({"latents": torch.cat(out).contiguous()}, aside / path.name)
+
+
+class Pool:
+    """Encoded scenes by kind of text, each kind read from its file when it is first drawn."""
+
+    def __init__(self, folder: Path, only: world.World):
+        self.folder, self.only = folder, only
+        self.parts: dict[str, tuple[torch.Tensor, list[world.Scene]]] = {}
+
+    def path(self, kind: str) -> Path:
+        """The file of one kind of text."""
+        return self.folder / f"pool-{kind}.safetensors"
+
+    def part(self, kind: str) -> tuple[torch.Tensor, list[world.Scene]]:
+        """Latents and scenes of one kind of text."""
+        if kind not in self.parts:
+            known = json.loads(self.path(kind).with_suffix(".json").read_text())
+            known = [world.Scene(**s | {"phase": tuple(s["phase"])}) for s in known]
+            self.parts[kind] = load_file(self.path(kind))["latents"], known
+        return self.parts[kind]
+
+    def batch(self, n: int, runs: float, rng: random.Random):
+        """(latents float32 (n, C, h, w), captions), a share ``runs`` of them with letters in runs."""
+        latents, captions = [], []
+        for _ in range(n):
+            encoded, known = self.part("runs" if rng.random() < runs else "words")
+            row = rng.randrange(len(known))
+            latents.append(encoded[row])
+            captions.append("" if rng.random() < EMPTY else world.caption(known[row], rng, self.only))
+        return torch.stack(latents).float(), captions
+
+
+class Drawn:
+    """Scenes in pixels, drawn anew for every batch: what a recipe without an autoencoder learns from."""
+
+    def __init__(self, only: world.World):
+        self.only = only
+
+    def batch(self, n: int, runs: float, rng: random.Random):
+        """(pictures float32 (n, 3, H, W) in -1..1, captions), otherwise as ``Pool.batch``."""
+        known = [world.random_scene(rng, self.only, runs=rng.random() < runs) for _ in range(n)]
+        captions = ["" if rng.random() < EMPTY else world.caption(s, rng, self.only) for s in known]
+        return autoencoder.to_tensor(np.stack([world.render(s) for s in known])), captions

@@ -1,0 +1,60 @@
+"""Models: the table of architectures, the registry, wrapped pipelines, loading, what denoisers are given.
+
+All pipelines are stock diffusers. All that differs between them is data: a row of ``architectures.ARCHITECTURES`` for
+each denoiser class, a table of ``registry.toml`` for each public checkpoint.
+"""
+
+from textloc_utils.models.architectures import (
+    ADDED,
+    ARCHITECTURES,
+    CROSS,
+    CROSS_TRANSFORMER,
+    JOINT,
+    PROJECTIONS,
+    REFUSED,
+    TEXT_FIRST,
+    TEXT_LAST,
+    Architecture,
+    Site,
+    TextLayer,
+    architecture,
+    family_of,
+    key_value_numbers,
+    pooled_site,
+    projections,
+    self_attention,
+    text_layers,
+)
+from textloc_utils.models.calls import (
+    DenoiserCall,
+    call_rows,
+    denoise,
+    guided,
+    image_and_text,
+    join_rows,
+    read_call,
+    select_rows,
+    take_rows,
+    with_answer,
+)
+from textloc_utils.models.loading import check_folder, load, pick_device
+from textloc_utils.models.model import (
+    FIXED_TOKENS,
+    Model,
+    as_indices,
+    check_hookable,
+    check_layers,
+    check_prompts,
+    wrap,
+)
+from textloc_utils.models.registry import (
+    FULL_SIZE,
+    MINIATURES,
+    ModelSpec,
+    configuration,
+    describe,
+    meta_denoiser,
+    registry,
+    spec,
+    training_log,
+)

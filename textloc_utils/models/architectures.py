@@ -1,0 +1,410 @@
+"""The table of architectures: where each denoiser class reads text. All that differs between them is a row here.
+
+A new architecture is a new row of ARCHITECTURES: the attention modules that read text, the Linear modules whose outputs
+are the text's keys and values, which of their rows are text, and how the pipeline calls the denoiser. A row is right
+when it passes the tests of ``tests/test_families.py``: patching all layers of a row gives the other row's picture
+exactly, and no token of the picture is touched.
+"""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from textloc_utils.settings import TextlocError
+
+CROSS, ADDED, JOINT = "cross-attention U-Net", "added-KV U-Net", "joint attention"
+CROSS_TRANSFORMER = "cross-attention transformer"
+#: ``TextLayer.context`` of layers whose Linear modules take text and image tokens together.
+TEXT_FIRST, TEXT_LAST = "text rows first", "text rows last"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLayer:
+    """One attention layer that reads text.
+
+    ``index`` counts from 0 in execution order (down, middle, up). ``name``, ``key`` and ``value`` are dotted names
+    below the denoiser: the attention module and the Linear modules whose outputs, (batch, tokens, heads x
+    dimension), hold the text's keys and values. ``context`` is None where every token of those outputs is text,
+    TEXT_FIRST where image tokens follow the text (FLUX single blocks), TEXT_LAST where they precede it. ``columns``
+    are the (start, end) of keys "k" and values "v" where one Linear module computes more than them.
+    """
+
+    index: int
+    name: str
+    key: str
+    value: str
+    heads: int
+    context: str | None = None
+    columns: dict[str, tuple[int, int]] | None = None
+    family: str = JOINT
+
+    def text(self, output: torch.Tensor, letter: str, tokens: int) -> torch.Tensor:
+        """The text's keys ("k") or values ("v") as a view of what a Linear module of this layer returned.
+
+        ``tokens`` is how many text tokens the call has (``DenoiserCall.tokens``).
+        """
+        if self.context == TEXT_FIRST:
+            output = output[:, :tokens]
+        elif self.context == TEXT_LAST:
+            output = output[:, output.shape[1] - tokens :]
+        return output if self.columns is None else output[..., slice(*self.columns[letter])]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Attention modules that read text: a pattern of their dotted names, and their Linear modules' names.
+
+    ``context`` as :class:`TextLayer`'s; ``columns`` are (start, end) of keys and values as multiples of the attention's
+    ``inner_dim``. ``needs`` names an attribute that is true in these modules alone.
+    """
+
+    at: str
+    key: str = "to_k"
+    value: str = "to_v"
+    context: str | None = None
+    columns: tuple[tuple[int, int], tuple[int, int]] | None = None
+    needs: str | None = None
+    family: str = JOINT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How a denoiser class reads text and is called.
+
+    Attributes
+    ----------
+    sites
+        Its attention modules that read text, in execution order.
+    pooled
+        Dotted name of the module whose output rows, (batch, dimension), carry the pooled text.
+    sample, time, text
+        Names of the arguments that hold the noisy picture, the noise level, and one row of text per picture.
+    tokens
+        (argument, its dimension, times) of everything that the text tokens of a row are made of.
+    registers
+        Attribute of the denoiser whose second dimension is the number of tokens that it sets before the text.
+    multiple
+        The text is padded to a multiple of so many tokens.
+    lengths
+        Argument from which each row's own number of tokens is read, where the picture's places depend on it: rows of
+        different lengths cannot be patched into each other.
+    second
+        Arguments whose rows are their second dimension.
+    masks
+        What the names of the attention's arguments that mask the text contain.
+    picture_first
+        Whether joint attention sets the picture's tokens before the text's.
+    unit, rising
+        What a noise level of 1000 is divided by; whether it rises during a run, as 1 less the noise.
+    rows
+        What guidance does: "doubled", one call of [negatives, prompts]; "prompts first", one call the other way round;
+        "twice", a call of its own for the negatives.
+    guidance
+        The pipeline's argument for the guidance scale; "true_cfg_scale" needs a negative prompt beside it, "guider" is
+        a component that holds it.
+    told
+        Whether guidance_scale is always a number that the denoiser is told (FLUX), however it was trained.
+    above
+        The scale above which there is guidance.
+    call
+        Further arguments of every pipeline call, without which texts would be rewritten, cached or sizes changed.
+    long
+        The pipeline's tokenizers whose length is its ``max_sequence_length``.
+    pooling
+        Its tokenizers that give the pooled text alone, which may be cut.
+    """
+
+    sites: tuple[Site, ...]
+    pooled: str | None = None
+    sample: str = "hidden_states"
+    time: str = "timestep"
+    text: str = "encoder_hidden_states"
+    tokens: tuple[tuple[str, int, int], ...] = (("encoder_hidden_states", 1, 1),)
+    registers: str | None = None
+    multiple: int = 1
+    lengths: str | None = None
+    second: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ("mask",)
+    picture_first: bool = False
+    unit: float = 1.0
+    rising: bool = False
+    rows: str = "twice"
+    guidance: str = "guidance_scale"
+    told: bool = False
+    above: float = 1.0
+    call: dict = field(default_factory=dict)
+    long: tuple[str, ...] = ("tokenizer",)
+    pooling: tuple[str, ...] = ()
+
+
+def _unet() -> tuple[Site, ...]:
+    return tuple(
+        site
+        for part in ("down_blocks", "mid_block", "up_blocks")
+        for site in (
+            Site(f"{part}.*", "add_k_proj", "add_v_proj", family=ADDED),
+            Site(f"{part}.*", needs="is_cross_attention", family=CROSS),
+        )
+    )
+
+
+def _cross(at: str, key: str = "to_k", value: str = "to_v") -> tuple[Site, ...]:
+    return (Site(at, key, value, family=CROSS_TRANSFORMER),)
+
+
+_OWN = Site("transformer_blocks.*.attn", "add_k_proj", "add_v_proj")
+_SINGLE = Site("single_transformer_blocks.*.attn", context=TEXT_FIRST)
+_PACKED = {"unit": 1000.0}
+_FLUX_POOLED = "time_text_embed.text_embedder"
+
+#: Class name of a denoiser to its row.
+ARCHITECTURES = {
+    "UNet2DConditionModel": Architecture(
+        sites=_unet(), pooled="add_embedding", sample="sample", rows="doubled", long=()
+    ),
+    "SD3Transformer2DModel": Architecture(
+        sites=(_OWN,), pooled=_FLUX_POOLED, rows="doubled", picture_first=True, long=("tokenizer_3",)
+    ),
+    "FluxTransformer2DModel": Architecture(
+        sites=(_OWN, _SINGLE),
+        pooled=_FLUX_POOLED,
+        told=True,
+        long=("tokenizer_2",),
+        pooling=("tokenizer",),
+        **_PACKED,
+    ),
+    "Flux2Transformer2DModel": Architecture(
+        sites=(
+            _OWN,
+            Site(
+                "single_transformer_blocks.*.attn", "to_qkv_mlp_proj", "to_qkv_mlp_proj", TEXT_FIRST, ((1, 2), (2, 3))
+            ),
+        ),
+        **_PACKED,
+    ),
+    "QwenImageTransformer2DModel": Architecture(sites=(_OWN,), guidance="true_cfg_scale", **_PACKED),
+    "QwenImage21Transformer2DModel": Architecture(
+        sites=(Site("transformer_blocks.*.attn", context=TEXT_FIRST),),
+        guidance="true_cfg_scale",
+        masks=("mask", "key_valid"),
+        call={"use_kv_cache": False},
+        **_PACKED,
+    ),
+    "ZImageTransformer2DModel": Architecture(
+        sites=(Site("layers.*.attention", context=TEXT_LAST),),
+        sample="x",
+        time="t",
+        text="cap_feats",
+        tokens=(("cap_feats", 0, 1),),
+        multiple=32,
+        lengths="cap_feats",
+        picture_first=True,
+        rising=True,
+        rows="prompts first",
+        above=0.0,
+        **_PACKED,
+    ),
+    "Krea2Transformer2DModel": Architecture(
+        sites=(Site("transformer_blocks.*.attn", context=TEXT_FIRST),), above=0.0, **_PACKED
+    ),
+    "ChromaTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), **_PACKED),
+    "LongCatImageTransformer2DModel": Architecture(
+        sites=(_OWN, _SINGLE), call={"enable_prompt_rewrite": False}, **_PACKED
+    ),
+    "OvisImageTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), **_PACKED),
+    "BriaTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), rows="doubled"),
+    "AuraFlowTransformer2DModel": Architecture(
+        sites=(Site("joint_transformer_blocks.*.attn", "add_k_proj", "add_v_proj"), _SINGLE),
+        registers="register_tokens",
+        rows="doubled",
+        **_PACKED,
+    ),
+    "CogView4Transformer2DModel": Architecture(sites=(Site("transformer_blocks.*.attn1", context=TEXT_FIRST),)),
+    "HunyuanImageTransformer2DModel": Architecture(
+        sites=(_OWN, Site("single_transformer_blocks.*.attn", context=TEXT_LAST)),
+        tokens=(("encoder_hidden_states", 1, 1), ("encoder_hidden_states_2", 1, 1)),
+        picture_first=True,
+        guidance="guider",
+    ),
+    "HiDreamImageTransformer2DModel": Architecture(
+        sites=(
+            Site("double_stream_blocks.*.block.attn1", "to_k_t", "to_v_t"),
+            Site("single_stream_blocks.*.block.attn1", context=TEXT_LAST),
+        ),
+        pooled="p_embedder",
+        time="timesteps",
+        text="encoder_hidden_states_t5",
+        tokens=(("encoder_hidden_states_t5", 1, 1), ("encoder_hidden_states_llama3", 2, 2)),
+        second=("encoder_hidden_states_llama3",),
+        long=("tokenizer_3", "tokenizer_4"),
+        pooling=("tokenizer", "tokenizer_2"),
+        picture_first=True,
+        rows="doubled",
+    ),
+    "ErnieImageTransformer2DModel": Architecture(
+        sites=(Site("layers.*.self_attention", context=TEXT_LAST),),
+        text="text_bth",
+        tokens=(("text_bth", 1, 1),),
+        lengths="text_lens",
+        picture_first=True,
+        rows="doubled",
+        call={"use_pe": False},
+    ),
+    "PixArtTransformer2DModel": Architecture(
+        sites=_cross("transformer_blocks.*.attn2"), rows="doubled", call={"use_resolution_binning": False}
+    ),
+    "SanaTransformer2DModel": Architecture(
+        sites=_cross("transformer_blocks.*.attn2"),
+        rows="doubled",
+        call={"use_resolution_binning": False, "complex_human_instruction": None},
+    ),
+    "HunyuanDiT2DModel": Architecture(
+        sites=_cross("blocks.*.attn2"),
+        pooled="time_extra_emb.pooler",
+        tokens=(("encoder_hidden_states", 1, 1), ("encoder_hidden_states_t5", 1, 1)),
+        rows="doubled",
+        call={"use_resolution_binning": False},
+        long=(),
+    ),
+    "Kandinsky5Transformer3DModel": Architecture(
+        sites=_cross("visual_transformer_blocks.*.cross_attention", "to_key", "to_value"),
+        pooled="pooled_text_embeddings",
+        pooling=("tokenizer_2",),
+    ),
+    "WanTransformer3DModel": Architecture(sites=_cross("blocks.*.attn2"), call={"num_frames": 1}),
+}
+
+#: Class name of a denoiser or pipeline to why it stays out.
+REFUSED = {
+    "Lumina2Transformer2DModel": "its rows of text and picture are ragged: each row has places of its own",
+    "Ideogram4Transformer2DModel": "a second denoiser answers for the negatives",
+    "GlmImageTransformer2DModel": "its text enters through an autoregressive prior",
+    "Flux3Transformer2DModel": "it comes as a modular pipeline only",
+}
+
+
+def architecture(denoiser: nn.Module | str) -> Architecture:
+    """The row of a denoiser or of its class's name. Raises TextlocError for one that has none."""
+    names = [denoiser] if isinstance(denoiser, str) else [c.__name__ for c in type(denoiser).__mro__]
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+        if name in REFUSED:
+            raise TextlocError(f"{name} cannot be patched: {REFUSED[name]}")
+    raise TextlocError(f"{names[0]} has no text layers that are known here; known: {', '.join(ARCHITECTURES)}")
+
+
+def text_layers(denoiser: nn.Module) -> tuple[TextLayer, ...]:
+    """The layers of a denoiser that read text, in execution order.
+
+    Left out: attention over image tokens alone (``attn1`` of U-Nets, ``attn2`` of SD3.5's dual blocks). Raises
+    TextlocError for a denoiser of another kind, or without text.
+    """
+    modules, found, taken = list(denoiser.named_modules()), [], set()
+    for site in architecture(denoiser).sites:
+        for name, module in modules:
+            linear = isinstance(getattr(module, site.key, None), nn.Module)
+            if not linear or name in taken or not fnmatchcase(name, site.at):
+                continue
+            if site.needs and not getattr(module, site.needs, False):
+                continue
+            taken.add(name)
+            columns = site.columns and {
+                letter: (start * module.inner_dim, end * module.inner_dim)
+                for letter, (start, end) in zip("kv", site.columns, strict=True)
+            }
+            found.append(
+                TextLayer(
+                    index=len(found),
+                    name=name,
+                    key=f"{name}.{site.key}",
+                    value=f"{name}.{site.value}",
+                    heads=_heads(module),
+                    context=site.context,
+                    columns=columns,
+                    family=site.family,
+                )
+            )
+    if not found:
+        raise TextlocError(f"this {type(denoiser).__name__} has no text layers: it does not read text")
+    return tuple(found)
+
+
+def _heads(attention: nn.Module) -> int:
+    """Heads of keys and values: fewer than the queries' in grouped attention."""
+    return next(
+        heads
+        for heads in (getattr(attention, name, None) for name in ("num_kv_heads", "heads", "num_heads"))
+        if isinstance(heads, int)
+    )
+
+
+def family_of(layers: tuple[TextLayer, ...]) -> str:
+    """The family that a denoiser's text layers belong to."""
+    return layers[0].family
+
+
+def pooled_site(denoiser: nn.Module) -> str | None:
+    """Dotted name of the module whose output rows, (batch, dimension), carry the pooled text; None without one."""
+    name, found = architecture(denoiser).pooled, denoiser
+    for part in name.split(".") if name else ():
+        found = getattr(found, part, None)
+    return name if found is not None else None
+
+
+def key_value_numbers(denoiser: nn.Module, layer: TextLayer) -> int:
+    """How many of the denoiser's parameters compute a layer's text keys and values."""
+
+    def count(name: str, letter: str) -> int:
+        module = denoiser.get_submodule(name)
+        numbers = sum(p.numel() for p in module.parameters())
+        if layer.columns is None:
+            return numbers
+        start, end = layer.columns[letter]
+        return numbers // module.out_features * (end - start)
+
+    return count(layer.key, "k") + count(layer.value, "v")
+
+
+# --- places for adapters ----------------------------------------------------------------------------------------
+
+#: Linear modules of a text layer that can carry an adapter. In joint attention ``q`` to ``out`` are the picture's,
+#: ``text_q`` to ``text_out`` the text stream's; elsewhere ``k`` and ``v`` are those that read the text.
+PROJECTIONS = ("q", "k", "v", "out", "text_q", "text_k", "text_v", "text_out")
+
+
+def projections(denoiser: nn.Module, layer: TextLayer) -> dict[str, str]:
+    """Dotted names of a text layer's Linear modules, by their names in PROJECTIONS; those that it has and uses."""
+    attention = denoiser.get_submodule(layer.name)
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+    key, value = (name.rsplit(".", 1)[1] for name in (layer.key, layer.value))
+    if layer.family == JOINT and key != "to_k":
+        names |= {"text_k": key, "text_v": value}
+        # The last block's text goes nowhere: it is read, but neither asks nor is written.
+        if getattr(attention, "context_pre_only", None) is False:
+            names |= {"text_q": "add_q_proj", "text_out": "to_add_out"}
+    elif layer.family != JOINT:
+        names |= {"q": key.replace("k", "q", 1) if key != "add_k_proj" else "to_q", "k": key, "v": value}
+    paths = {name: f"{layer.name}.{names[name]}" for name in PROJECTIONS if name in names}
+    return {name: path for name, path in paths.items() if _is_linear(denoiser, path)}
+
+
+def self_attention(denoiser: nn.Module) -> list[str]:
+    """Dotted names of the Linear modules through which the picture attends to itself alone, text layers' own aside."""
+    from diffusers.models.attention_processor import Attention
+
+    read = {name for layer in text_layers(denoiser) for name in projections(denoiser, layer).values()}
+    found = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, Attention):
+            found += [f"{name}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    return [name for name in found if name not in read and _is_linear(denoiser, name)]
+
+
+def _is_linear(denoiser: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(denoiser.get_submodule(name), nn.Linear)
+    except AttributeError:
+        return False

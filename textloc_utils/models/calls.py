@@ -1,0 +1,188 @@
+"""What a pipeline hands its denoiser: argument names, rows and tokens, by the architecture's row."""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from textloc_utils.models.architectures import ARCHITECTURES, JOINT, Architecture, TextLayer, architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserCall:
+    """What a denoiser was called with.
+
+    ``rows`` counts its batch, ``tokens`` the text tokens of each row, ``picture`` is the noisy picture, (rows, ...) or
+    a list of rows. ``lengths`` are each row's own text tokens where the picture's places depend on them.
+    """
+
+    rows: int
+    timestep: torch.Tensor | float
+    tokens: int
+    picture: torch.Tensor | list[torch.Tensor] | None = None
+    lengths: torch.Tensor | list[int] | None = None
+    rising: bool = False
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """The noise level as a number that falls during a run; its unit is the model's own."""
+        time = torch.as_tensor(self.timestep)
+        return -time.min() if self.rising else time.max()
+
+    @property
+    def picture_tokens(self) -> int | None:
+        """Tokens of a picture that comes as tokens, (rows, tokens, channels); None elsewhere."""
+        packed = isinstance(self.picture, torch.Tensor) and self.picture.ndim == 3
+        return self.picture.shape[1] if packed else None
+
+
+@functools.cache
+def _signature(denoiser_class: type) -> inspect.Signature:
+    return inspect.signature(denoiser_class.forward)
+
+
+def _bound(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict:
+    given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
+    given.pop("self")
+    return given
+
+
+def read_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> DenoiserCall:
+    """Read the arguments that a forward pre-hook on the denoiser sees."""
+    row, given = architecture(denoiser), _bound(denoiser, args, kwargs)
+    picture = given[row.sample]
+    return DenoiserCall(
+        rows=len(picture),
+        timestep=given[row.time],
+        tokens=_tokens(denoiser, row, given),
+        picture=picture,
+        lengths=_lengths(row, given),
+        rising=row.rising,
+    )
+
+
+def _tokens(denoiser: nn.Module, row: Architecture, given: dict) -> int:
+    tokens = 0
+    for name, dimension, times in row.tokens:
+        value = given.get(name)
+        if isinstance(value, list):  # one tensor per row, padded by the denoiser
+            tokens += times * max(part.shape[dimension] for part in value)
+        elif value is not None:
+            tokens += times * value.shape[dimension]
+    tokens = -(-tokens // row.multiple) * row.multiple
+    return tokens + (getattr(denoiser, row.registers).shape[1] if row.registers else 0)
+
+
+def _lengths(row: Architecture, given: dict) -> torch.Tensor | list[int] | None:
+    value = given[row.lengths] if row.lengths else None
+    return [-(-len(part) // row.multiple) for part in value] if isinstance(value, list) else value
+
+
+#: Arguments that hold places of tokens, which all rows share.
+_SHARED = ("img_ids", "txt_ids", "position_ids", "text_rope_pos", "visual_rope_pos", "image_rotary_emb")
+#: Arguments whose rows are their second dimension.
+_SECOND = {name for row in ARCHITECTURES.values() for name in row.second}
+#: Arguments that hold one row of text per picture.
+_TEXTS = tuple(dict.fromkeys(row.text for row in ARCHITECTURES.values()))
+
+
+def take_rows(given: dict, rows: Sequence[int], batch: int) -> dict:
+    """The same arguments of a denoiser's call of ``batch`` rows for other rows; what does not come per row stays."""
+
+    def pick(name, value):
+        if isinstance(value, dict):
+            return {key: pick(key, part) for key, part in value.items()}
+        if name in _SECOND:
+            return value[:, list(rows)]
+        if isinstance(value, list) and len(value) == batch and name not in _SHARED:
+            return [value[i] for i in rows]
+        per_row = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch and name not in _SHARED
+        return value[list(rows)] if per_row else value
+
+    return {name: pick(name, value) for name, value in given.items()}
+
+
+def select_rows(
+    denoiser: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    pictures: Sequence[int],
+    texts: Sequence[int],
+    extra: dict | None = None,
+) -> dict:
+    """The arguments of a denoiser's call for other rows: row i takes the noisy picture, and its noise level, of the
+    call's row ``pictures[i]``, and everything else that comes per row (texts, pooled texts, sizes) of ``texts[i]``.
+
+    ``texts`` count the call's own rows, then those of ``extra``, rows of another :func:`call_rows`.
+    """
+    row, given = architecture(denoiser), _bound(denoiser, args, kwargs)
+    # FLUX's distilled guidance belongs to the noisy picture, too.
+    batch, own = len(given[row.sample]), {n: given.pop(n) for n in (row.sample, row.time, "guidance") if n in given}
+    joined = batch
+    if extra is not None:
+        joined += _count(extra)
+        given |= join_rows([{n: given[n] for n in extra if n in given}, {n: extra[n] for n in extra if n in given}])
+    return take_rows(given, texts, joined) | take_rows(own, pictures, batch)
+
+
+def with_answer(output, answer: torch.Tensor):
+    """What a denoiser returned, with another tensor in it."""
+    return (answer, *output[1:]) if isinstance(output, tuple) else type(output)(sample=answer)
+
+
+def call_rows(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """A denoiser's call as keyword arguments without picture and timestep."""
+    row, given = architecture(denoiser), _bound(denoiser, args, kwargs)
+    return {k: v for k, v in given.items() if k not in (row.time, "return_dict", row.sample)}
+
+
+def _count(part: dict) -> int:
+    return len(next(part[name] for name in _TEXTS if part.get(name) is not None))
+
+
+def join_rows(parts: Sequence[dict]) -> dict:
+    """Put the rows of several :func:`call_rows` below each other."""
+    sizes = [_count(part) for part in parts]
+
+    def join(name, values):
+        if isinstance(values[0], dict):
+            return {key: join(key, [v[key] for v in values]) for key in values[0]}
+        if name in _SECOND:
+            return torch.cat(values, 1)
+        if name not in _SHARED and all(isinstance(v, list) and len(v) == n for v, n in zip(values, sizes, strict=True)):
+            return [row for value in values for row in value]
+        per_row = name not in _SHARED and all(
+            isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == n for v, n in zip(values, sizes, strict=True)
+        )
+        return torch.cat(values) if per_row else values[0]
+
+    return {name: join(name, [part[name] for part in parts]) for name in parts[0]}
+
+
+def denoise(denoiser: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, given: dict) -> torch.Tensor:
+    """The answer to ``noisy`` at ``timestep`` (B,), 0 to 1000, without the channels of a learned variance."""
+    row = architecture(denoiser)
+    time = ((1000 - timestep) if row.rising else timestep) / row.unit
+    answer = denoiser(**given, **{row.sample: noisy, row.time: time}, return_dict=False)[0]
+    return answer[:, : noisy.shape[1]]
+
+
+def guided(denoiser: nn.Module, answer: torch.Tensor, scale: float) -> torch.Tensor:
+    """The guided answer from a doubled batch's: what the pipeline makes of its halves.
+
+    Where guidance begins above 0 (Z-Image, Krea-2), the scale counts from the prompt's answer.
+    """
+    row = architecture(denoiser)
+    first, second = answer.chunk(2)
+    prompt, negative = (first, second) if row.rows == "prompts first" else (second, first)
+    return (negative if row.above else prompt) + scale * (prompt - negative)
+
+
+def image_and_text(denoiser: nn.Module, layer: TextLayer, queries: int, keys: int, tokens: int) -> tuple[slice, slice]:
+    """Where a text layer's attention map, (queries, keys), holds the picture's queries and the text's keys."""
+    if architecture(denoiser).picture_first:
+        return slice(0, queries - tokens), slice(keys - tokens, keys)
+    return slice(tokens if layer.family == JOINT else 0, queries), slice(0, tokens)

@@ -1,0 +1,276 @@
+"""Loading a model by name or from a folder, after everything about it that can be checked without its weights."""
+
+import contextlib
+import importlib.util
+import inspect
+import re
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from textloc_utils.models.architectures import architecture
+from textloc_utils.models.model import Model
+from textloc_utils.models.registry import MINIATURES, ModelSpec, _miniature_spec, read_config, spec
+from textloc_utils.settings import TextlocError, quiet_libraries
+
+#: Components that only judge or mark pictures, with the arguments that leave them out.
+_OFF = {"safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False}
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` (CUDA where there is one), ``cpu``, or any torch device that is present."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise TextlocError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:0 ...") from None
+    kind = getattr(torch, picked.type, None)
+    if picked.type != "cpu" and not (hasattr(kind, "is_available") and kind.is_available()):
+        count = torch.cuda.device_count()
+        there = f"{count} CUDA devices are present" if picked.type == "cuda" else "there is none here"
+        raise TextlocError(f"device {device!r} was asked for, but {there}; use auto or cpu")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise TextlocError(f"device {device!r} was asked for, but {count} CUDA devices are present; use auto or cpu")
+    return picked
+
+
+# --- what a folder says before any weight is read ---------------------------------------------------------------
+
+
+def check_folder(folder: Path) -> dict[str, type]:
+    """Check a saved pipeline's folder without reading a weight; returns its components' classes by name.
+
+    Raises TextlocError for an architecture that is not known, a component of another library than diffusers and
+    transformers or of a class that they do not have, a file that is missing, damaged or no file, and weights other
+    than safetensors.
+    """
+    if not (folder / "model_index.json").exists():
+        raise TextlocError(f"no saved pipeline in {folder} (model_index.json is missing)")
+    parts = component_classes(read_config(folder / "model_index.json"), str(folder))
+    for part, part_class in parts.items():
+        if part in _OFF:
+            continue
+        place = folder / part
+        if not place.is_dir():
+            raise TextlocError(f"folder {place} is missing; restore it, or train or download the model again")
+        for file in place.iterdir():
+            if not file.is_file() and not file.is_dir():
+                raise TextlocError(f"{file} is no regular file, or missing; restore it")
+        if issubclass(part_class, nn.Module):
+            config = read_config(place / "config.json")
+            if part in ("transformer", "unet"):
+                architecture(config.get("_class_name", part_class.__name__))
+            _check_weights(place)
+    return parts
+
+
+def component_classes(index: dict, source: str) -> dict[str, type]:
+    """The classes of the components that a ``model_index.json`` names.
+
+    Raises TextlocError for another library than diffusers and transformers, a class that they do not have, or a
+    denoiser that cannot be patched.
+    """
+    name = index.get("_class_name")
+    pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (inspect.isclass(pipeline) and issubclass(pipeline, DiffusionPipeline)):
+        raise TextlocError(f"{source} is a pipeline of class {name!r}, which this diffusers does not have")
+    found = {}
+    for part, value in index.items():
+        # Settings may be lists, too (Krea-2's text_encoder_select_layers).
+        named = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+        if not part.startswith("_") and named:
+            found[part] = _known_class(part, *value, source)
+    denoiser = next((found[part] for part in ("transformer", "unet") if part in found), None)
+    if denoiser is None:
+        raise TextlocError(f"{source} names no denoiser: neither a transformer nor a unet")
+    architecture(denoiser.__name__)
+    return found
+
+
+def _known_class(part: str, library: str, name: str, source: str) -> type:
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    if home is None and re.fullmatch(r"[a-z]\w*", library) and part not in _OFF:
+        # Some pipelines have components of their own.
+        own = f"diffusers.pipelines.{library}"
+        home = importlib.import_module(own) if importlib.util.find_spec(own) else None
+    found = getattr(home, name, None) if re.fullmatch(r"[A-Za-z]\w*", name) else None
+    if part in _OFF:
+        return object  # it is left out
+    if not inspect.isclass(found):
+        raise TextlocError(
+            f"{source} takes its {part} from {library}.{name}; allowed: classes of diffusers and transformers"
+        )
+    return found
+
+
+def _check_weights(folder: Path) -> None:
+    files = _weight_files(folder)
+    if not files:
+        raise TextlocError(f"no weight file (*.safetensors) in {folder}; restore it, or train or download it again")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            what = "missing" if not file.is_file() else f"corrupt ({_first_line(error)})"
+            raise TextlocError(f"weight file {file} is {what}; restore it, or train or download it again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = set(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index*.json"):
+        listed = read_config(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(v, str) and "/" not in v for v in listed.values()):
+            raise TextlocError(f"{index} is corrupt: it has no weight_map; restore it, or download it again")
+        files |= {folder / name for name in listed.values()}
+    return sorted(files)
+
+
+def _variant(folder: Path, wanted: str | None) -> str | None:
+    """The variant of a component's weights: the one that is wanted, the plain one, or else the one that is there."""
+    there = {
+        found[1] or None
+        for file in folder.glob("*.safetensors")
+        if (found := re.fullmatch(r"[\w-]+?(?:\.([\w-]+?))??(?:-\d+-of-\d+)?(?:\.\w+)??\.safetensors", file.name))
+    }
+    return wanted if wanted in there or not there else None if None in there else sorted(there)[0]
+
+
+def _first_line(error: Exception) -> str:
+    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200, placeholder=" ...")
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
+
+
+def load(
+    name: str, *, device: str = "auto", dtype: torch.dtype | str | None = None, model_path: str | Path | None = None
+) -> Model:
+    """Load a model by name, from ``model_path`` (a saved pipeline's folder, or a hub repository) where given.
+
+    Full-size models use their spec's dtype on CUDA; miniatures, and everything on the CPU, compute in float32
+    unless ``dtype`` says otherwise. Raises TextlocError for an unknown model, a missing or corrupt file, weights
+    that cannot be fetched, or a device that is not there.
+    """
+    if model_path is not None and Path(model_path).is_file():
+        raise TextlocError(
+            f"{model_path} is one file, and a folder in diffusers' format is needed: load the file by the pipeline "
+            f"class's from_single_file, and save it by save_pretrained"
+        )
+    if model_path is not None and name in MINIATURES:
+        chosen = _miniature_spec(name, Path(model_path))
+    else:
+        chosen = spec(name)
+        if model_path is not None:
+            chosen = replace(chosen, source=str(model_path), revision=None)
+    local = chosen.miniature or (model_path is not None and not _is_repository(str(model_path)))
+    place = pick_device(device)
+    if dtype is None:
+        dtype = chosen.dtype if place.type == "cuda" and not chosen.miniature else torch.float32
+    elif place.type == "cpu" and dtype not in (torch.float32, "float32"):
+        raise TextlocError(f"dtype {dtype} was asked for, but the CPU computes in float32 only")
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise TextlocError(f"unknown dtype {dtype!r}; allowed: float32, float16, bfloat16")
+        dtype = getattr(torch, dtype)
+    quiet_libraries()
+    folder = Path(chosen.source) if local else _fetched(chosen)
+    pipe = _from_folder(chosen, folder, dtype)
+    # The place alone: a second naming of the dtype would also take it to what T5 has to keep in float32.
+    pipe.to(place)
+    stage2 = _load_stage2(chosen, pipe, local, dtype)
+    return Model.from_pipeline(pipe, chosen, stage2 and stage2.to(place))
+
+
+def _load_stage2(
+    chosen: ModelSpec, pipe: DiffusionPipeline, local: bool, dtype: torch.dtype
+) -> DiffusionPipeline | None:
+    """Stage II around stage I's text encoder. A local full-size model may come without one."""
+    source = chosen.stage2
+    if source is None:
+        return None
+    if local:
+        folder = Path(chosen.source) / ("stage2" if _is_repository(source) else source)
+        if not chosen.miniature and not folder.is_dir():
+            return None
+    else:
+        folder = _fetched(replace(chosen, source=source))
+    return _from_folder(chosen, folder, dtype, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+
+
+def _is_repository(path: str) -> bool:
+    """Whether a path is a hub repository's name: "owner/name", and no folder "owner" is here."""
+    here = Path(path)
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is not None and not here.exists() and not here.parent.is_dir()
+
+
+def _fetched(chosen: ModelSpec) -> Path:
+    """The folder of a hub repository's pipeline, downloaded where it is not here yet; its index is checked first."""
+    how = {"revision": chosen.revision, "use_safetensors": True}
+    try:
+        component_classes(DiffusionPipeline.load_config(chosen.source, revision=chosen.revision), chosen.source)
+        return Path(DiffusionPipeline.download(chosen.source, variant=chosen.variant, **how))
+    except TextlocError:
+        raise
+    except Exception as error:
+        # The libraries below raise a dozen unrelated classes here; the first line says which file or host it was.
+        licence = f"accept the licence at https://huggingface.co/{chosen.source}, " if chosen.gated else ""
+        raise TextlocError(
+            f"the weights of {chosen.name} are not here and cannot be fetched ({_first_line(error)}); {licence}"
+            f"run 'hf auth login' and try again, or name a downloaded folder with --model-path"
+        ) from error
+
+
+def _from_folder(chosen: ModelSpec, folder: Path, dtype: torch.dtype, **components) -> DiffusionPipeline:
+    parts = check_folder(folder)
+    with _told_in_one_line(f"{chosen.name} cannot be loaded from {folder}"):
+        for part, part_class in parts.items():
+            if part not in components and part not in _OFF and issubclass(part_class, nn.Module):
+                components[part] = _whole(part_class, folder / part, chosen.variant, dtype)
+        pipeline = getattr(diffusers, read_config(folder / "model_index.json")["_class_name"])
+        takes = inspect.signature(pipeline.__init__).parameters
+        off = {k: v for k, v in _OFF.items() if k in takes}
+        pipe = pipeline.from_pretrained(folder, local_files_only=True, **off, **components)
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    return pipe
+
+
+def _whole(part_class: type, folder: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
+    """A component whose every tensor comes from its files: the libraries would draw a missing one at random.
+
+    Naming the dtype matters: a text encoder otherwise takes that of its file.
+    """
+    module, told = part_class.from_pretrained(
+        folder,
+        variant=_variant(folder, variant),
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    lost = sorted(told["missing_keys"])
+    if lost:
+        raise TextlocError(f"the weight files in {folder} lack {lost[0]}; restore them, or train again")
+    return module
+
+
+@contextlib.contextmanager
+def _told_in_one_line(what: str):
+    try:
+        yield
+    except TextlocError:
+        raise
+    except Exception as error:
+        raise TextlocError(f"{what}: {_first_line(error)}") from error
