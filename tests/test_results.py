@@ -398,7 +398,7 @@ def test_a_killed_run_resumes_and_computes_each_finished_unit_once(tmp_path):
         assert len(stored(store, "run")) == 8_000 * finished  # whole units only
     subprocess.run(command, env=env, check=True)
     table = stored(store, "run")
-    assert table.groupby("unit").size().to_dict() == {i: 8_000 for i in range(5)}
+    assert table.groupby("unit").size().to_dict() == dict.fromkeys(range(5), 8_000)
     computed = Counter(map(int, log.read_text().split()))
     assert sorted(computed) == list(range(5))
     assert computed.total() <= 5 + 2  # each kill costs at most the unit it hit
