@@ -225,8 +225,8 @@ def provenance(model: "Model | None" = None) -> dict:
         "versions": _versions(),
         "commit": _commit(),
         "command": _command(),
-        "device": _device(model and model.device.type),
-        "reader": _reader(model.spec.height if model else 1),
+        "device": _device(model.device.type if model is not None else None),
+        "reader": _reader(model.spec.height if model is not None else 1),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
