@@ -281,9 +281,7 @@ LAYERS, STEPS = (4, 5, 6), 6
 def compared(mini, tmp_path_factory):
     run = Experiment.of(mini, steps=STEPS, store=Store(tmp_path_factory.mktemp("store")))
     pairs, methods = edit.held_out_pairs(2), edit.methods(mini, LAYERS)
-    tables = {
-        given: edit.compare(run, pairs, methods, given=given) for given in (False, True)
-    }
+    tables = {given: edit.compare(run, pairs, methods, given=given) for given in (False, True)}
     return run, pairs, methods, tables
 
 

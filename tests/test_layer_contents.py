@@ -109,6 +109,8 @@ def test_length_counts_letters():
 def test_the_command_prints_effects_per_site(capsys, monkeypatch):
     table = effects({FOUND: 0.5, Site(kind="keys", layers=(4, 5), tensors="k"): 0.1})
     monkeypatch.setattr(layer_contents, "study", lambda *a, **k: table)
-    assert cli.main(["study", "sd3-mini", "--study", "parts", "--layers", "4", "5", "--device", "cpu"]) == 0
+    assert (
+        cli.main(["study", "contents", "sd3-mini", "--tables", "parts", "--layers", "4", "5", "--device", "cpu"]) == 0
+    )
     out = capsys.readouterr().out
     assert "parts, layers 4 5" in out and "keys" in out and "0.50 [0.50, 0.50]" in out

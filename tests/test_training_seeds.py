@@ -61,7 +61,7 @@ def test_the_command_prints_the_set_of_every_training_seed(capsys, monkeypatch, 
         for layer in (0, 1)
     ]
     monkeypatch.setattr(training_seeds, "publish", lambda *a, **k: pd.DataFrame(rows))
-    assert cli.main(["study", "sd3-mini", "--runs", str(tmp_path)]) == 0
+    assert cli.main(["study", "seeds", "sd3-mini", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "training seed 0: layers 0\n" in out and "training seed 1: layers 1\n" in out
     assert out.count("layer 1 ") == 2 and "0.40 [0.30, 0.50]" in out

@@ -41,8 +41,8 @@ class Experiment:
     def __post_init__(self):
         if self.steps < 1:
             raise TextlocError(f"steps must be at least 1, got {self.steps}")
-        if self.negative_prompt and self.guidance <= 1:
-            raise TextlocError(f"a negative prompt is read with a guidance above 1 only, got {self.guidance}")
+        if self.negative_prompt and self.model.evaluations(self.guidance) < 2:
+            raise TextlocError(f"{self.name} reads no negative prompt at a guidance of {self.guidance}")
 
     @classmethod
     def of(cls, subject: "Experiment | Model | DiffusionPipeline", **settings) -> "Experiment":
@@ -70,7 +70,8 @@ class Experiment:
     @property
     def key(self) -> dict:
         """What every result hangs on besides its own inputs."""
-        return {"model": self.name, "weights": fingerprint(self.model), **self.settings}
+        size = {"height": self.model.spec.height, "width": self.model.spec.width}
+        return {"model": self.name, "weights": fingerprint(self.model), **self.settings, **size}
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], **options) -> Generation:
         """Draw with the experiment's settings; ``options`` are ``generate``'s, and go before them."""

@@ -26,7 +26,7 @@ def _base(model: Model, layers: tuple[int, ...]) -> list[Site]:
 
 
 def _colours(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
-    """Each layer alone, and the set against all the others: whose text, whose colours?"""
+    """Each layer alone, and the set against all the others."""
     others = tuple(i for i in range(len(model.layers)) if i not in layers)
     sites = [*single_layers(model), *_base(model, layers), Site(kind="others", layers=others)]
     return list(dict.fromkeys(sites))

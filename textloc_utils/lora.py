@@ -290,6 +290,8 @@ def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.
     disable_progress_bars()
     try:
         rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
+        if "text" in rows.column_names and rows.features["text"].dtype not in ("string", "large_string", "null"):
+            raise TypeError("its captions are numbers, and a caption describes a picture in words")
         if "text" in rows.column_names:
             pictures = [np.asarray(ImageOps.fit(row["image"].convert("RGB"), (width, height))) for row in rows]
             return np.stack(pictures), [row["text"] or "" for row in rows]
@@ -499,7 +501,8 @@ class _Saved:
     """Counts the bytes of distinct tensors that are saved for the backward pass inside the block, weights left out."""
 
     def __init__(self, module: nn.Module, on: bool):
-        self.bytes, self._seen = 0, set()
+        self.bytes = 0
+        self._seen: set[int] = set()
         self._own = {p.untyped_storage().data_ptr() for p in module.parameters()} if on else set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x) if on else None
 

@@ -1,4 +1,4 @@
-"""The same miniature trained from other seeds: are the layers that hold its text the same?"""
+"""Whether the same miniature, trained from other seeds, keeps its text in the same layers."""
 
 import json
 from collections.abc import Sequence

@@ -21,8 +21,10 @@ REPRODUCED, DIFFERS = "reproduced at miniature scale", "differs"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one model's table says of a claim: the figure in words, the number of pairs, prompts or words, and whether
-    the claim's rule is met."""
+    """What one model's table says of a claim.
+
+    The figure in words, the number of pairs, prompts or words, and whether the claim's rule is met.
+    """
 
     figure: str
     n: int

@@ -96,9 +96,9 @@ def report(
     picture: np.ndarray | None = None,
     **settings,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3); the pictures before and after, and
-    a report on them. ``settings`` are those of ``experiment.Experiment``.
+    """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3).
 
+    ``settings`` are those of ``experiment.Experiment``. Returns the pictures before and after, and a report on them.
     The report's keys: source, target, seed, method, layers, start, before and after (read by OCR), failure
     (:func:`failure`), those of :func:`picture_scores`, row_evaluations and seconds, inversion included; for a given
     picture also round_trip, the scores of what the source prompt draws from the inverted noise.

@@ -14,7 +14,7 @@ from textloc_utils import metrics, ocr
 from textloc_utils.experiment import Experiment, known_layers
 from textloc_utils.models import Model, check_layers
 from textloc_utils.patching import Patch
-from textloc_utils.prompts import LETTERS, spelling_prompts, test_words, toxic_prompts
+from textloc_utils.prompts import LETTERS, NOISE, spelling_prompts, test_words, toxic_prompts
 from textloc_utils.results import unit_hash
 from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM
 from textloc_utils.safety.detector import Detector, WordDetector, clean, mild_words
@@ -28,14 +28,16 @@ RUNS = ("unguarded", "guard", PATCHED_RUN, "negative prompt", "SLD medium", "SLD
 SCORES = ("exact", "near", "f1", "ssim_outside", "psnr_outside", "extra", "seconds")
 
 
-def measure(experiment: Experiment, n: int, seed: int = 42, *, layers: Sequence[int] | None = None) -> pd.DataFrame:
+def measure(
+    experiment: Experiment, n: int, seed: int = 42, *, layers: Sequence[int] | None = None, noises: int = 1
+) -> pd.DataFrame:
     """Draw ``n`` toxic prompts by every method, and ``n`` harmless ones without and with the guard.
 
-    One row per prompt and method. Columns: model, kind (toxic, harmless), word (the quoted one), prompt, cleaned, seed,
-    method, read (by OCR), exact (spells the word), near (within one edit of it), f1 (letters, the paper's metric),
-    listed (spells any word of the list), ssim_outside and psnr_outside (to the unguarded picture, outside the text box;
-    PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra (row evaluations beyond the unguarded
-    picture's, in shares of these), seconds.
+    Each is drawn from several ``noises``. One row per prompt, noise and method. Columns: model, kind (toxic, harmless),
+    word (the quoted one), prompt, cleaned, seed, method, read (by OCR), exact (spells the word), near (within one edit
+    of it), f1 (letters, the paper's metric), listed (spells any word of the list), ssim_outside and psnr_outside (to
+    the unguarded picture, outside the text box; PSNR capped), unchanged (every bit as unguarded), row_evaluations,
+    extra (row evaluations beyond the unguarded picture's, in shares of these), seconds.
 
     Drawn prompt by prompt in the store, and published as ``results/safety_MODEL.csv``, see
     ``experiment.Experiment.table``.
@@ -45,6 +47,7 @@ def measure(experiment: Experiment, n: int, seed: int = 42, *, layers: Sequence[
     layers = tuple(known_layers(experiment.model) if layers is None else layers)
     check_layers(experiment.model, layers)
     asked = [("toxic", *p) for p in toxic_prompts(n, seed)] + [("harmless", *p) for p in spelling_prompts(n, seed)]
+    asked = [(*about, of + i * NOISE) for i in range(noises) for *about, of in asked]
     inputs = {"rows": ROWS, "layers": layers, "runs": RUNS, "configurations": [SLD_MEDIUM, SLD_MAX]}
     detector = WordDetector()
     prompts = [{"prompt": p, "cleaned": clean(p[1], detector(p[1]))} for p in asked]
@@ -136,11 +139,8 @@ def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFram
     bad = [(prompt, word) for prompt, word, _ in toxic_prompts(count, seed)]
     good = [(prompt, word) for prompt, word, _ in spelling_prompts(len(test_words()), seed)]
     table = detection(detector or WordDetector(), bad, good, seed)
-    rows = []
-    for kind, part in table.groupby("kind", sort=False):
-        interval = metrics.rate(part.found)
-        rows.append({"kind": kind, "found": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n})
-    return pd.DataFrame(rows)
+    found = metrics.summarise(table, ["kind"], ["found"]).rename(columns={"found_low": "low", "found_high": "high"})
+    return found[["kind", "found", "low", "high", "n"]]
 
 
 # --- how well it finds ----------------------------------------------------------------------------------------
