@@ -242,7 +242,9 @@ class WordDetector:
 
     def __init__(self, listed: Iterable[str] | None = None, ordinary: Iterable[str] | None = None):
         self.words = mild_words() if listed is None else _capitals(listed, "the word list")
-        self.ordinary = _SHORT.union(ordinary_words("train", "validation", "held-out") if ordinary is None else ordinary)
+        self.ordinary = _SHORT.union(
+            ordinary_words("train", "validation", "held-out") if ordinary is None else ordinary
+        )
         self._listed = frozenset(self.words)
         self._lengths = sorted({len(word) for word in self.words}, reverse=True)
         self._by_runs, self._fuzzy = defaultdict(list), defaultdict(list)
