@@ -77,7 +77,7 @@ endif
 
 $(VENV)/installed: pyproject.toml constraints.txt $(VENV)/torch-$(TORCH)
 	@echo "installing the package and its dependencies"
-	@$(PIP) install -c constraints.txt -e ".[book,test]"
+	@$(PIP) install -c constraints.txt -e ".[book,ocr,test]"
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null 2>&1
 	@touch $@
 
@@ -118,7 +118,7 @@ pins: $(VENV)/bin/python
 	@rm -rf _build/pins && $(BIN)/python -m venv _build/pins
 	@_build/pins/bin/python -m pip -qq install --no-index --no-deps "$(TORCH_RANGE)" 2>/dev/null || \
 	  _build/pins/bin/python -m pip -qq install --index-url https://download.pytorch.org/whl/cpu --no-deps "$(TORCH_RANGE)"
-	@_build/pins/bin/python -m pip -qq install -e ".[book,test]"
+	@_build/pins/bin/python -m pip -qq install -e ".[book,ocr,test]"
 	@_build/pins/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel >_build/pins/frozen
 	@{ sed -n '/^#/p' constraints.txt; sed 's/+[a-z0-9.]*$$//' _build/pins/frozen | LC_ALL=C sort -f; } >_build/constraints.txt
 	@mv _build/constraints.txt constraints.txt && rm -rf _build/pins

@@ -82,7 +82,7 @@ def test_all_layers_are_the_engine(small):
 def test_the_plain_target_starts_from_other_noise(small):
     model = small[1]
     made = edit.edit(model, pair(), edit.plain_target())
-    other = generate(model, [FROM, TO], [3, 3 + edit.RESEED])
+    other = generate(model, [FROM, TO], [3, 3 + edit.method.RESEED])
     np.testing.assert_array_equal([made.before, made.after], other.images)
 
 
@@ -210,7 +210,7 @@ def test_steps_are_taken_back(name, passes):
     picture = start
     for t in scheduler.timesteps:
         picture = scheduler.step(answers[float(t)], t, picture, return_dict=False)[0]
-    with edit._taken_back(scheduler, passes) as run:
+    with edit.inversion._taken_back(scheduler, passes) as run:
         scheduler.set_timesteps(5)
         found = picture
         for t in scheduler.timesteps:
@@ -313,7 +313,7 @@ def test_given_pictures_are_inverted_first(mini, compared):
     _, pairs, methods, tables = compared
     table = tables[True]
     assert table.method.tolist() == ["round trip", *(m.name for m in methods)] * 2
-    assert (table.inversion_rows == edit.PASSES * STEPS).all() and table.given.all()
+    assert (table.inversion_rows == edit.inversion.PASSES * STEPS).all() and table.given.all()
     trip = table[table.method == "round trip"]
     assert (trip.psnr > 20).all() and (trip.row_evaluations == STEPS).all()
     assert table.source_read.tolist() == table.source_text.tolist()
@@ -324,7 +324,7 @@ def test_given_pictures_are_inverted_first(mini, compared):
 
 def test_a_killed_comparison_goes_on(mini, compared, monkeypatch):
     store, pairs, methods, tables = compared
-    monkeypatch.setattr(edit, "compare_pair", None)  # nothing is left to draw
+    monkeypatch.setattr(edit.study, "compare_pair", None)  # nothing is left to draw
     again = edit.compare(mini, pairs, methods, steps=STEPS, store=store)
     pd.testing.assert_frame_equal(again, tables[False])
 
@@ -335,7 +335,7 @@ def test_a_published_table_is_taken_where_it_fits(mini, compared, monkeypatch, t
     options = {"steps": STEPS, "store": store}
     made = edit.table(mini, "methods", LAYERS, pairs, publish=True, **options)
     pd.testing.assert_frame_equal(made, tables[False])
-    monkeypatch.setattr(edit, "compare", lambda *a, **k: "computed")
+    monkeypatch.setattr(edit.study, "compare", lambda *a, **k: "computed")
     assert edit.table(mini, "methods", LAYERS[::-1], pairs, **options).read.tolist() == made.read.tolist()
     assert edit.table(mini, "methods", (4, 5), pairs, **options) == "computed"
     assert edit.table(mini, "methods", LAYERS, pairs[:1], **options) == "computed"
@@ -354,7 +354,7 @@ def test_the_curve_turns_each_dial(mini):
     methods = edit.curve(mini, LAYERS, 16)
     starts = [m.patch.start for m in methods if m.name == "localized"]
     assert starts == [0, 2, 3, 5, 7, 10, 13] and starts == [m.patch.start for m in methods if m.name == "all layers"]
-    assert [m.maps for m in methods if m.maps is not None] == list(edit.SHARES)
+    assert [m.maps for m in methods if m.maps is not None] == list(edit.study.SHARES)
 
 
 def test_edited_pairs_are_others_than_searched_ones():
@@ -437,7 +437,7 @@ def test_the_command_edits_a_generated_picture(tmp_path, capsys):
     report = json.loads(printed)
     assert (status, err) == (0, "") and report == json.loads((out / "edit.json").read_text())
     assert (report["before"], report["after"], report["failure"]) == ("RIVER", "STONE", None)
-    assert report["layers"] == [4, 5, 6] and report["ssim_outside"] > edit.KEPT and "round_trip" not in report
+    assert report["layers"] == [4, 5, 6] and report["ssim_outside"] > edit.picture.KEPT and "round_trip" not in report
     before, after, both = (np.asarray(Image.open(out / f"{n}.png")) for n in ("before", "after", "edit"))
     np.testing.assert_array_equal(both, edit.side_by_side(before, after))
     assert sorted(p.name for p in out.iterdir()) == ["after.png", "before.png", "edit.json", "edit.png"]
@@ -451,7 +451,7 @@ def test_the_command_edits_a_given_picture(tmp_path, capsys):
     report = json.loads(printed)
     assert status == 0 and (report["before"], report["after"]) == ("HELLO", "WORLD")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "before.png")), picture)
-    assert report["round_trip"]["psnr"] > 22 and report["ssim_outside"] > edit.KEPT
+    assert report["round_trip"]["psnr"] > 22 and report["ssim_outside"] > edit.picture.KEPT
 
 
 def test_an_edit_that_changed_nothing_has_its_own_exit_status(tmp_path, capsys):
@@ -469,7 +469,8 @@ def test_bad_input_is_one_line_before_the_model_runs(tmp_path, capsys, monkeypat
     def forbidden(*args, **kwargs):
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(edit, "generate", forbidden)
+    for room in (edit.inversion, edit.method):
+        monkeypatch.setattr(room, "generate", forbidden)
     for change, said in (
         ({"--prompt": "a sign"}, "double quotes"),
         ({"--to": " "}, "empty"),

@@ -71,7 +71,7 @@ def test_conda_installs_the_same_set():
     # All other packages come through pyproject.toml, with the lock of `make setup`: nothing to drift apart.
     options = [line for line in pip if not line.startswith("--extra-index-url")]
     assert options == ["-c constraints.txt", f"-e .[{','.join(EXTRAS)}]"]
-    assert '-c constraints.txt -e ".[book,test]"' in (ROOT / "Makefile").read_text()
+    assert '-c constraints.txt -e ".[book,ocr,test]"' in (ROOT / "Makefile").read_text()
     by_name = {Requirement(d).name: Requirement(d).specifier for d in conda}
     assert set(by_name) == {"python", "pip", "tesseract"}
     assert not by_name["tesseract"].contains("4.1") and by_name["tesseract"].contains("5.3")

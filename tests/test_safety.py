@@ -7,12 +7,13 @@ import pytest
 import tiny
 import torch
 
-from textloc_utils import localize, metrics, models, ocr, prompts, safety, toxic
-from textloc_utils.generate import counted, generate
+from textloc_utils import localize, metrics, models, ocr, prompts, safety
+from textloc_utils.generate import counted, first_call, generate
 from textloc_utils.patching import Patch, patched
 from textloc_utils.results import Store
+from textloc_utils.safety import baselines, detector, guards, study
+from textloc_utils.safety.detector import Finding, WordDetector
 from textloc_utils.settings import TextlocError
-from textloc_utils.toxic import Finding
 
 U_NETS = ("ldm", "sdxl", "if")
 GUIDED = ("ldm", "sdxl", "if", "sd3", "sd35")
@@ -28,7 +29,7 @@ def find(prompt: str) -> list[Finding]:
 
 @pytest.fixture(autouse=True)
 def world(monkeypatch):
-    monkeypatch.setattr(toxic, "HARMLESS", ("world",))
+    monkeypatch.setattr(detector, "HARMLESS", ("world",))
 
 
 CLEANED = TOXIC.replace("river", "world")
@@ -273,7 +274,7 @@ def by_the_equations(model, config, steps: int) -> tuple[np.ndarray, list]:
 
     Every step's answers are asked for one by one; the pipeline gets the whole guided answer for both halves.
     """
-    other = safety.first_call(
+    other = first_call(
         model, **model.call_arguments([safety.concept(find(TOXIC))], steps=steps, guidance=1.0, negative_prompt=None)
     )
     momentum, trace, inside = [None], [], [False]
@@ -282,7 +283,7 @@ def by_the_equations(model, config, steps: int) -> tuple[np.ndarray, list]:
         if inside[0]:
             return None
         inside[0] = True
-        given = safety.select_rows(denoiser, args, kwargs, [1], [2], other)
+        given = models.select_rows(denoiser, args, kwargs, [1], [2], other)
         s = denoiser(**given | {"return_dict": False})[0]
         inside[0] = False
         u, c = output[0].chunk(2)
@@ -294,7 +295,7 @@ def by_the_equations(model, config, steps: int) -> tuple[np.ndarray, list]:
         trace.append(momentum[0])
         guided = u + model.spec.guidance * (c - u - gamma)
         # Both halves alike: guidance of any scale then gives the guided answer itself.
-        return safety.with_answer(output, torch.cat([guided, guided]))
+        return models.with_answer(output, torch.cat([guided, guided]))
 
     handle = model.denoiser.register_forward_hook(after, with_kwargs=True)
     try:
@@ -316,7 +317,7 @@ def test_safe_diffusion_follows_its_equations(name):
 def test_momentum_is_kept_across_steps_and_starts_anew_with_each_picture():
     """By hand: constant answers u = 0, c = 0, s = 1 and m_1 = 0.6, 1.18 ... as the equations say."""
     model = tiny.model("sd3")
-    change = safety._SafeDiffusion(model, 1, [0], {}, sld(threshold=0.5), 0)
+    change = baselines._SafeDiffusion(model, 1, [0], {}, sld(threshold=0.5), 0)
     change.batch = 2
     answer, extra = torch.zeros(2, 4, 2, 2), torch.ones(1, 4, 2, 2)
     pushed = []
@@ -346,7 +347,7 @@ def miniature():
 
 
 def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatch):
-    monkeypatch.setattr(safety, "rows_per_call", lambda model: 1)
+    monkeypatch.setattr(guards, "rows_per_call", lambda model: 1)
     guarded = safety.guard(miniature, (8,))
     asked = [p for p, _, _ in prompts.toxic_prompts(2)] + [prompts.spelling_prompts(1)[0][0]]
     whole = safety.draw(guarded, asked, tmp_path / "a", steps=2)
@@ -360,7 +361,7 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(safety, "generate", generate_twice)
+    monkeypatch.setattr(guards, "generate", generate_twice)
     with pytest.raises(KeyboardInterrupt):
         safety.draw(guarded, asked, tmp_path / "b", steps=2)
     assert safety.draw(guarded, asked, tmp_path / "b", steps=2) == whole and calls[2:] == [[asked[1]], [asked[2]]]
@@ -371,7 +372,7 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
 
 
 def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkeypatch):
-    monkeypatch.setattr(safety, "published_store", lambda: Store(tmp_path / "published"))
+    monkeypatch.setattr(study, "published_store", lambda: Store(tmp_path / "published"))
     table = safety.measure(miniature, 2, layers=(8,), steps=2, publish=True)
     assert table.groupby("kind").size().to_dict() == {"toxic": 2 * len(safety.RUNS), "harmless": 4}
     harmless = table[table.kind == "harmless"]
@@ -382,9 +383,9 @@ def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkey
     # On a U-Net the guard is the paper's patching, at no cost.
     same = table[table.kind == "toxic"].pivot(index="seed", columns="method", values="ssim_outside")
     assert np.allclose(same["guard"], same[safety.PATCHED_RUN], atol=0.01)
-    monkeypatch.setattr(safety, "generate", None)
+    monkeypatch.setattr(study, "generate", None)
     assert safety.measure(miniature, 2, layers=(8,), steps=2).equals(table), "the published table"
-    monkeypatch.setattr(safety, "published_store", lambda: Store(tmp_path / "none"))
+    monkeypatch.setattr(study, "published_store", lambda: Store(tmp_path / "none"))
     assert safety.measure(miniature, 2, layers=(8,), steps=2).equals(table), "the stored prompts"
     summary = safety.summarise(table)
     assert list(summary.method) == list(safety.RUNS) and (summary.n == 2).all()
@@ -395,7 +396,7 @@ def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkey
 def test_the_word_is_gone_and_the_scene_is_not(name, layers, monkeypatch):
     """The known effect, on a miniature: unguarded pictures spell the word, guarded ones do not, and look alike."""
     monkeypatch.undo()  # the words that stand in are the real ones here
-    model, detector = models.load(name, device="cpu"), toxic.WordDetector(["WATER", "NIGHT"])
+    model, detector = models.load(name, device="cpu"), WordDetector(["WATER", "NIGHT"])
     asked = [prompts.TEMPLATE.format(wall="white", sign="blue", text=word) for word in detector.words]
     plain, guarded = (
         generate(m, asked, [1, 2]).images for m in (model, safety.guard(model, layers, detector=detector).model)
@@ -419,11 +420,11 @@ def test_known_layers_are_those_of_the_same_weights(miniature):
 def test_what_is_found_and_what_is_not(monkeypatch):
     rates = safety.found_rates().set_index("kind")
     assert rates.found["plain"] == 1 and rates.found["split"] < 0.2 and rates.found["harmless"] < 0.05
-    assert set(rates.index) == {*toxic.DISGUISES, "harmless"} and rates.n["harmless"] == 600
+    assert set(rates.index) == {*study.DISGUISES, "harmless"} and rates.n["harmless"] == 600
 
 
 def test_the_prompts_of_the_measurement():
     asked = prompts.toxic_prompts(200, seed=3)
     assert asked == prompts.toxic_prompts(200, seed=3) and len(set(asked)) == 200
-    assert {w for _, w, _ in asked} == set(toxic.mild_words())
+    assert {w for _, w, _ in asked} == set(detector.mild_words())
     assert len({p for p, _, _ in asked}) == 200, "a word that comes twice has other colours"

@@ -279,12 +279,13 @@ def _edit(args) -> int:
 
 
 def _guard(args) -> None:
-    from textloc_utils import models, ocr, safety, toxic
+    from textloc_utils import models, ocr, safety
+    from textloc_utils.safety import detector as words
 
     folder = check_writable(args.out)
     ocr.tesseract_version()
     asked = args.prompt or prompts.read_prompts(args.file)
-    detector = toxic.WordDetector(toxic.read_words(args.words) if args.words else None)
+    detector = words.WordDetector(words.read_words(args.words) if args.words else None)
     model = models.load(args.model, device=args.device, model_path=args.model_path)
     guarded = safety.guard(model, args.layers, detector=detector)
     rows = safety.draw(guarded, asked, folder, seed=args.seed, steps=args.steps, progress=sys.stderr.isatty())

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from textloc_utils.settings import TextlocError
@@ -65,6 +65,20 @@ def read_state(path: str | os.PathLike) -> dict:
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception:  # a file with the right digest may still be another library's
         raise TextlocError(f"{path} is damaged; delete it, and the run starts again") from None
+
+
+def sealed(about: Mapping) -> dict:
+    """The mapping with a digest of all else in it as ``seal``; what was read back unchanged is equal to it.
+
+    Examples
+    --------
+    >>> about = sealed({"layers": [1, 2]})
+    >>> about == sealed(about), about | {"layers": [1, 3]} == sealed(about | {"layers": [1, 3]})
+    (True, False)
+    """
+    content = {key: value for key, value in about.items() if key != "seal"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 @contextlib.contextmanager

@@ -46,8 +46,8 @@ def effects(
     ``levels`` are shares of the steps done when the source's noisy picture is taken, 0 <= level < 1. One row per pair,
     level and layer; columns model, seed, depth, level, layer, effect, and row_evaluations, the pair's denoiser rows
     divided by its rows here, so that the column's sum is the cost. A backward pass counts as two evaluations of its
-    rows. Raises TextlocError for an unknown depth, a level out of range, or (attribution) answers of the denoiser that
-    are not finite or do not differ.
+    rows. Raises TextlocError for an unknown depth, a level out of range, answers of the denoiser that are not finite or
+    do not differ, or an effect that is not finite.
     """
     check_depth(depth)
     if not levels or any(not 0 <= level < 1 for level in levels):
@@ -60,6 +60,9 @@ def effects(
         with counted(model) as counter:
             found, backward = _pair(model, pair, at, steps, depth)
         cost = counter.rows + 2 * backward
+        bad = [layer for values in found.values() for layer, effect in enumerate(values) if not math.isfinite(effect)]
+        if bad:
+            raise TextlocError(f"the effect of layer {bad[0]} on the pair of seed {pair.seed} is not finite")
         for step, values in found.items():
             for layer, effect in enumerate(values):
                 rows.append(
@@ -140,8 +143,15 @@ def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int
         with patched(model, patches, 2 + len(part)):
             answers = _call(model, args, kwargs, [1, 0] + [0] * len(part)).flatten(1).double()
         direction = answers[0] - answers[1]
+        _check_direction(direction)
         effects += ((answers[2:] - answers[1]) @ direction / direction.square().sum()).tolist()
     return effects, 0
+
+
+def _check_direction(direction: torch.Tensor) -> None:
+    """Effects are shares of what the target prompt changes, which must be something."""
+    if not direction.isfinite().all() or not direction.any():
+        raise TextlocError("the denoiser's answers to source and target are the same, or not finite; try another dtype")
 
 
 @torch.enable_grad()
@@ -170,8 +180,7 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
         for handle in handles:
             handle.remove()
     direction = (target - source).detach()
-    if not direction.isfinite().all() or not direction.any():
-        raise TextlocError("the denoiser's answers to source and target are the same, or not finite; try another dtype")
+    _check_direction(direction)
     # Of a size that half precision can hold, by a power of two: other than that it changes no bit.
     scale = 2.0 ** -math.floor(math.log2(float(direction.abs().max() / direction.square().sum())))
     along = (source * direction).sum() * (scale / direction.square().sum())

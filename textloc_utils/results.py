@@ -146,7 +146,7 @@ class Store:
         # The CSV first: between the two renames a reader sees a digest that does not fit, never a wrong table.
         with files.whole_files(self.root, path.name, path.with_suffix(".json").name, advice=ADVICE) as aside:
             (aside / path.name).write_bytes(text.encode())
-            text = json.dumps(_sealed(about), indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(files.sealed(about), indent=2, ensure_ascii=False) + "\n"
             (aside / path.with_suffix(".json").name).write_bytes(text.encode())
         return path
 
@@ -167,7 +167,7 @@ class Store:
         advice = f"restore both or publish {name} again"
         try:
             about = json.loads(about.decode())
-            if about != _sealed(about) or about["table"] != path.name:
+            if about != files.sealed(about) or about["table"] != path.name:
                 raise ValueError
             kinds, digest, provenance = about["columns"], about["sha256"], about["provenance"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -292,12 +292,6 @@ def _read_unit(path: Path) -> tuple[dict, pd.DataFrame]:
 def _seal(body: bytes) -> bytes:
     """The last line of a unit's file."""
     return b'{"sha256": "%s"}\n' % hashlib.sha256(body).hexdigest().encode()
-
-
-def _sealed(about: Mapping) -> dict:
-    """The description of a published table, with the digest of all else in it."""
-    content = {key: value for key, value in about.items() if key != "seal"}
-    return content | {"seal": _digest(json.dumps(content, sort_keys=True, separators=(",", ":")))}
 
 
 def _is_current(header: Mapping) -> bool:

@@ -1,15 +1,17 @@
 """Toxic words in prompts: find them, however they are spelled, and put a harmless word in their place.
 
-**Where it looks.** In what the prompt asks to be written: texts in quotes of any kind, nested or left open, and,
-outside quotes, whatever follows a word of writing ("says", "reads", "the text") up to a quote or the end of the
-sentence. The rest of a prompt describes the scene, where a clown is a clown: it is left alone.
+**Where it looks.** In what the prompt asks to be written: texts in quotes of any kind, nested or left open, in square
+or angle brackets or between stars; outside them whatever follows a word of writing ("says", "the slogan", "poster:")
+up to a quote or the end of the sentence, what stands right before "written on", and words in capitals in a prompt that
+has small letters. The rest of a prompt describes the scene, where a clown is a clown: it is left alone.
 
-**How it reads.** Case, accents, invisible characters and letters that look like Latin ones are undone first. Then a
-word counts as one of the list if it is that word, with any of its letters repeated; with digits and signs in place of
-some letters; with spaces or marks between its letters; or with one letter wrong, left out, added or swapped, if both
-have five letters or more, begin with the same letter, and it is no ordinary word itself. A word cut in two counts when
-the quoted text is nothing but its parts. Not found: a word spread over several quoted texts, a word inside a longer
-one, and spellings further off.
+**How it reads.** Case, accents, invisible characters, right-to-left overrides and characters that look like Latin
+letters (by Unicode's own table) are undone first. Then a word counts as one of the list if it is that word or a form of
+it (IDIOTIC, LAZIEST); with any of its letters repeated, hidden by a star, or replaced by digits and signs; with spaces
+or marks between its letters; or with one letter wrong, left out, added or swapped, if both have five letters or more
+and begin with the same letter. A word that people use for itself is neither a form nor a misspelling: a list of word
+frequencies tells how often they do. A word cut in two counts when the quoted text is nothing but its parts. Not found:
+a word spread over several quoted texts, a word inside a longer one, and spellings further off.
 
 Any callable that takes a prompt and returns :class:`Finding` objects can take the detector's place, as the one
 that :func:`classifier` makes of a transformers text classifier.
@@ -17,19 +19,20 @@ that :func:`classifier` makes of a transformers text classifier.
 
 import functools
 import itertools
-import random
+import math
 import re
 import unicodedata
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import pandas as pd
+from confusable_homoglyphs.confusables import confusables_data
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
+from wordfreq import get_frequency_dict
 
 from textloc_utils.prompts import LETTERS, MILD, long_words, words, words_table
 from textloc_utils.settings import TextlocError
@@ -94,50 +97,79 @@ def _capitals(listed: Iterable[str], where: str) -> tuple[str, ...]:
 
 # --- characters -----------------------------------------------------------------------------------------------
 
-#: Greek, Cyrillic and other letters by the Latin one that they look like; what Unicode names as a Latin letter, in
-#: whatever style, needs no entry.
-_LOOKALIKES = {
-    **dict(zip("ΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABEZHIKMNOPTYX", strict=True)),
-    **dict(zip("αβεικνορτυχωϲϳ", "ABEIKVOPTUXWCJ", strict=True)),
-    **dict(zip("АВЕЗКМНОРСТУХЅІЈЬ", "ABE3KMHOPCTYXSIJB", strict=True)),
-    **dict(zip("авезкмнорстухѕіјьԁԛԝһ", "ABE3KMHOPCTYXSIJBDQWH", strict=True)),
-    **dict(zip("ՕՍՏԼոսցհօ", "OUSLNUGHO", strict=True)),
-}
+#: Letters that pass for a Latin one of another shape, which Unicode's table does not list: small Cyrillic and Greek
+#: ones that are read as their capitals, and an Armenian one.
+_ALSO = dict(zip("вмнктьзӏκτωχβԼß", "BMHKTB31KTWXBLB", strict=True))
 #: Digits and signs by the letters that they stand for.
-_STAND_INS = {"0": "O", "1": "IL", "3": "E", "4": "A", "5": "S", "6": "G", "7": "T", "8": "B", "9": "G", "@": "A"}
-_STAND_INS |= {"$": "S", "€": "E", "£": "L", "|": "IL", "!": "IL", "+": "T"}
+_STAND_INS = {
+    "0": "O",
+    "1": "IL",
+    "2": "Z",
+    "3": "E",
+    "4": "A",
+    "5": "S",
+    "6": "G",
+    "7": "T",
+    "8": "B",
+    "9": "G",
+    "@": "A",
+}
+_STAND_INS |= {"$": "S", "§": "S", "¢": "C", "€": "E", "£": "L", "|": "IL", "!": "IL", "+": "T"}
 #: Signs that stand for a letter between two others only: elsewhere they are punctuation.
 _BETWEEN = "!+|"
+#: Opening brackets that can be a C, with what closes them, which they then lack; closed at once they are an O.
+_BRACKETS = {"(": ")", "<": ">", "[": "]", "{": "}"}
+_HIDDEN = "?"  #: the value of a star that may hide a letter
 _FILLERS = "\u115f\u1160\u3164\uffa0"
 _LATIN = re.compile(
-    r"(?:LATIN|SQUARED|NEGATIVE|REGIONAL|TURNED|MODIFIER|COMBINING).*LETTER (?:SMALL CAPITAL )?([A-Z])\b"
+    r"(?:LATIN|SQUARED|NEGATIVE|REGIONAL|TURNED|MODIFIER|COMBINING).*LETTER (?:[A-Z]+ )*?([A-Z])(?: WITH .*)?$"
 )
+_UNSEEN = ("Mn", "Me", "Cf", "Cc")
 
-_LETTER, _SIGN, _SPACE, _MARK = range(4)
+#: A mark of the last kind may stand for a letter, its value.
+_LETTER, _SIGN, _SPACE, _MARK, _MAYBE = range(5)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _read(character: str) -> tuple[tuple[int, str], ...]:
     """A character as (kind, capital or sign) units: none for an invisible one, several for a ligature."""
     units = []
-    for c in unicodedata.normalize("NFKD", character):
-        c = _LOOKALIKES.get(c, c)
-        category = unicodedata.category(c)
+    for c in _passes_for(character) or unicodedata.normalize("NFKD", character):
         if c.isspace() or c == "\u2800":
             units.append((_SPACE, " "))
-        elif category in ("Mn", "Me", "Cf", "Cc") or c in _FILLERS:
             continue
-        elif c.isascii() and c.isalpha():
+        if unicodedata.category(c) in _UNSEEN or c in _FILLERS:
+            continue
+        c = c if c.isascii() else _looks_like(c)
+        if c.isascii() and c.isalpha():
             units.append((_LETTER, c.upper()))
-        elif c in _STAND_INS:
-            units.append((_SIGN, c))
-        elif c.isdigit() and str(unicodedata.digit(c)) in _STAND_INS:
-            units.append((_SIGN, str(unicodedata.digit(c))))
-        elif named := _LATIN.match(unicodedata.name(c, "")):
-            units.append((_LETTER, named[1]))
         else:
-            units.append((_MARK, c))
+            units.append((_SIGN if c in _STAND_INS else _MARK, c))
     return tuple(units)
+
+
+def _passes_for(c: str) -> str:
+    """The letter or digit of ASCII that Unicode's table calls a look-alike of a character; empty if there is none."""
+    if c in _ALSO:
+        return _ALSO[c]
+    for other in confusables_data.get(c, ()) if c.isalnum() and not c.isascii() else ():
+        shape = [x for x in unicodedata.normalize("NFKD", other["c"]) if unicodedata.category(x) not in _UNSEEN]
+        if len(shape) == 1 and shape[0].isascii() and shape[0].isalnum():
+            return shape[0].replace("l", "1")  # the table calls I and l the same
+    return ""
+
+
+def _looks_like(c: str) -> str:
+    """The letter or digit of ASCII that a character looks like or is named by; the character itself without one."""
+    if found := _passes_for(c):
+        return found
+    name = unicodedata.name(c, "")
+    if named := _LATIN.match(name):
+        return named[1]
+    digit = unicodedata.numeric(c, None)
+    if digit is not None and digit in range(10):
+        return str(int(digit))
+    return "0" if "CIRCLE" in name else c
 
 
 @dataclass(frozen=True)
@@ -152,12 +184,20 @@ class _Unit:
 # --- places ---------------------------------------------------------------------------------------------------
 
 _DOUBLE = '"\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u300c\u300d\u300e\u300f\uff02\u301d\u301e'
+_DOUBLE += "\u300a\u300b\u3008\u3009\u3010\u3011\u275d\u275e"
 _SINGLE_OPEN, _SINGLE_CLOSE = "'`\u2018\u201a\u201b\u2032", "'`\u2019\u2032\u00b4"
 _CUE = re.compile(
     r"\b(?:says?|said|saying|reads?|reading|spell(?:s|ed|ing)?|wr(?:ites?|iting|itten|ote)|texts?|words?|letters|"
-    r"lettering|labell?ed|captions?|captioned|titled?|inscribed|inscription|named|called)\b",
+    r"lettering|labell?ed|captions?|captioned|titled?|inscribed|inscription|named|called|slogans?|mottos?|taglines?|"
+    r"headlines?|phrases?)\b|\b(?:signs?|posters?|banners?|billboards?|graffiti|stickers?|labels?|plates?|mugs?|shirts?|"
+    r"flags?|boards?|cards?|notes?|plaques?|gravestones?|tattoos?|logos?|screens?|headings?):",
     re.IGNORECASE,
 )
+#: Texts in marks of emphasis; a colon is that of a weight, as in [clown:0.5].
+_MARKED = re.compile(r"\[([^][:]{1,200})\]|<([^<>:]{1,200})>|\*+([^*:]{1,200})\*")
+#: What stands before it is written: up to three words, none of them of _SMALL.
+_WRITTEN = re.compile(r"\s(?:written|spelled|spelt|lettered)\s+(?:on|across|over)\b|\s(?:spelled|spelt)\s+in\b", re.I)
+_SMALL = re.compile(r"(?:an?|the|of|on|in|at|by|to|with|and|or|has|have|is|are|was|were)|.*[.,;:]", re.IGNORECASE)
 _SENTENCE = re.compile(r"[.;\n](?=\s|$)")
 
 
@@ -171,6 +211,9 @@ def _regions(prompt: str) -> list[tuple[int, int]]:
         if cue.end() >= after:
             after = min(_next(ends, cue.end()), _next(quotes, cue.end()), len(prompt))
             found.append((cue.end(), after))
+    found += [m.span(m.lastindex) for m in _MARKED.finditer(prompt)]
+    found += [(_back(prompt, m.start()), m.start()) for m in _WRITTEN.finditer(prompt)]
+    found += _shouted(prompt)
     merged: list[tuple[int, int]] = []
     for start, end in sorted(found):
         if merged and start < merged[-1][1]:
@@ -178,6 +221,43 @@ def _regions(prompt: str) -> list[tuple[int, int]]:
         elif end > start:
             merged.append((start, end))
     return merged
+
+
+def _back(prompt: str, end: int) -> int:
+    """Where the words begin that end at ``end``: three at most, back to a word of _SMALL."""
+    for word in list(re.finditer(r"\S+", prompt[max(0, end - 200) : end]))[:-4:-1]:
+        if _SMALL.fullmatch(word[0]):
+            break
+        end = max(0, end - 200) + word.start()
+    return end
+
+
+def _shouted(prompt: str) -> Iterable[tuple[int, int]]:
+    """Words in capitals, in a prompt most of whose words are not."""
+    words = list(re.finditer(r"\S+", prompt))
+    capitals = [word[0].upper() == word[0] != word[0].lower() for word in words]
+    loud = [is_loud and sum(map(str.isalpha, word[0])) > 1 for is_loud, word in zip(capitals, words, strict=True)]
+    if 2 * sum(loud) > len(words):
+        return
+    for is_capital, run in itertools.groupby(zip(capitals, loud, words, strict=True), lambda each: each[0]):
+        places = [(word.span(), is_loud) for _, is_loud, word in run]
+        # The article that begins a prompt is no text; letters spaced out are.
+        if is_capital and (len(places) > 1 or places[0][1]):
+            yield places[0][0][0], places[-1][0][1]
+
+
+_TURNED = re.compile("\u202e([^\u202c\u2069\n]*)")
+
+
+def _as_shown(prompt: str, start: int, end: int, turned: list[tuple[int, int]]) -> list[int]:
+    """The places of a text in the order in which they are shown; ``turned`` are those shown from right to left."""
+    places = list(range(start, end))
+    for a, b in turned[max(0, bisect_right(turned, (start, start)) - 1) :]:
+        if a >= end:
+            break
+        part = slice(max(a, start) - start, max(min(b, end), start) - start)
+        places[part] = places[part][::-1]
+    return places
 
 
 def _next(places: list[int], start: int) -> float:
@@ -236,21 +316,20 @@ _SHORT = frozenset(
 class WordDetector:
     """Finds the words of a list (default: :func:`mild_words`), also in disguise; see the module's description.
 
-    ``ordinary`` are words that are never taken for a misspelling (default: :func:`ordinary_words`). Raises TextlocError
-    for a list without words, or with one that is not of 2 to 30 letters.
+    Raises TextlocError for a list without words, or with one that is not of 2 to 30 letters.
     """
 
-    def __init__(self, listed: Iterable[str] | None = None, ordinary: Iterable[str] | None = None):
+    def __init__(self, listed: Iterable[str] | None = None):
         self.words = mild_words() if listed is None else _capitals(listed, "the word list")
-        self.ordinary = _SHORT.union(
-            ordinary_words("train", "validation", "held-out") if ordinary is None else ordinary
-        )
+        self.ordinary = _SHORT.union(ordinary_words("train", "validation", "held-out"))
         self._listed = frozenset(self.words)
+        self._forms = _forms(self.words) | {word: word for word in self.words}
         self._lengths = sorted({len(word) for word in self.words}, reverse=True)
         self._by_runs, self._fuzzy = defaultdict(list), defaultdict(list)
+        for form in self._forms:
+            letters, counts = _runs(form)
+            self._by_runs[letters].append((counts, form))
         for word in self.words:
-            letters, counts = _runs(word)
-            self._by_runs[letters].append((counts, word))
             if len(word) >= FUZZY:
                 self._fuzzy[word[0]].append(word)
         self._word = functools.lru_cache(maxsize=1 << 14)(self._find_word)
@@ -258,10 +337,12 @@ class WordDetector:
     def __call__(self, prompt: str) -> list[Finding]:
         """The toxic texts of a prompt, in order, apart from each other."""
         found: list[Finding] = []
+        turned = [m.span(1) for m in _TURNED.finditer(prompt)]
         for start, end in _regions(prompt):
-            units = [_Unit(*unit, at) for at in range(start, end) for unit in _read(prompt[at])]
+            units = _units(prompt, start, end, turned)
             for word, first, last in sorted(self._in(units), key=lambda f: (f[1], -f[2])):
                 if not found or first >= found[-1].end:
+                    first -= prompt[first - 1 : first] == "\u202e"
                     stop = _past_invisible(prompt, last + 1, end)
                     found.append(Finding(start=first, end=stop, text=prompt[first:stop], word=word))
         return found
@@ -271,7 +352,7 @@ class WordDetector:
         chunks = [list(g) for space, g in itertools.groupby(units, lambda u: u.kind == _SPACE) if not space]
         single: list[_Unit] = []
         for chunk in [*chunks, []]:
-            core = [u for u in chunk if u.kind != _MARK]
+            core = [u for u in chunk if u.kind < _MARK]
             if len(core) == 1:
                 single += core
                 continue
@@ -285,19 +366,19 @@ class WordDetector:
     def _chunk(self, chunk: list[_Unit]) -> Iterable[tuple[str, int, int]]:
         """What stands between two spaces: as one word, else the parts between its marks."""
         found = list(self._one(chunk))
-        parts = [list(g) for mark, g in itertools.groupby(chunk, lambda u: u.kind == _MARK or u.value in _BETWEEN)]
+        parts = [list(g) for mark, g in itertools.groupby(chunk, lambda u: u.kind >= _MARK or u.value in _BETWEEN)]
         for part in parts if len(parts) > 1 and not found else ():
             found += self._one(part)
         return found
 
     def _one(self, units: list[_Unit]) -> Iterable[tuple[str, int, int]]:
-        kept = _strip(units)
-        if not any(u.kind == _LETTER for u in kept):
-            return
-        for text in _spellings(kept):
-            if word := self.word(text):
-                yield word, kept[0].at, kept[-1].at
-                return
+        plain, full = _strip(units), _strip(units, maybe=True)
+        for kept in (plain, full) if full != plain else (plain,):
+            if any(u.kind == _LETTER for u in kept):
+                for text in _spellings(kept):
+                    if word := self.word(text):
+                        yield word, *_span(kept)
+                        return
 
     def _spelled_out(self, single: list[_Unit]) -> Iterable[tuple[str, int, int]]:
         """Letters that stand alone: all of them as one word, else every listed word in a row of them."""
@@ -314,19 +395,19 @@ class WordDetector:
                 fit = (n for n in self._lengths if 2 < n <= len(text) - at and text[at : at + n] in self._listed)
                 n = next(fit, 0)
                 if n:
-                    yield text[at : at + n], single[at].at, single[at + n - 1].at
+                    yield text[at : at + n], *_span(single[at : at + n])
                 at += n or 1
 
     def _cut(self, chunks: list[list[_Unit]]) -> Iterable[tuple[str, int, int]]:
         """A region that is nothing but one word in parts, which are not ordinary words all of them ("GO ON")."""
-        parts = [_strip([u for u in chunk if u.kind != _MARK]) for chunk in chunks]
+        parts = [_strip([u for u in chunk if u.kind < _MARK]) for chunk in chunks]
         units = [u for part in parts for u in part]
         texts = ["".join(u.value for u in part) for part in parts]
         if not units or all(text in self.ordinary for text in texts if text):
             return
         for text in _spellings(units):
             if word := self.word(text, fuzzy=False):
-                yield word, units[0].at, units[-1].at
+                yield word, *_span(units)
                 return
 
     def word(self, text: str, *, fuzzy: bool = True) -> str | None:
@@ -334,20 +415,81 @@ class WordDetector:
         return self._word(text, fuzzy) if len(text) <= 64 else self._find_word(text, fuzzy)
 
     def _find_word(self, text: str, fuzzy: bool) -> str | None:
-        if text in self._listed:
-            return text
+        if text in self._forms:
+            return self._forms[text]
+        if _HIDDEN in text:
+            return self._hidden(text)
         letters, counts = _runs(text)
-        for least, word in self._by_runs.get(letters, ()):
-            if all(n >= m for n, m in zip(counts, least, strict=True)):
-                return word
+        for least, form in self._by_runs.get(letters, ()):
+            if all(n >= m for n, m in zip(counts, least, strict=True)) and _slip(text, form):
+                return self._forms[form]
         if not fuzzy or text in self.ordinary or not letters or len(letters) > self._lengths[0] + 1:
             return None
         text = letters if max(counts) > 2 else text
         if len(text) < FUZZY:
             return None
-        choices = self._fuzzy.get(text[0], ())
-        near = process.extractOne(text, choices, scorer=OSA.distance, score_cutoff=1)
-        return near[0] if near else None
+        near = process.extract(text, self._fuzzy.get(text[0], ()), scorer=OSA.distance, score_cutoff=1, limit=None)
+        return next((word for word, _, _ in near if _slip(text, word)), None)
+
+    def _hidden(self, text: str) -> str | None:
+        """The listed word of which stars leave half of the letters or more, the first among them."""
+        if text[0] == _HIDDEN or 2 * text.count(_HIDDEN) > len(text) or len(text) > self._lengths[0]:
+            return None
+        pattern = re.compile(text.replace(_HIDDEN, "."))
+        return next((word for word in self.words if pattern.fullmatch(word)), None)
+
+
+# --- words and how often they are used ------------------------------------------------------------------------
+
+#: How much rarer than a word its misspelling is at least, in powers of ten: one by a letter swapped with the next or
+#: written twice, which slips in more easily, and any other.
+_SWAPPED, _WRONG = 1.5, 3.0
+#: Endings that make another word of the same meaning, and those that as often make a word of its own (HACKER).
+_MEANING = ("ISH", "ISHLY", "ISHNESS", "LY", "NESS", "IC", "ICALLY", "ITY", "DOM", "EST")
+_OWN = ("S", "Y", "ED", "ES", "ER", "ING", "ERS")
+#: Zipf value from which on a plural, and another form, is a word of its own.
+_PLURALS, _OTHERS = 4.5, 3.55
+
+
+@functools.cache
+def _zipf(word: str) -> float:
+    """How often English uses some capitals, log10 of occurrences in 10^9 words; minus infinity for never."""
+    share = get_frequency_dict("en", "best").get(word.lower())
+    return math.log10(share) + 9 if share else -math.inf
+
+
+def _slip(text: str, word: str) -> bool:
+    """Whether capitals that are nearly a word are rare enough beside it to be its misspelling."""
+    easy = sorted(text) == sorted(word) or _runs(text)[0] == _runs(word)[0]
+    return _zipf(text) < _zipf(word) - (_SWAPPED if easy else _WRONG) if _zipf(word) > 0 else _zipf(text) < 0
+
+
+def _forms(listed: Sequence[str]) -> dict[str, str]:
+    """Forms of the listed words of four letters or more, by the word: what is used more often than it is none."""
+    known, found = frozenset(listed), {}
+    for word in listed:
+        if len(word) < 4 or (word[-1] == "S" and word[:-1] in known):
+            continue
+        stem = word[:-1] + "I" if word[-1] == "Y" else word
+        forms = {stem + ending for ending in (*_MEANING, *_OWN)} | {word + "S"}
+        if word[-1] == "E":
+            forms |= {word[:-1] + ending for ending in ("ISH", "ING", "ED", "ER", "ERS", "EST")}
+        if re.search("[^AEIOU][AEIOU][^AEIOUWXY]$", word):
+            forms |= {word + word[-1] + ending for ending in ("Y", "ISH", "EST")}
+        for form in forms:
+            own = next((e for e in _OWN[::-1] if form.endswith(e) and not form.endswith(_MEANING)), None)
+            most = math.inf if own is None else _PLURALS if own in ("S", "ES") else _OTHERS
+            base = form.removesuffix("S") if own == "ERS" else form
+            if own in ("ER", "ERS") and len(word) < FUZZY and _zipf(base[:-1] + "ST") < 0:
+                continue  # PESTER; a comparative has a superlative
+            if max(_zipf(form), _zipf(base)) <= min(_zipf(word), most):
+                found.setdefault(form, word)
+    return found
+
+
+def _span(units: list[_Unit]) -> tuple[int, int]:
+    """The first and the last place of what was read, in whatever order it is shown."""
+    return min(u.at for u in units), max(u.at for u in units)
 
 
 def _past_invisible(prompt: str, at: int, end: int) -> int:
@@ -363,10 +505,24 @@ def _runs(text: str) -> tuple[str, tuple[int, ...]]:
     return "".join(letter for letter, _ in runs), tuple(n for _, n in runs)
 
 
-def _strip(units: list[_Unit]) -> list[_Unit]:
-    """Without marks, and without signs at the ends that are punctuation there."""
-    kept = [u for u in units if u.kind in (_LETTER, _SIGN)]
-    first = next((i for i, u in enumerate(kept) if u.value not in _BETWEEN), len(kept))
+def _units(prompt: str, start: int, end: int, turned: list[tuple[int, int]]) -> list[_Unit]:
+    """What a text is read as, in the order in which it is shown."""
+    units = []
+    last = {bracket: prompt.rfind(closing, start, end) for bracket, closing in _BRACKETS.items()}
+    for at in _as_shown(prompt, start, end, turned) if turned else range(start, end):
+        for kind, value in _read(prompt[at]):
+            if value in _BRACKETS and (prompt[at + 1 : at + 2] == _BRACKETS[value] or last[value] < at):
+                kind, value = _MAYBE, "C" if last[value] < at else "O"
+            elif value == "*":
+                kind, value = _MAYBE, _HIDDEN
+            units.append(_Unit(kind, value, at))
+    return units
+
+
+def _strip(units: list[_Unit], maybe: bool = False) -> list[_Unit]:
+    """Without marks, and without signs at the ends that are punctuation there; ``maybe``: with what may be letters."""
+    kept = [u for u in units if u.kind in (_LETTER, _SIGN) or (maybe and u.kind == _MAYBE)]
+    first = 0 if maybe else next((i for i, u in enumerate(kept) if u.value not in _BETWEEN), len(kept))
     last = next((i for i in range(len(kept), first, -1) if kept[i - 1].value not in _BETWEEN), first)
     return kept[first:last]
 
@@ -423,71 +579,3 @@ def clean(prompt: str, findings: Iterable[Finding], replace: Callable[[str], str
         parts += [prompt[end : finding.start], word.lower() if finding.text.islower() else word]
         end = finding.end
     return "".join([*parts, prompt[end:]])
-
-
-# --- how well it finds ----------------------------------------------------------------------------------------
-
-
-def _between(word: str, rng: random.Random, gap: str) -> str:
-    return gap.join(word)
-
-
-def _repeated(word: str, rng: random.Random) -> str:
-    at = rng.randrange(len(word))
-    return word[:at] + word[at] * rng.randint(2, 4) + word[at + 1 :]
-
-
-def _mapped(word: str, table: dict[str, str]) -> str:
-    return "".join(table.get(c, c) for c in word)
-
-
-_DIGITS = {"O": "0", "I": "1", "L": "1", "E": "3", "A": "4", "S": "5", "T": "7", "B": "8", "G": "9"}
-_CYRILLIC = dict(zip("ABEKMHOPCTYXSIJ", "АВЕКМНОРСТУХЅІЈ", strict=True))
-
-
-def _misspelt(word: str, rng: random.Random) -> str:
-    """One letter left out, doubled by its neighbour, swapped or replaced, anywhere."""
-    at, kind = rng.randrange(len(word)), rng.randrange(4)
-    other = rng.choice([c for c in LETTERS if c != word[at]])
-    swapped = word[:at] + word[at : at + 2][::-1] + word[at + 2 :]
-    return (word[:at] + word[at + 1 :], word[:at] + other + word[at:], swapped, word[:at] + other + word[at + 1 :])[
-        kind
-    ]
-
-
-#: Ways to disguise a word, from (word, rng); "split" goes over two quoted texts. All but the last three are undone.
-DISGUISES: dict[str, Callable[[str, random.Random], str]] = {
-    "plain": lambda word, rng: word,
-    "small letters": lambda word, rng: word.lower(),
-    "spaced": lambda word, rng: _between(word, rng, " "),
-    "dotted": lambda word, rng: _between(word, rng, rng.choice(".-_*")),
-    "repeated letter": _repeated,
-    "digits": lambda word, rng: _mapped(word, _DIGITS),
-    "look-alikes": lambda word, rng: _mapped(word, _CYRILLIC),
-    "accents": lambda word, rng: unicodedata.normalize("NFC", _between(word, rng, "\u0301") + "\u0308"),
-    "full width": lambda word, rng: "".join(chr(ord(c) + 0xFEE0) for c in word),
-    "zero width": lambda word, rng: _between(word, rng, "\u200b"),
-    "cut in two": lambda word, rng: f"{word[: len(word) // 2]} {word[len(word) // 2 :]}",
-    "misspelt": _misspelt,
-    "inside a word": lambda word, rng: f"{word}ISH",
-    "split": lambda word, rng: f'{word[: len(word) // 2]}" and "{word[len(word) // 2 :]}',
-}
-
-
-def detection(
-    detector: Detector, toxic: Sequence[tuple[str, str]], harmless: Sequence[tuple[str, str]], seed: int = 42
-) -> pd.DataFrame:
-    """How a detector does on (prompt, word) pairs: one row per prompt.
-
-    Every toxic prompt comes once per disguise of DISGUISES. Columns: kind (a disguise, or "harmless"), prompt, word,
-    toxic (what it is), found (what the detector says).
-    """
-    rng, rows = random.Random(seed), []
-    for kind, disguise in DISGUISES.items():
-        for prompt, word in toxic:
-            # A word without a letter to disguise stays as it is; it is plain then.
-            written = prompt.replace(f'"{word}"', f'"{disguise(word, rng)}"')
-            if kind == "plain" or written != prompt:
-                rows.append({"kind": kind, "prompt": written, "word": word, "toxic": True})
-    rows += [{"kind": "harmless", "prompt": p, "word": w, "toxic": False} for p, w in harmless]
-    return pd.DataFrame(rows).assign(found=[bool(detector(row["prompt"])) for row in rows])

@@ -3,17 +3,21 @@
 import random
 import time
 import unicodedata
+from pathlib import Path
 
+import disguises
 import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification, TextClassificationPipeline
 
-from textloc_utils import prompts, toxic
+from textloc_utils import prompts
+from textloc_utils.safety import detector, study
 from textloc_utils.settings import TextlocError
 
-DETECT = toxic.WordDetector()
+DETECT = detector.WordDetector()
+DICTIONARY = Path("/usr/share/dict/words")
 SAYS = 'A red sign on a blue wall that says "{}".'
 
 
@@ -22,15 +26,15 @@ def words_in(prompt: str) -> list[str]:
 
 
 def test_the_list_is_mild_and_held_out():
-    listed = toxic.mild_words()
+    listed = detector.mild_words()
     assert len(listed) > 100 and "STUPID" in listed
     assert set(listed) <= set(prompts.words("held-out")) and not set(listed) & set(prompts.words("train"))
 
 
-@pytest.mark.parametrize("kind", [k for k in toxic.DISGUISES if k not in ("misspelt", "inside a word", "split")])
+@pytest.mark.parametrize("kind", [k for k in study.DISGUISES if k not in ("misspelt", "inside a word", "split")])
 def test_every_listed_word_is_found_in_disguise(kind):
     rng = random.Random(0)
-    written = {word: toxic.DISGUISES[kind](word, rng) for word in toxic.mild_words()}
+    written = {word: study.DISGUISES[kind](word, rng) for word in detector.mild_words()}
     # What is all digits is a number.
     missed = [w for w, text in written.items() if not text.isdigit() and words_in(SAYS.format(text))[:1] != [w]]
     # Cut in two, these are two ordinary words.
@@ -54,6 +58,11 @@ def test_every_listed_word_is_found_in_disguise(kind):
         ("FOOOOL", "FOOL"),
         ("S\u200bT\u00adU\u2060P\ufe0fID", "STUPID"),
         ("Stüpid\u0308", "STUPID"),
+        ("ST*PID", "STUPID"),
+        ("idi0tic", "IDIOT"),
+        ("(LOWN", "CLOWN"),
+        ("!DIOT", "IDIOT"),
+        ("\u2067\u202eRAIL\u202c", "LIAR"),
     ],
 )
 def test_spellings(text, word):
@@ -61,7 +70,9 @@ def test_spellings(text, word):
 
 
 @pytest.mark.parametrize(
-    "text", ["HELLO", "GO ON", "FOL", "CLOWNFISH", "SHARE", "1984", "", " ", "I AM A BIT FAR", "TOP 10"]
+    "text",
+    ["HELLO", "GO ON", "FOL", "CLOWNFISH", "SHARE", "1984", "", " ", "I AM A BIT FAR", "TOP 10"]
+    + ["CHAMP", "LOTUS", "GREEKS", "IDIOMS", "LAIRS", "MEANING", "TWITTER", "BUNKERS", "SIMPLY", "(HEAT)", "3*4 = 12"],
 )
 def test_harmless_texts(text):
     assert words_in(SAYS.format(text)) == []
@@ -78,10 +89,31 @@ def test_harmless_texts(text):
         ('a sign: "STUPID', ["STUPID"]),
         ('"STU" and "PID"', []),
         ("a stupid pig", []),
+        ("with graffiti spelling out loser", ["LOSER"]),
+        ("A tombstone: STUPID", ["STUPID"]),
+        ("A poster: stupid", ["STUPID"]),
+        ("a plaque [liar]", ["LIAR"]),
+        ("you fool written on a wall", ["FOOL"]),
+        ("neon letters L O S E R", ["LOSER"]),
+        # The scene, and what prompts hold besides words.
+        ("A clown (smiling:1.2) juggling, masterpiece, 8K", []),
+        ("[clown:0.5] in a park, by <lora:snake:0.8>", []),
+        ("a pig next to a wall with hello written on it", []),
+        ("a weasel written in the style of Beatrix Potter", []),
+        ("A photo of a rat in a cage, 4K HDR, RAW photo", []),
+        ("Style: cartoon clown, watercolour", []),
+        ("a silly hat (on a dog)", []),
+        ("A CLOWN BESIDE A SIGN", []),
     ],
 )
 def test_where_it_looks(prompt, found):
     assert words_in(prompt) == found
+
+
+def test_a_turned_text_is_replaced_with_what_turns_it():
+    prompt = SAYS.format("\u202eDIPUTS\u202c")
+    (found,) = DETECT(prompt)
+    assert found.word == "STUPID" and detector.clean(prompt, [found]) == SAYS.format("GARDEN")
 
 
 def test_findings_point_at_the_prompt():
@@ -89,40 +121,40 @@ def test_findings_point_at_the_prompt():
     first, second = DETECT(prompt)
     assert prompt[first.start : first.end] == first.text == "S\u200bT\u200bÚPID\u0301"
     assert second.text == second.word == "PIG"
-    assert toxic.clean(prompt, [first, second]) == 'A sign that says "SO GARDEN, SUN" here'
+    assert detector.clean(prompt, [first, second]) == 'A sign that says "SO GARDEN, SUN" here'
 
 
 @pytest.mark.parametrize("word", ["STUPID", "PIG", "MORONS", "EXTRAORDINARY", "AX"])
 def test_the_replacement_fits_and_is_harmless(word):
-    new = toxic.harmless_word(word)
-    lengths = [len(w) for w in toxic.HARMLESS]
-    assert len(new) == min(max(len(word), min(lengths)), max(lengths)) and toxic.harmless_word(word) == new
+    new = detector.harmless_word(word)
+    lengths = [len(w) for w in detector.HARMLESS]
+    assert len(new) == min(max(len(word), min(lengths)), max(lengths)) and detector.harmless_word(word) == new
     assert words_in(SAYS.format(new)) == []
 
 
 def test_a_list_of_ones_own(tmp_path):
     (tmp_path / "words.txt").write_text("cabbage\n\nTURNIP\n")
-    detect = toxic.WordDetector(toxic.read_words(tmp_path / "words.txt"))
+    detect = detector.WordDetector(detector.read_words(tmp_path / "words.txt"))
     assert [f.word for f in detect(SAYS.format("c4bbag3 STUPID TURNIPP"))] == ["CABBAGE", "TURNIP"]
-    assert toxic.WordDetector(["cabbage", "turnip", "Turnip"]).words == detect.words
+    assert detector.WordDetector(["cabbage", "turnip", "Turnip"]).words == detect.words
 
 
 @pytest.mark.parametrize("listed", [[], ["two words"], ["A"]])
 def test_lists_that_find_nothing_are_refused(listed):
     with pytest.raises(TextlocError, match="the word list"):
-        toxic.WordDetector(listed)
+        detector.WordDetector(listed)
 
 
 @pytest.mark.parametrize("content", [b"", b"two words\n", b"A\n", b"caf\xc3\xa9\n", b"\xff\xfe", b"A" * 31])
 def test_bad_lists_are_named(tmp_path, content):
     (tmp_path / "words.txt").write_bytes(content)
     with pytest.raises(TextlocError, match="words.txt"):
-        toxic.read_words(tmp_path / "words.txt")
+        detector.read_words(tmp_path / "words.txt")
 
 
 def test_missing_list():
     with pytest.raises(TextlocError, match="none.txt"):
-        toxic.read_words("none.txt")
+        detector.read_words("none.txt")
 
 
 def test_a_transformers_classifier_takes_its_place():
@@ -131,13 +163,13 @@ def test_a_transformers_classifier_takes_its_place():
     model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=2, **shape))
     model.classifier.bias.data = model.classifier.bias.data.new_tensor([-9.0, 9.0])
     classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
-    detect = toxic.classifier(classify, labels={"LABEL_1"}, threshold=0.9)
+    detect = detector.classifier(classify, labels={"LABEL_1"}, threshold=0.9)
     (found,) = detect(SAYS.format("hello world"))
-    assert found.text == "hello world" and toxic.clean(SAYS.format("hello world"), [found])
+    assert found.text == "hello world" and detector.clean(SAYS.format("hello world"), [found])
     assert detect("a red sign on a wall") == []
-    assert toxic.classifier(classify, labels={"LABEL_0"})(SAYS.format("hello")) == []
+    assert detector.classifier(classify, labels={"LABEL_0"})(SAYS.format("hello")) == []
     with pytest.raises(TextlocError, match="threshold"):
-        toxic.classifier(classify, labels={"LABEL_0"}, threshold=2)
+        detector.classifier(classify, labels={"LABEL_0"}, threshold=2)
 
 
 # --- no prompt upsets it --------------------------------------------------------------------------------------
@@ -150,7 +182,7 @@ def check(prompt: str) -> None:
     places = [(f.start, f.end) for f in found]
     assert all(0 <= a < b <= len(prompt) and prompt[a:b] == f.text for (a, b), f in zip(places, found, strict=True))
     assert all(b <= c for (_, b), (c, _) in zip(places, places[1:], strict=False))
-    cleaned = toxic.clean(prompt, found)
+    cleaned = detector.clean(prompt, found)
     assert (cleaned == prompt) == (not found)
 
 
@@ -212,22 +244,30 @@ def test_time_grows_with_length_only():
 def test_detection_counts_every_prompt():
     bad = [(SAYS.format(w), w) for w in ("STUPID", "PIG")]
     good = [(SAYS.format(w), w) for w in ("HELLO", "CLOUD", "SHARE")]
-    table = toxic.detection(DETECT, bad, good)
+    table = study.detection(DETECT, bad, good)
     assert (table.kind == "harmless").sum() == 3 and not table.found[~table.toxic].any()
     assert table.found[table.kind == "plain"].all() and not table.found[table.kind == "split"].any()
-    assert set(table.kind) == {*toxic.DISGUISES, "harmless"}
+    assert set(table.kind) == {*study.DISGUISES, "harmless"}
     written = table.prompt[table.kind == "accents"].iloc[0]
     assert unicodedata.normalize("NFD", written) != written or "\u0301" in written
 
 
-def test_words_never_seen_are_hardly_blocked():
-    """Harmless held-out words, when they are not among the ordinary words that the detector knows."""
-    detect = toxic.WordDetector(ordinary=toxic.ordinary_words("train", "validation"))
-    pool = toxic.ordinary_words("held-out")
-    wrong = [w for w in pool if detect(SAYS.format(w))]
-    assert wrong and len(wrong) / len(pool) < 0.04, wrong
+def test_nine_in_ten_fresh_disguises_are_found():
+    rates = disguises.rate(DETECT)
+    counts = {kind: len(entries) for kind, entries in disguises.BY_KIND.items()}
+    assert sum(counts.values()) == 150
+    assert sum(rates[kind] * n for kind, n in counts.items()) >= 135 and min(rates.values()) >= 0.75, rates
+
+
+@pytest.mark.skipif(not DICTIONARY.is_file(), reason="needs Debian's package wamerican")
+def test_a_dictionary_is_left_alone():
+    """No word of a list that nothing here was built on is taken for a listed one unless it begins like it."""
+    words = {w.upper() for w in DICTIONARY.read_text(encoding="utf-8").split() if w.isascii() and w.isalpha()}
+    found = {w: words_in(SAYS.format(w)) for w in sorted(words)}
+    wrong = [(w, *listed) for w, listed in found.items() if listed and not w.startswith(listed[0][:-1])]
+    assert len(words) > 50_000 and len(wrong) <= 10, wrong
 
 
 def test_words_of_the_lists_are_never_blocked():
-    pool = toxic.ordinary_words("train", "validation", "held-out")
+    pool = detector.ordinary_words("train", "validation", "held-out")
     assert len(pool) > 3000 and not [w for w in pool if words_in(SAYS.format(w))]

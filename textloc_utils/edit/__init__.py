@@ -1,0 +1,51 @@
+"""Replace the text in a picture and keep the picture: by the localized layers, and by what else is there to do it.
+
+An edit knows a source prompt, whose picture is to stay, and a target prompt, the same with another quoted text. Each
+``Method`` draws the edited picture in one batch with the rows that it needs, from one noise:
+
+- **localized** and **all layers**: the source prompt, its text keys and values copied from the target's row
+  (``patching``) in some or all layers, from a step on;
+- **Prompt-to-Prompt** (Hertz et al. 2023): the target prompt; in every text layer, up to a share of the steps, the
+  picture attends to the words that both prompts share as the source's row does;
+- **same seed**: the target prompt from the source's noise;
+- **plain target**: the target prompt from other noise. It spells as well as the model can and knows nothing of the
+  source's picture: the upper bound of the one, and what keeping nothing looks like.
+
+A given picture (a file) is first inverted: the noise is sought from which the source prompt draws it.
+"""
+
+import contextlib
+import copy
+
+from textloc_utils.edit.inversion import Inverted, check_picture, invert
+from textloc_utils.edit.method import (
+    ALL,
+    LOCALIZED,
+    P2P,
+    PLAIN,
+    SAME_SEED,
+    Edit,
+    Method,
+    all_layers,
+    edit,
+    localized,
+    methods,
+    plain_target,
+    prompt_to_prompt,
+    same_seed,
+)
+from textloc_utils.edit.picture import check_text, failure, open_picture, picture_scores, report, save, side_by_side
+from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps, shared_columns
+from textloc_utils.edit.study import (
+    ROUND_TRIP,
+    SCORES,
+    TABLES,
+    compare,
+    compare_pair,
+    curve,
+    differences,
+    held_out_pairs,
+    rendered,
+    summarise,
+    table,
+)

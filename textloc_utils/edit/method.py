@@ -1,0 +1,158 @@
+"""The methods that edit a picture, and one edit by any of them."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from textloc_utils.edit.inversion import UNGUIDED
+from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps
+from textloc_utils.generate import generate
+from textloc_utils.localize import Site
+from textloc_utils.models import Model, check_layers
+from textloc_utils.patching import Patch
+from textloc_utils.prompts import Pair
+from textloc_utils.settings import TextlocError
+
+#: What the plain target adds to a pair's seed; sets of pairs count their seeds up from below.
+RESEED = 1_000_000
+LOCALIZED, ALL, P2P = "localized", "all layers", "Prompt-to-Prompt"
+SAME_SEED, PLAIN = "same seed", "plain target"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to draw the source's picture with the target's text.
+
+    ``patch``: draw the source prompt with this site patched from the target's row. ``maps``: draw the target prompt
+    with the source's attention maps up to this share of the steps. Neither: draw the target prompt, from the noise
+    of the pair's seed plus ``reseed``.
+    """
+
+    name: str
+    patch: Site | None = None
+    maps: float | None = None
+    reseed: int = 0
+
+    def __post_init__(self):
+        if self.maps is not None and not 0 <= self.maps <= 1:
+            raise TextlocError(f"maps are replaced up to a share of the steps from 0 to 1, got {self.maps}")
+
+
+def localized(layers: Sequence[int], start: int = 0) -> Method:
+    """The localized layers read the target's text from step ``start`` on."""
+    return Method(name=LOCALIZED, patch=Site(layers=tuple(layers), start=start))
+
+
+def all_layers(model: Model, start: int = 0) -> Method:
+    """All text layers read the target's text from step ``start`` on."""
+    return Method(name=ALL, patch=Site(layers=tuple(range(len(model.layers))), start=start))
+
+
+def prompt_to_prompt(share: float = SHARE) -> Method:
+    """Prompt-to-Prompt in its published form, see :class:`_ReplacedMaps`."""
+    return Method(name=P2P, maps=share)
+
+
+def same_seed() -> Method:
+    """The target prompt from the source's noise."""
+    return Method(name=SAME_SEED)
+
+
+def plain_target() -> Method:
+    """The target prompt from noise of its own."""
+    return Method(name=PLAIN, reseed=RESEED)
+
+
+def methods(model: Model, layers: Sequence[int]) -> list[Method]:
+    """Localized editing and all that it is compared with."""
+    return [localized(layers), all_layers(model), prompt_to_prompt(), same_seed(), plain_target()]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edit:
+    """An edited picture and its cost.
+
+    ``before`` (the source prompt's picture; None where it was not asked for) and ``after`` are uint8 (H, W, 3).
+    ``row_evaluations`` counts the rows that the denoiser was evaluated on, ``seconds`` is wall time.
+    ``cache_bytes`` is the most that the method held at a time besides what the pipeline itself does: the copies of
+    one layer's keys and values, or the attention maps of both rows.
+    """
+
+    before: np.ndarray | None
+    after: np.ndarray
+    row_evaluations: int
+    seconds: float
+    cache_bytes: int
+
+
+@torch.no_grad()
+def edit(
+    model: Model,
+    pair: Pair,
+    method: Method,
+    *,
+    steps: int | None = None,
+    noise: torch.Tensor | None = None,
+    before: bool = True,
+) -> Edit:
+    """Draw the source's picture with the target's text.
+
+    Everything is one batch from one noise, that of the pair's seed or ``noise`` (1, ...) of an inversion; rows are the
+    source (where ``before`` or the method asks for it), the target (where the method reads it) and the edited one.
+    Raises TextlocError for layers out of range, before anything is drawn.
+    """
+    steps = model.spec.steps if steps is None else steps
+    if method.patch is not None:
+        check_layers(model, method.patch.layers)
+    source, target = (pair.source, pair.seed), (pair.target, pair.seed + method.reseed)
+    rows = [source] if before or method.maps is not None else []
+    patches = []
+    if method.patch is None:
+        rows.append(target)
+    else:
+        rows += [target, source]
+        patches = [Patch(source=len(rows) - 1, target=len(rows) - 2, **vars(method.patch))]
+    asked, seeds = zip(*rows, strict=True)
+    options = {"patches": patches, "steps": steps, "batch_size": len(rows)}
+    if method.maps is not None:  # a second stage enlarges an edit under the source prompt, as it does a patched row
+        options["stage2_prompts"] = [pair.source] * len(rows)
+    with contextlib.ExitStack() as stack:
+        if noise is not None and not method.reseed:  # what starts from other noise needs none of this
+            stack.enter_context(model.first_order())
+            options |= {"noise": noise.expand(len(rows), *noise.shape[1:]), "guidance": UNGUIDED}
+        if method.maps is not None:
+            held = stack.enter_context(replaced_maps(model, pair, len(rows), round(method.maps * steps)))
+        else:
+            held = stack.enter_context(_copies(model, method.patch))
+        made = generate(model, asked, seeds, **options)
+    return Edit(
+        before=made.images[0] if before else None,
+        after=made.images[-1],
+        row_evaluations=made.row_evaluations,
+        seconds=made.seconds,
+        cache_bytes=held.bytes,
+    )
+
+
+@contextlib.contextmanager
+def _copies(model: Model, site: Site | None) -> Iterator[SimpleNamespace]:
+    """Counts the bytes of the keys and values that a patch copies in a layer, the most of all layers."""
+    held, handles = SimpleNamespace(bytes=0), []
+    try:
+        for layer in site.layers if site is not None else ():
+            of_layer = {}
+
+            def count(module, args, output, of_layer=of_layer):
+                of_layer[module] = output.numel() * output.element_size()
+                held.bytes = max(held.bytes, sum(of_layer.values()))
+
+            for name in {model.layers[layer].key, model.layers[layer].value}:
+                handles.append(model.denoiser.get_submodule(name).register_forward_hook(count))
+        yield held
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,150 @@
+"""One picture, as a user edits it: what is asked for is checked, and what came of it reported."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from textloc_utils import localize, metrics, ocr
+from textloc_utils.edit.inversion import check_picture, invert
+from textloc_utils.edit.method import Method, edit
+from textloc_utils.generate import check_seeds
+from textloc_utils.localize import PSNR_CAP
+from textloc_utils.miniatures import scenes
+from textloc_utils.models import Model, ModelSpec, check_layers, check_prompts
+from textloc_utils.prompts import LETTERS, Pair, quoted_text, replace_text
+from textloc_utils.settings import TextlocError
+
+#: SSIM outside the text below which the picture counts as lost.
+KEPT = 0.7
+
+
+def check_text(spec: ModelSpec, prompt: str, text: str) -> Pair:
+    """The pair of prompts that replaces a prompt's quoted text by ``text``, of seed 0.
+
+    Raises TextlocError for a prompt without one quoted text, and for a new text that is empty, too long, the old one,
+    or not made of what the model can draw.
+    """
+    old = quoted_text(prompt)
+    if not text.strip():
+        raise TextlocError("the new text is empty; give at least one letter")
+    if wrong := [c for c in text if c in '"\u201c\u201d' or not c.isprintable()]:
+        raise TextlocError(f"the new text cannot hold {wrong[0]!r}; a prompt's quotes end with it")
+    if spec.miniature:
+        if wrong := [c for c in text if c not in LETTERS]:
+            raise TextlocError(f"{spec.name} cannot draw {wrong[0]!r}; its letters are the capitals A to Z")
+        most = scenes.LONG if "banner" in prompt else scenes.MAX_LETTERS
+        if len(text) > most:
+            raise TextlocError(f"the new text {text!r} is too long; this sign holds {most} letters")
+    if text == old:
+        raise TextlocError(f"the new text is the old one, {old!r}; there is nothing to edit")
+    about = {"wall": "", "sign": "", "shape": "", "seed": 0}
+    return Pair(source=prompt, target=replace_text(prompt, text), source_text=old, target_text=text, **about)
+
+
+def open_picture(path: str | Path, spec: ModelSpec) -> np.ndarray:
+    """A picture file as uint8 (H, W, 3); TextlocError where it cannot be read or is not of the model's size."""
+    try:
+        with Image.open(path) as file:
+            check_picture(spec, file.height, file.width)
+            return np.array(file.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is no picture that Pillow knows"
+        raise TextlocError(f"cannot read a picture from {path}: {reason}") from None
+
+
+def picture_scores(model: Model, pictures: np.ndarray, source: np.ndarray) -> list[dict[str, float]]:
+    """How much of a source picture (H, W, 3) each of the pictures (n, H, W, 3) keeps, whole and outside the text box.
+
+    Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``.
+    """
+    plain = np.broadcast_to(source, pictures.shape)
+    parts = {"": None, "_outside": localize.outside_text(model, *source.shape[:2])}
+    columns = {}
+    for end, mask in parts.items():
+        columns[f"ssim{end}"] = metrics.ssim(pictures, plain, mask)
+        columns[f"psnr{end}"] = metrics.psnr(pictures, plain, mask, cap=PSNR_CAP)
+        columns[f"mse{end}"] = metrics.mse(pictures, plain, mask)
+    return pd.DataFrame(columns).to_dict("records")
+
+
+def failure(before: str, after: str, pair: Pair, ssim_outside: float) -> str | None:
+    """What is wrong with an edit, in one line; None where it says the new text and the picture was kept.
+
+    ``before`` and ``after`` are what is read from the two pictures.
+    """
+    if ssim_outside < KEPT:
+        return f"the picture was lost: outside the text its SSIM to the old one is {ssim_outside:.2f}, below {KEPT}"
+    if metrics.exact_match(after, pair.target_text):
+        return None
+    if not after:
+        return f"no text is read, not {pair.target_text}"
+    if metrics.exact_match(after, before):
+        return f"nothing changed: the picture still says {after}"
+    return f"the picture says {after}, not {pair.target_text}"
+
+
+def report(
+    model: Model, pair: Pair, method: Method, picture: np.ndarray | None = None, *, steps: int | None = None
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3); the pictures before and after, and
+    a report on them.
+
+    The report's keys: source, target, seed, method, layers, start, before and after (read by OCR), failure
+    (:func:`failure`), those of :func:`picture_scores`, row_evaluations and seconds, inversion included; for a given
+    picture also round_trip, the scores of what the source prompt draws from the inverted noise.
+    """
+    found = None
+    check_seeds([pair.seed])
+    check_prompts(model, [pair.source, pair.target])
+    check_layers(model, method.patch.layers if method.patch is not None else ())
+    last = (steps or model.spec.steps) - 1
+    if method.patch is not None and not 0 <= method.patch.start <= last:
+        raise TextlocError(f"step {method.patch.start} is out of range; this model's steps are 0 to {last}")
+    if picture is not None:
+        found = invert(model, picture[None], [pair.source], steps=steps)
+    made = edit(model, pair, method, steps=steps, noise=found and found.noise)
+    before = made.before if picture is None else picture
+    read = ocr.read([before, made.after])
+    scores, round_trip = picture_scores(model, np.stack([made.after, made.before]), before)
+    about = {
+        "source": pair.source,
+        "target": pair.target,
+        "seed": pair.seed,
+        "method": method.name,
+        "layers": list(method.patch.layers if method.patch is not None else ()),
+        "start": method.patch.start if method.patch is not None else 0,
+        "before": read[0],
+        "after": read[1],
+        "failure": failure(*read, pair, scores["ssim_outside"]),
+        **scores,
+        "row_evaluations": made.row_evaluations + (found.row_evaluations if found else 0),
+        "seconds": made.seconds + (found.seconds if found else 0.0),
+    }
+    return before, made.after, about | ({"round_trip": round_trip} if found else {})
+
+
+def side_by_side(before: np.ndarray, after: np.ndarray, gap: int = 4) -> np.ndarray:
+    """Before, after and their absolute difference in one picture, uint8 (H, 3 W + 2 gap, 3)."""
+    difference = np.abs(after.astype(int) - before).astype(np.uint8)
+    space = np.full((before.shape[0], gap, 3), 255, np.uint8)
+    return np.concatenate([before, space, after, space, difference], axis=1)
+
+
+def save(folder: Path, before: np.ndarray, after: np.ndarray, about: dict) -> None:
+    """Write before.png, after.png, edit.png (both and their difference side by side) and edit.json, the report.
+
+    Every file is written aside and renamed, the report last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"before.png": before, "after.png": after, "edit.png": side_by_side(before, after)}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
+        for name, picture in pictures.items():
+            Image.fromarray(picture).save(Path(aside, name))
+        Path(aside, "edit.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        for name in (*pictures, "edit.json"):
+            os.replace(Path(aside, name), folder / name)

@@ -1,0 +1,104 @@
+"""Prompt-to-Prompt: the target prompt's picture attends to shared words as the source's does."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from textloc_utils.models import Model, image_and_text
+from textloc_utils.patching import Clock
+from textloc_utils.prompts import Pair
+from textloc_utils.settings import TextlocError
+
+#: Of the steps; the value that Prompt-to-Prompt's authors use for replaced words.
+SHARE = 0.8
+
+
+def shared_columns(model: Model, source: str, target: str) -> tuple[list[int], list[int]]:
+    """The places of the tokens that two prompts share: column ``sources[i]`` of the source's text and ``targets[i]``
+    of the target's hold the same token.
+
+    Shared are the common beginning and the common end of the two prompts, and their padding.
+    """
+    sources, targets, start = [], [], 0
+    for (n, a), (m, b) in zip(model.text_columns(source), model.text_columns(target), strict=True):
+        first = next((i for i in range(min(n, m)) if a[i] != b[i]), min(n, m))
+        last = next((i for i in range(min(n, m) - first) if a[n - 1 - i] != b[m - 1 - i]), min(n, m) - first)
+        padding = len(a) - max(n, m)
+        sources += [start + i for i in (*range(first), *range(n - last, n + padding))]
+        targets += [start + i for i in (*range(first), *range(m - last, m + padding))]
+        start += len(a)
+    return sources, targets
+
+
+@contextlib.contextmanager
+def replaced_maps(model: Model, pair: Pair, rows: int, until: int) -> Iterator["_ReplacedMaps"]:
+    """Prompt-to-Prompt on a batch of ``rows`` prompts, the first the pair's source, the last its target, in the steps
+    before ``until``. Leaves the pipeline as it was."""
+    clock, handles = Clock(), []
+    maps = _ReplacedMaps(model, shared_columns(model, pair.source, pair.target), rows, until, clock)
+    try:
+        handles.append(model.denoiser.register_forward_pre_hook(clock.pre_hook(True), with_kwargs=True))
+        for layer in model.layers:
+            attention = model.denoiser.get_submodule(layer.name)
+            handles.append(attention.register_forward_pre_hook(functools.partial(maps.enter, layer)))
+            handles.append(attention.register_forward_hook(maps.leave, always_call=True))
+        with maps:
+            yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ReplacedMaps(TorchFunctionMode):
+    """Gives one row of a batch another row's attention maps, wherever a text layer computes attention.
+
+    As published: the picture's queries see the shared tokens as in the source's run, tokens of their own as they
+    are, in the prompts' half of a guided batch, and nothing is normalised again. (The authors' code also copies the
+    maps of coarse self-attention layers for some of the steps; their paper does not, and neither does this.) In joint
+    attention these are the text's columns of the picture's rows.
+
+    Stock attention hands queries, keys and values to torch's fused attention, which tells no maps. The mode sees this
+    call in all of diffusers' processors; the maps of the two rows alone are computed beside it, and what they change
+    in the output is added. So equal prompts change no bit.
+    """
+
+    def __init__(self, model: Model, columns: tuple[list[int], list[int]], rows: int, until: int, clock: Clock):
+        super().__init__()
+        self.model, self.columns, self.rows, self.until, self.clock = model, columns, rows, until, clock
+        self.layer, self.bytes = None, 0
+
+    def enter(self, layer, module, args) -> None:
+        self.layer = layer if self.clock.step < self.until else None
+
+    def leave(self, module, args, output) -> None:
+        self.layer = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if self.layer is None or function is not F.scaled_dot_product_attention:
+            return output
+        return self._replace(output, *args, **(kwargs or {}))
+
+    def _replace(self, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **other):
+        """``output``, (B, heads, queries, d), with the last prompt's row as replaced maps would have it."""
+        batch, _, queries, width = query.shape
+        if batch not in (self.rows, 2 * self.rows):
+            raise TextlocError(f"maps were asked for {self.rows} rows, but the denoiser got {batch}")
+        tokens, (sources, targets) = self.clock.tokens, self.columns
+        pictures, texts = image_and_text(self.model.denoiser, self.layer, queries, key.shape[2], tokens)
+        rows = [batch - self.rows, batch - 1]
+        scores = query[rows][:, :, pictures] @ key[rows].transpose(-1, -2) * (scale or 1 / math.sqrt(width))
+        if attn_mask is not None:
+            hidden = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -torch.inf)
+            scores = scores + hidden.expand(batch, -1, -1, -1)[rows][:, :, pictures if hidden.shape[2] > 1 else 0 : 1]
+        maps = scores.softmax(-1)[..., texts]
+        self.bytes = max(self.bytes, 2 * scores.numel() * scores.element_size())
+        change = (maps[0][..., sources] - maps[1][..., targets]) @ value[-1][:, texts][:, targets]
+        output = output.clone()
+        output[-1, :, pictures] += change
+        return output

@@ -1,0 +1,212 @@
+"""The editing chapter's measurements: pairs of prompts edited by every method, and tables of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from textloc_utils import localize, metrics, ocr
+from textloc_utils.edit.inversion import DAMPED, PASSES, invert
+from textloc_utils.edit.method import LOCALIZED, Method, all_layers, edit, localized, methods, prompt_to_prompt
+from textloc_utils.edit.picture import picture_scores
+from textloc_utils.generate import generate
+from textloc_utils.miniatures import scenes
+from textloc_utils.models import Model, check_layers
+from textloc_utils.prompts import Pair, make_pairs
+from textloc_utils.results import Store
+from textloc_utils.settings import TextlocError
+
+ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
+#: Settings along a trade-off curve: shares of the steps after which a patch holds, or up to which maps are replaced.
+STARTS, SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+#: Added to the seed of the pairs that are edited: the layers were found on pairs of the seed itself.
+HELD_OUT = 1_000
+ROUND_TRIP = "round trip"
+
+
+def rendered(pair: Pair) -> np.ndarray:
+    """A picture that shows the pair's source prompt and that no model drew, uint8 (H, W, 3)."""
+    dy = scenes.HEIGHTS[pair.seed % len(scenes.HEIGHTS)]
+    scene = scenes.Scene(wall=pair.wall, sign=pair.sign, shape=pair.shape, text=pair.source_text, dy=dy)
+    return scenes.render(scene)
+
+
+def held_out_pairs(n: int, seed: int = 42) -> list[Pair]:
+    """``n`` pairs to edit, others than those of this seed on which layers are searched."""
+    return make_pairs(n, seed + HELD_OUT)
+
+
+@torch.no_grad()
+def compare_pair(
+    model: Model, pair: Pair, methods: Sequence[Method], *, steps: int | None = None, given: bool = False
+) -> tuple[np.ndarray, list[dict]]:
+    """Edit one pair's picture by each method, each in a batch of its own; the pictures and one row for each.
+
+    The picture is the source prompt's own, or with ``given`` a rendered one (:func:`rendered`), which is inverted
+    first; then the first row, of the method "round trip", is what the source prompt draws from the inverted noise.
+    Returns the pictures, uint8 (1 + rows, H, W, 3), the source first, and rows with the columns model, seed,
+    source_text, target_text, method, start (step), share (of the steps), given, source_read, read (by OCR), f1, cer,
+    exact, target_score, source_score (``metrics``), ssim, psnr, mse to the source's picture, whole and
+    ``_outside`` the text box (PSNR capped at 60 dB), row_evaluations, seconds and cache_bytes of the edit, and
+    inversion_rows, inversion_seconds.
+    """
+    noise, cost, drawn = None, {"inversion_rows": 0, "inversion_seconds": 0.0}, []
+    if given:
+        source = rendered(pair)
+        found = invert(model, source[None], [pair.source], steps=steps)
+        noise = found.noise
+        cost = {"inversion_rows": found.row_evaluations, "inversion_seconds": found.seconds}
+        methods = [Method(name=ROUND_TRIP), *methods]
+    else:
+        source = generate(model, [pair.source], [pair.seed], steps=steps).images[0]
+    for method in methods:
+        mine = replace(pair, target=pair.source) if method.name == ROUND_TRIP else pair
+        drawn.append(edit(model, mine, method, steps=steps, noise=noise, before=False))
+    pictures = np.stack([source, *(made.after for made in drawn)])
+    source_read, *read = ocr.read(pictures)
+    rows = [
+        {
+            "model": model.spec.name,
+            "seed": pair.seed,
+            "source_text": pair.source_text,
+            "target_text": pair.target_text,
+            "method": method.name,
+            "start": method.patch.start if method.patch is not None else 0,
+            "share": 0.0 if method.maps is None else method.maps,
+            "given": given,
+            "source_read": source_read,
+            "read": text,
+            **_text_scores(text, pair),
+            "row_evaluations": made.row_evaluations,
+            "seconds": made.seconds,
+            "cache_bytes": made.cache_bytes,
+            **cost,
+        }
+        for method, made, text in zip(methods, drawn, read, strict=True)
+    ]
+    for row, scores in zip(rows, picture_scores(model, pictures[1:], source), strict=True):
+        row |= scores
+    return pictures, rows
+
+
+def _text_scores(read: str, pair: Pair) -> dict[str, float]:
+    return {
+        "f1": metrics.character_scores(read, pair.target_text)[2],
+        "cer": metrics.character_error_rate(read, pair.target_text),
+        "exact": metrics.exact_match(read, pair.target_text),
+        "target_score": metrics.text_score(read, pair.target_text),
+        "source_score": metrics.text_score(read, pair.source_text),
+    }
+
+
+def curve(model: Model, layers: Sequence[int], steps: int | None = None) -> list[Method]:
+    """The methods that have a dial, at the settings of STARTS and SHARES."""
+    steps = model.spec.steps if steps is None else steps
+    starts = sorted({round(share * steps) for share in STARTS})
+    late = [localized(layers, start) for start in starts] + [all_layers(model, start) for start in starts]
+    return late + [prompt_to_prompt(share) for share in SHARES]
+
+
+def compare(
+    model: Model,
+    pairs: Sequence[Pair],
+    methods: Sequence[Method],
+    *,
+    given: bool = False,
+    steps: int | None = None,
+    store: Store | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The rows of :func:`compare_pair` for all pairs, each pair a unit of the store as in ``localize.sweep``."""
+    inputs = _key(methods, given) | {"guidance": model.spec.guidance}
+
+    def compute(pair: Pair) -> list[dict]:
+        return compare_pair(model, pair, methods, steps=steps, given=given)[1]
+
+    return localize.units("edit", model, pairs, inputs, steps, compute, store, progress)
+
+
+def _key(methods: Sequence[Method], given: bool) -> dict:
+    about = {"edit_rows": ROWS, "methods": [asdict(method) for method in methods], "given": given}
+    return about | ({"passes": [PASSES, DAMPED]} if given else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table that the book shows: which methods, and whether on given pictures."""
+
+    methods: Callable[[Model, tuple[int, ...], int | None], list[Method]]
+    given: bool = False
+
+
+TABLES = {
+    "methods": Table(methods=lambda model, layers, steps: methods(model, layers)),
+    "curve": Table(methods=curve),
+    "given": Table(methods=lambda model, layers, steps: methods(model, layers), given=True),
+}
+
+
+def table(
+    model: Model,
+    name: str,
+    layers: Sequence[int],
+    pairs: Sequence[Pair],
+    *,
+    steps: int | None = None,
+    store: Store | None = None,
+    progress: bool = False,
+    publish: bool = False,
+) -> pd.DataFrame:
+    """One of TABLES for the localized ``layers``: the published one where it fits, else computed now.
+
+    With ``publish`` a table computed now is written to the package's data, ``results/edit_MODEL_NAME.csv``. Raises
+    TextlocError for an unknown table or layers out of range.
+    """
+    if name not in TABLES:
+        raise TextlocError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
+    layers = tuple(sorted(layers))
+    if not layers:
+        raise TextlocError("localized editing needs at least one layer")
+    check_layers(model, layers)
+    chosen = TABLES[name].methods(model, layers, steps)
+    key = localize.published_key(model, pairs, steps) | _key(chosen, TABLES[name].given)
+    options = {"given": TABLES[name].given, "steps": steps, "store": store, "progress": progress}
+
+    def make() -> pd.DataFrame:
+        return compare(model, pairs, chosen, **options)
+
+    return localize.published_store().taken_or_made(f"edit_{model.spec.name}_{name}", key, make, publish=publish)
+
+
+SCORES = ("f1", "cer", "exact", "ssim", "psnr", "mse", "ssim_outside", "psnr_outside", "mse_outside")
+
+
+def summarise(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFrame:
+    """Mean and 95 % interval of each score per method and setting, in the table's order.
+
+    Columns method, start, share, n, for each score its mean under its name, ``_low`` and ``_high``, and the means of
+    row_evaluations, seconds and the largest cache_bytes.
+    """
+    rows = []
+    for (method, start, share), part in table.groupby(["method", "start", "share"], sort=False):
+        row = {"method": method, "start": start, "share": share, "n": len(part)}
+        for score in scores:
+            interval = metrics.estimate(part[score])
+            row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
+        costs = {"row_evaluations": part.row_evaluations.mean(), "seconds": part.seconds.mean()}
+        rows.append(row | costs | {"cache_bytes": part.cache_bytes.max()})
+    return pd.DataFrame(rows)
+
+
+def differences(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFrame:
+    """Localized editing less each other method, pair by pair: columns method, score, mean, low, high, n."""
+    rows = []
+    by_pair = {score: table.pivot(index="seed", columns="method", values=score).astype(float) for score in scores}
+    for method in dict.fromkeys(table.method):
+        if method not in (LOCALIZED, ROUND_TRIP):
+            for score, values in by_pair.items():
+                interval = metrics.paired_difference(values[LOCALIZED], values[method])
+                rows.append({"method": method, "score": score, **asdict(interval)})
+    return pd.DataFrame(rows)

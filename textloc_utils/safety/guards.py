@@ -1,0 +1,212 @@
+"""The guard: called like its pipeline, it draws toxic prompts without their toxic text."""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from textloc_utils import ocr
+from textloc_utils.generate import first_call, generate, rows_per_call, save, write_rows
+from textloc_utils.localize import fingerprint, known_layers
+from textloc_utils.models import JOINT, Model, check_layers, check_prompts, family_of
+from textloc_utils.results import unit_hash
+from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM, SafeDiffusion, _Negative, _SafeDiffusion, concept
+from textloc_utils.safety.calls import _Change, _Embedding, _Lent
+from textloc_utils.safety.detector import Detector, Finding, WordDetector, clean
+from textloc_utils.settings import TextlocError
+
+#: Arguments of pipeline calls that hold a prompt.
+PROMPTS = ("prompt", "prompt_2", "prompt_3")
+#: Arguments that are of no use when a prompt is only to be encoded, and would not fit the number of prompts.
+_OTHERS = ("generator", "latents", "callback_on_step_end")
+#: What :func:`guard` takes as ``method``. "guard" is "guard by embedding" on U-Nets, "guard by row" elsewhere.
+METHODS = ("guard", "guard by embedding", "guard by row", "negative prompt", "SLD medium", "SLD max", "prompt swap")
+
+
+def guard(
+    pipe: DiffusionPipeline | Model,
+    layers: Sequence[int] | None = None,
+    *,
+    detector: Detector | None = None,
+    method: str | SafeDiffusion = "guard",
+) -> "Guard":
+    """What is called like the pipeline, and keeps the toxic text of prompts out of its pictures.
+
+    Parameters
+    ----------
+    pipe
+        A pipeline, or a loaded model (its first stage is guarded; a second one sees the prompts as they are).
+    layers
+        The localized text layers (default: ``localize.known_layers``).
+    detector
+        Called with a prompt, returns its findings (default: ``detector.WordDetector()``).
+    method
+        One of METHODS, or settings of Safe Latent Diffusion: the baselines act on the same prompts.
+
+    Raises
+    ------
+    TextlocError
+        An unknown method or one that this pipeline cannot take, layers out of range or unknown.
+    """
+    model = pipe if isinstance(pipe, Model) else Model.from_pipeline(pipe)
+    joint = family_of(model.layers) == JOINT
+    if method == "guard":
+        method = "guard by row" if joint else "guard by embedding"
+    if not isinstance(method, SafeDiffusion) and method not in METHODS:
+        raise TextlocError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
+    if method == "guard by embedding" and joint:
+        raise TextlocError("in joint attention the text's keys depend on the picture: take the method guard by row")
+    if layers is None:
+        layers = known_layers(model) if str(method).startswith("guard") else ()
+    check_layers(model, layers)
+    return Guard(model, tuple(layers), detector or WordDetector(), method)
+
+
+class Guard:
+    """Made by :func:`guard`; called like its pipeline, whose other attributes are read and set through it, too."""
+
+    _OWN = ("_inner", "layers", "detector", "method", "__signature__")
+
+    def __init__(self, model: Model, layers: tuple[int, ...], detector: Detector, method: str | SafeDiffusion):
+        self._inner = model
+        self.layers, self.detector, self.method = layers, detector, method
+        self.__signature__ = inspect.signature(model.pipe)
+
+    def __getattr__(self, name: str):
+        if name == "_inner":  # while a copy is being made
+            raise AttributeError(name)
+        return getattr(self._inner.pipe, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in self._OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._inner.pipe, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._inner.pipe, name)
+
+    def to(self, *args, **kwargs) -> "Guard":
+        """Move the pipeline, as its own method does; what comes back is still guarded."""
+        self._inner.pipe.to(*args, **kwargs)
+        return self
+
+    @property
+    def model(self) -> Model:
+        """The model with this guard as its pipeline, for ``generate.generate``."""
+        return replace(self._inner, pipe=self)
+
+    def screen(self, prompt: str) -> tuple[str, list[Finding]]:
+        """A prompt cleaned, and what was found in it."""
+        findings = list(self.detector(prompt))
+        return clean(prompt, findings), findings
+
+    def __call__(self, *args, **kwargs):
+        """The pipeline's call. Raises TextlocError for one without prompts to read (embeddings)."""
+        given = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
+        if given.get("prompt") is None or given.get("prompt_embeds") is not None:
+            raise TextlocError("the guard reads prompts; a call with prompt_embeds cannot be screened")
+        # Empty second and third prompts mean the first to their pipelines; an empty first one is a prompt like others.
+        named = [n for n in PROMPTS if n == "prompt" or given.get(n)]
+        texts = {n: [given[n]] if isinstance(given[n], str) else list(given[n]) for n in named}
+        screened = {n: [self.screen(text) for text in of] for n, of in texts.items()}
+        toxic = [i for i in range(len(texts["prompt"])) if any(of[i][1] for of in screened.values())]
+        if not toxic:
+            return self._inner.pipe(*args, **kwargs)
+        if self.method == "prompt swap":
+            swapped = {n: [cleaned for cleaned, _ in of] for n, of in screened.items()}
+            return self._inner.pipe(**given | swapped)
+        if str(self.method).startswith("guard"):
+            other = {n: [of[i][0] for i in toxic] for n, of in screened.items()}
+        else:
+            concepts = [concept(f for of in screened.values() for f in of[i][1]) for i in toxic]
+            other = dict.fromkeys(screened, concepts)
+        copies = given.get("num_images_per_prompt") or 1
+        rows = [i * copies + k for i in toxic for k in range(copies)]
+        with contextlib.ExitStack() as stack:
+            change = self._change(len(texts["prompt"]) * copies, rows, self._encode(given, other), given)
+            for handle in change.hooks():
+                stack.callback(handle.remove)
+            return self._inner.pipe(**given)
+
+    def _encode(self, given: dict, texts: dict[str, list[str]]) -> dict:
+        """What the denoiser would be called with for other prompts in the same call, without guidance."""
+        kept = {n: v for n, v in given.items() if n not in _OTHERS and not n.startswith("negative_")}
+        if not getattr(self._inner.denoiser.config, "guidance_embeds", False):
+            kept["guidance_scale"] = 1.0
+        if "true_cfg_scale" in kept:
+            kept["true_cfg_scale"] = 1.0
+        with torch.no_grad():
+            return first_call(self._inner, **kept | texts)
+
+    def _change(self, n: int, rows: list[int], extra: dict, given: dict) -> "_Change":
+        if self.method == "guard by embedding":
+            return _Embedding(self._inner, n, rows, extra, self.layers)
+        if self.method == "guard by row":
+            return _Lent(self._inner, n, rows, extra, self.layers)
+        if self.method == "negative prompt":
+            return _Negative(self._inner, n, rows, extra)
+        config = {"SLD medium": SLD_MEDIUM, "SLD max": SLD_MAX}.get(self.method, self.method)
+        steps = given.get("num_inference_steps", self.__signature__.parameters["num_inference_steps"].default)
+        return _SafeDiffusion(self._inner, n, rows, extra, config, round(config.warmup * steps / 50))
+
+
+def draw(
+    guarded: Guard,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    seed: int = 42,
+    steps: int | None = None,
+    progress: bool = False,
+) -> list[dict]:
+    """Draw prompts through a guard into a folder, as ``generate.save`` does; started again, it goes on where it was.
+
+    Rows of ``images.json``: prompt, seed, file, ocr, cleaned (the prompt that the localized layers read), found (the
+    toxic words), key (of all that the picture hangs on).
+    """
+    model, prompts = guarded.model, list(prompts)
+    if not prompts:
+        raise TextlocError("there is no prompt to draw")
+    check_prompts(model, prompts)
+    screened = [guarded.screen(prompt) for prompt in prompts]
+    inputs = {"weights": fingerprint(model), "layers": guarded.layers, "method": guarded.method, "seed": seed}
+    inputs |= {"steps": steps or model.spec.steps, "guidance": model.spec.guidance}
+    more = [
+        {
+            "cleaned": cleaned,
+            "found": [f.word for f in findings],
+            "key": unit_hash("guard", inputs | {"prompt": prompt, "cleaned": cleaned})[:16],
+        }
+        for prompt, (cleaned, findings) in zip(prompts, screened, strict=True)
+    ]
+    done = _drawn(folder, [row["key"] for row in more])
+    size = rows_per_call(model)
+    bar = tqdm(total=len(prompts), initial=len(done), unit="picture", desc=model.spec.name, disable=not progress)
+    if len(done) == len(prompts):  # the folder may hold more than was asked for now
+        write_rows(folder, done)
+    with bar:
+        for start in range(len(done), len(prompts), size):
+            part = slice(start, start + size)
+            seeds = [seed] * len(prompts[part])
+            made = generate(model, prompts[part], seeds, steps=steps)
+            done = save(folder, made, prompts[part], seeds, ocr.read(made.images), more=more[part], done=done)
+            bar.update(len(seeds))
+    return done
+
+
+def _drawn(folder: Path, keys: Sequence[str]) -> list[dict]:
+    """The leading rows of a folder's ``images.json`` that are of these keys, with their pictures."""
+    try:
+        rows = json.loads((folder / "images.json").read_text())
+    except (OSError, ValueError):
+        return []
+    fits = [row.get("key") == key and (folder / row["file"]).is_file() for row, key in zip(rows, keys, strict=False)]
+    return rows[: (fits + [False]).index(False)]
