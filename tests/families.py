@@ -73,7 +73,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.temperal_downsample = [False]
-        known = {"block_out_channels": (8, 8), "encoder_block_out_channels": (8, 8), "spatial_compression_ratio": 2}
+        self.bn = nn.BatchNorm2d(16, affine=False)
+        known = {"block_out_channels": (8, 8), "encoder_block_out_channels": (8,) * 3, "spatial_compression_ratio": 2}
+        known |= {"scale_factor_temporal": 4, "scale_factor_spatial": 2, "batch_norm_eps": 1e-5}
         self.config = SimpleNamespace(
             **known, **{"scaling_factor": 1.0, "shift_factor": 0.0, "latent_channels": 4, "z_dim": 4} | config
         )
@@ -81,6 +83,10 @@ class Autoencoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
 
 
 def _draw(module: nn.Module) -> None:
@@ -192,7 +198,8 @@ def chroma():
 
 def longcat():
     pipe = diffusers.LongCatImagePipeline(
-        **_parts(_packed("LongCatImageTransformer2DModel")), text_processor=Processor(tiny.tokenizer("t5"))
+        **_parts(_packed("LongCatImageTransformer2DModel", in_channels=64)),
+        text_processor=Processor(tiny.tokenizer("t5")),
     )
     pipe.tokenizer_max_length = TOKENS
     return pipe
@@ -250,7 +257,7 @@ def hidream():
     parts = _parts(denoiser)
     t5, clip = parts["tokenizer"], tiny.tokenizer("clip", TOKENS, LETTERS)
     parts |= {"tokenizer": clip, "text_encoder": tiny._clip(clip, CLIPTextModelWithProjection)}
-    return diffusers.HiDreamImagePipeline(
+    pipe = diffusers.HiDreamImagePipeline(
         **parts,
         tokenizer_2=clip,
         text_encoder_2=tiny._clip(clip, CLIPTextModelWithProjection),
@@ -259,6 +266,8 @@ def hidream():
         tokenizer_4=t5,
         text_encoder_4=Encoder(len(t5)),
     )
+    pipe.default_sample_size = 8  # it takes height and width for a shape alone
+    return pipe
 
 
 def ernie():
@@ -342,7 +351,7 @@ def model(name: str) -> Model:
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     wrapped = Model.from_pipeline(pipe)
-    size = {"qwen_image_21": 64, "bria": 16, "ernie": 32}.get(name, 16)
+    size = {"qwen_image_21": 64, "bria": 16, "ernie": 32, "sana": 32}.get(name, 16)
     length = tiny.TOKENS if name.startswith("flux_") else TOKENS
     limit = length if wrapped.spec.max_sequence_length else None
     settings = {"steps": 3, "guidance": 4.0, "height": size, "width": size, "max_sequence_length": limit}
