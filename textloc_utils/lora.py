@@ -501,7 +501,8 @@ class _Saved:
     """Counts the bytes of distinct tensors that are saved for the backward pass inside the block, weights left out."""
 
     def __init__(self, module: nn.Module, on: bool):
-        self.bytes, self._seen = 0, set()
+        self.bytes = 0
+        self._seen: set[int] = set()
         self._own = {p.untyped_storage().data_ptr() for p in module.parameters()} if on else set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x) if on else None
 
