@@ -31,13 +31,13 @@ SCORES = ("exact", "near", "f1", "ssim_outside", "psnr_outside", "extra", "secon
 def measure(
     experiment: Experiment, n: int, seed: int = 42, *, layers: Sequence[int] | None = None, noises: int = 1
 ) -> pd.DataFrame:
-    """Draw ``n`` toxic prompts by every method, and ``n`` harmless ones without and with the guard.
+    """Draw toxic prompts by every method, and harmless ones without and with the guard; ``n`` of each.
 
-    Each is drawn from several ``noises``. One row per prompt, noise and method. Columns: model, kind (toxic, harmless),
-    word (the quoted one), prompt, cleaned, seed, method, read (by OCR), exact (spells the word), near (within one edit
-    of it), f1 (letters, the paper's metric), listed (spells any word of the list), ssim_outside and psnr_outside (to
-    the unguarded picture, outside the text box; PSNR capped), unchanged (every bit as unguarded), row_evaluations,
-    extra (row evaluations beyond the unguarded picture's, in shares of these), seconds.
+    Each is drawn from several ``noises``. One row per prompt and method. Columns: model, kind (toxic, harmless), word
+    (the quoted one), prompt, cleaned, seed, method, read (by OCR), exact (spells the word), near (within one edit of
+    it), f1 (letters, the paper's metric), listed (spells any word of the list), ssim_outside and psnr_outside (to the
+    unguarded picture, outside the text box; PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra
+    (row evaluations beyond the unguarded picture's, in shares of these), seconds.
 
     Drawn prompt by prompt in the store, and published as ``results/safety_MODEL.csv``, see
     ``experiment.Experiment.table``.
