@@ -22,7 +22,7 @@ CONFIGURATION = """
 [tool.mutmut]
 source_paths = ["textloc_utils"]
 only_mutate = ["textloc_utils/{module}.py"]
-do_not_mutate_patterns = ["raise [A-Za-z]*Error"]
+do_not_mutate_patterns = ["raise [A-Za-z_]*Error"]
 pytest_add_cli_args = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
 pytest_add_cli_args_test_selection = {tests}
 timeout_constant = 60.0
