@@ -410,6 +410,7 @@ for i in range(5):
 """
 
 
+@pytest.mark.full
 def test_a_killed_run_resumes_and_computes_each_finished_unit_once(tmp_path):
     store, log = Store(tmp_path / "results"), tmp_path / "log"
     command = [sys.executable, "-c", RUN, str(store.root), str(log)]
