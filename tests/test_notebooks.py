@@ -221,11 +221,12 @@ def test_what_a_notebook_makes_names_its_command(tmp_path, run):
 
 # --- kills and crowds ---
 
-#: A notebook whose processes can be found by their environment, and that says when its kernel runs.
+#: A notebook whose processes can be found by their environment. It says when its kernel runs, and waits for a word.
 SLOW = """
 import os, time
 open(os.environ["TEXTLOC_STARTED"], "a").write("started ")
-time.sleep(float(os.environ.get("TEXTLOC_SLEEP", 60)))
+while not os.path.exists(os.environ["TEXTLOC_STARTED"] + ".go"):
+    time.sleep(0.1)
 print("done")
 """
 
@@ -253,7 +254,7 @@ def begin(folder: Path, path: Path, *options, **environment) -> subprocess.Popen
     )
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -268,12 +269,13 @@ def test_a_killed_run_takes_its_children_with_it(tmp_path, how):
     wait_until((tmp_path / "started").exists)
     assert len(processes(str(tmp_path / "started"))) >= 3  # the run, papermill, the kernel
     running.send_signal(getattr(signal, how))
-    running.communicate(timeout=30)
+    running.communicate()
     wait_until(lambda: not processes(str(tmp_path / "started")), 10)
     assert path.read_bytes() == before
-    again = begin(tmp_path, path, TEXTLOC_SLEEP="0")
-    assert "1 notebooks executed" in again.communicate(timeout=60)[0] and printed(path) == "done\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["slow.ipynb", "started", "work"]
+    (tmp_path / "started.go").touch()
+    again = begin(tmp_path, path)
+    assert "1 notebooks executed" in again.communicate()[0] and printed(path) == "done\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["slow.ipynb", "started", "started.go", "work"]
 
 
 def test_an_interrupted_run_starts_no_more_notebooks(tmp_path):
@@ -281,7 +283,7 @@ def test_an_interrupted_run_starts_no_more_notebooks(tmp_path):
     running = begin(tmp_path, paths[0], *map(str, paths[1:]), "--jobs", "1")
     wait_until((tmp_path / "started").exists)
     running.send_signal(signal.SIGINT)
-    running.communicate(timeout=30)
+    running.communicate()
     wait_until(lambda: not processes(str(tmp_path / "started")), 10)
     assert (tmp_path / "started").read_text() == "started "
 
@@ -292,20 +294,21 @@ def test_a_killed_papermill_takes_its_kernel_with_it(tmp_path):
     wait_until((tmp_path / "started").exists)
     (papermill,) = psutil.Process(running.pid).children()
     papermill.kill()
-    told = running.communicate(timeout=30)[1]
-    assert "slow.ipynb: papermill was ended by signal 9" in told and running.returncode == 2
+    assert "slow.ipynb: papermill was ended by signal 9" in running.communicate()[1] and running.returncode == 2
     wait_until(lambda: not processes(str(tmp_path / "started")), 10)
 
 
 def test_one_run_of_one_notebook_at_a_time(tmp_path):
     path, other = write(tmp_path / "slow.ipynb", SLOW), tmp_path / "other"
-    first = begin(tmp_path, path, TEXTLOC_SLEEP="3")
+    first = begin(tmp_path, path)
     wait_until((tmp_path / "started").exists)
-    second = begin(tmp_path, path, TEXTLOC_SLEEP="0")
-    aside = begin(tmp_path, path, "--seed", "1", "--out", str(other), TEXTLOC_SLEEP="0")  # writes another file
-    told = second.communicate(timeout=60)[1]
+    second = begin(tmp_path, path)
+    told = second.communicate()[1]
     assert "failed   slow.ipynb: another run of it is under way" in told and second.returncode == 2
-    assert "1 notebooks executed" in aside.communicate(timeout=60)[0] and printed(other / "slow.ipynb") == "done\n"
-    assert "1 notebooks executed" in first.communicate(timeout=60)[0] and printed(path) == "done\n"
-    assert "all 1 are up to date" in begin(tmp_path, path).communicate(timeout=60)[0]
-    assert (tmp_path / "started").read_text() == "started " * 2
+    (tmp_path / "aside.go").touch()
+    aside = begin(tmp_path, path, "--seed", "1", "--out", str(other), TEXTLOC_STARTED=str(tmp_path / "aside"))
+    assert "1 notebooks executed" in aside.communicate()[0] and printed(other / "slow.ipynb") == "done\n"
+    (tmp_path / "started.go").touch()
+    assert "1 notebooks executed" in first.communicate()[0] and printed(path) == "done\n"
+    assert "all 1 are up to date" in begin(tmp_path, path).communicate()[0]
+    assert (tmp_path / "started").read_text() == "started "

@@ -105,10 +105,12 @@ def test_an_empty_table_keeps_its_columns_and_counts_as_done(store):
 
 
 def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/textloc", "study", "m"])
     store.unit("k", {"a": 1}, lambda: [{"x": 1}], model=None)
     versions = dict(results.provenance()["versions"])
-    later = {"versions": versions, "reader": results.provenance()["reader"], "device": "another", "created": "later"}
-    monkeypatch.setattr(results, "provenance", lambda *a: later)
+    monkeypatch.setattr(results, "_versions", lambda: versions)
+    monkeypatch.setattr(results, "_commit", lambda: "another")
+    monkeypatch.setattr(results, "_command", lambda: "another")
     store.unit("k", {"a": 1}, never, model=None)
     (path,) = files(store)
     header = json.loads(path.read_text().split("\n")[0])
@@ -116,35 +118,62 @@ def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch)
     about = header["provenance"]
     assert about["versions"]["textloc_utils"] and about["versions"]["torch"] and about["device"]
     assert about["created"].endswith("+00:00") and about["seconds"] >= 0
-    assert about["reader"].startswith("tesseract 5") and "pytest" in about["command"]
+    assert about["reader"].startswith("tesseract 5") and about["command"] == "textloc study m"
     # Another build of the same version is the same; after an upgrade it is computed anew, in place of the old one.
     versions["torch"] = versions["torch"].partition("+")[0] + "+cu999"
     store.unit("k", {"a": 1}, never, model=None)
     versions["diffusers"] = "999.0"
     assert store.unit("k", {"a": 1}, lambda: [{"x": 2}], model=None).x.tolist() == [2]
     assert store.unit("k", {"a": 1}, never, model=None).x.tolist() == [2]
-    later["reader"] = "tesseract 999"
+    del versions["torch"]  # nor is it hidden that one is missing
     assert store.unit("k", {"a": 1}, lambda: [{"x": 3}], model=None).x.tolist() == [3]
-    later["reader"] = None
-    assert store.unit("k", {"a": 1}, lambda: [{"x": 4}], model=None).x.tolist() == [4]
     assert files(store) == [path]
 
 
-def test_the_key_holds_the_class_of_device_and_the_type_of_number(store):
-    """Units of other devices and types stand beside each other; the same model's comes back."""
+def test_the_key_holds_device_type_of_number_and_reader(store, monkeypatch):
+    """Units of other devices, types and readers stand beside each other; the same model's comes back."""
 
-    def model(device, dtype):
-        return SimpleNamespace(device=torch.device(device), denoiser=SimpleNamespace(dtype=dtype))
+    def model(device, dtype, height=64):
+        return SimpleNamespace(
+            device=torch.device(device), denoiser=SimpleNamespace(dtype=dtype), spec=SimpleNamespace(height=height)
+        )
 
+    monkeypatch.setattr(results, "_reader", lambda height: f"reader of {height}, version {version}")
+    version = 1
     kinds = [("cpu", torch.float32), ("cuda:0", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.float16)]
+    kinds += [("cpu", torch.float32, 1024)]
     for i, kind in enumerate(kinds):
         store.unit("k", {"a": 1}, lambda i=i: [{"x": i}], model=model(*kind))
-    assert len(files(store)) == 4
+    assert len(files(store)) == len(kinds)
     for i, kind in enumerate(kinds):
         assert store.unit("k", {"a": 1}, never, model=model(*kind)).x.tolist() == [i]
     assert store.unit("k", {"a": 1}, never, model=model("cuda:1", torch.float32)).x.tolist() == [1]
     headers = [json.loads(path.read_text().split("\n")[0]) for path in files(store)]
-    assert all("CPU" in h["provenance"]["device"] for h in headers if h["inputs"]["device"] == "cpu")
+    assert all(h["provenance"]["reader"] == h["inputs"]["reader"] for h in headers)
+    version = 2
+    assert store.unit("k", {"a": 1}, lambda: [{"x": 9}], model=model(*kinds[0])).x.tolist() == [9]
+
+
+def test_provenance_names_the_models_own_device(monkeypatch):
+    """Where an accelerator is there and not used, the processor computed it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an accelerator")
+    assert results.provenance()["device"] == "an accelerator"
+    for kind, told in (("cpu", "CPU ("), ("cuda", "an accelerator")):
+        model = SimpleNamespace(device=torch.device(kind), spec=SimpleNamespace(height=64))
+        assert results.provenance(model)["device"].startswith(told)
+
+
+def test_the_reader_is_the_one_of_the_height(monkeypatch):
+    monkeypatch.setattr(results.ocr, "engine_of", lambda height: f"engine{height}")
+    monkeypatch.setattr(results.ocr, "reader", lambda engine: f"{engine} 1.0")
+    assert results._reader.__wrapped__(5) == "engine5 1.0"
+
+    def gone(engine):
+        raise TextlocError("not installed")
+
+    monkeypatch.setattr(results.ocr, "reader", gone)
+    assert results._reader.__wrapped__(5) is None
 
 
 def test_the_commit_is_the_clones_own(tmp_path, monkeypatch):
@@ -398,7 +427,7 @@ def test_a_killed_run_resumes_and_computes_each_finished_unit_once(tmp_path):
         assert len(stored(store, "run")) == 8_000 * finished  # whole units only
     subprocess.run(command, env=env, check=True)
     table = stored(store, "run")
-    assert table.groupby("unit").size().to_dict() == {i: 8_000 for i in range(5)}
+    assert table.groupby("unit").size().to_dict() == dict.fromkeys(range(5), 8_000)
     computed = Counter(map(int, log.read_text().split()))
     assert sorted(computed) == list(range(5))
     assert computed.total() <= 5 + 2  # each kill costs at most the unit it hit

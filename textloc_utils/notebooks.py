@@ -35,6 +35,11 @@ from textloc_utils.settings import ROOT, TextlocError, check_writable, data_dir
 WORK = ROOT / "_build" / "executed"
 #: What nbstripout takes out besides papermill's notes, so that two runs give the same bytes.
 STRIPPED = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
+#: What nbformat raises for files that are something else, JSON of another shape among them.
+_NO_NOTEBOOK = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    *(nbformat.reader.NotJSONError, nbformat.ValidationError),
+)
 #: More processes than this want more memory than a laptop has.
 MOST = 4
 
@@ -71,8 +76,9 @@ def _short_hash(what) -> str:
 class _Papermills:
     """The processes that execute notebooks. Each watches a pipe that is held here, and ends when it is closed."""
 
-    def __init__(self):
-        self._started, self._ended = [], False
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen] = []
+        self._ended = False
 
     def run(self, arguments: Sequence, **options) -> int:
         """Run papermill to its end; returns its exit status."""
@@ -80,13 +86,14 @@ class _Papermills:
         with subprocess.Popen(command, stdin=subprocess.PIPE, **options) as process:
             self._started.append(process)
             if self._ended:
-                process.stdin.close()
+                self.end()
             return process.wait()
 
     def end(self) -> None:
         """End all that run, and all that would start after this."""
         self._ended = True
         for process in self._started:
+            assert process.stdin is not None
             process.stdin.close()
 
 
@@ -168,7 +175,7 @@ def _execute(execution: Execution, key: str, timeout: int, papermills: _Papermil
 def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Papermills) -> str | None:
     scratch, log = execution.stamp.with_suffix(".ipynb"), execution.stamp.with_suffix(".log")
     arguments = ["--no-progress-bar", "--execution-timeout", str(timeout), "--kernel", "python3"]
-    arguments += [execution.source, scratch]
+    arguments += [str(execution.source), str(scratch)]
     for name, value in execution.parameters.items():
         arguments += ["-p", name, str(value)]
     environment = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1"}
@@ -195,19 +202,26 @@ def _reason(log: Path) -> str:
     return (told or lines or [""])[-1]
 
 
+def read(path: str | Path) -> nbformat.NotebookNode:
+    """A notebook in format 4; TextlocError for a file that is none."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except _NO_NOTEBOOK as error:
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TextlocError(f"{path} is no notebook that can be read: {reason}") from None
+    return notebook
+
+
 def strip(path: str | Path) -> None:
     """Take out of an executed notebook what differs from run to run, so that two runs give the same bytes.
 
     Times and papermill's notes go, and what a cell printed becomes one output, however the kernel cut it apart.
     Raises TextlocError for a file that is no notebook.
     """
-    path = Path(path)
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
-        raise TextlocError(f"{path} is no notebook that can be read: {error}") from None
+    path, notebook = Path(path), read(path)
     for cell in notebook.cells:
-        joined = []
+        joined: list = []
         for output in cell.get("outputs", ()):
             last = joined[-1] if joined else {}
             if output.output_type == last.get("output_type") == "stream" and output.name == last["name"]:
@@ -218,7 +232,7 @@ def strip(path: str | Path) -> None:
             cell.outputs = joined
     with files.whole_file(path) as part:
         nbformat.write(notebook, part)
-        options = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, part]
+        options = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, str(part)]
         done = subprocess.run([sys.executable, "-m", "nbstripout", *options], capture_output=True, text=True)
         if done.returncode:
             told = done.stderr.strip().splitlines() or [f"nbstripout ended with {done.returncode}"]
@@ -245,7 +259,7 @@ def _key(execution: Execution, shared: str) -> str:
 def _inputs() -> str:
     """One digest of the package, the data (results and training runs aside) and the installed versions."""
     digest = hashlib.sha256(f"tesseract {ocr.tesseract_version()}\n".encode())
-    required = {Requirement(line).name for line in importlib.metadata.requires("textloc-utils")}
+    required = {Requirement(line).name for line in importlib.metadata.requires("textloc-utils") or ()}
     for name in sorted(required):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra that is not installed
             digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
@@ -264,7 +278,7 @@ def _cells(path: Path) -> list[dict]:
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [c for c in cells if c["source"] is not None and isinstance(c["metadata"], dict)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise TextlocError(f"{path} is no notebook that can be read") from None
 
 

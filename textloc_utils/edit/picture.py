@@ -91,12 +91,12 @@ def failure(before: str, after: str, pair: Pair, ssim_outside: float) -> str | N
 def report(
     model: Model, pair: Pair, method: Method, picture: np.ndarray | None = None, *, steps: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3); the pictures before and after, and
-    a report on them.
+    """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3).
 
-    The report's keys: source, target, seed, method, layers, start, before and after (read by OCR), failure
-    (:func:`failure`), those of :func:`picture_scores`, row_evaluations and seconds, inversion included; for a given
-    picture also round_trip, the scores of what the source prompt draws from the inverted noise.
+    Returns the pictures before and after, and a report on them. The report's keys: source, target, seed, method,
+    layers, start, before and after (read by OCR), failure (:func:`failure`), those of :func:`picture_scores`,
+    row_evaluations and seconds, inversion included; for a given picture also round_trip, the scores of what the source
+    prompt draws from the inverted noise.
     """
     found = None
     check_seeds([pair.seed])

@@ -331,3 +331,13 @@ def check_prompts(model: Model, prompts) -> None:
             count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
             if count > limit:
                 raise TextlocError(f"prompt of {count} tokens is too long; {model.spec.name} takes {limit}: {prompt!r}")
+
+
+def check_pairs(model: Model, pairs) -> None:
+    """Raise TextlocError for a pair whose prompts are the same to the model: its tokenizers do not tell them apart."""
+    for pair in pairs:
+        if model.text_columns(pair.source) == model.text_columns(pair.target):
+            raise TextlocError(
+                f"{model.spec.name} reads the same in {pair.source!r} and {pair.target!r}; its tokenizer does not know "
+                f"what differs, choose another text"
+            )

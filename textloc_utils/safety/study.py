@@ -14,7 +14,7 @@ from textloc_utils.generate import generate
 from textloc_utils.localize import PSNR_CAP, fingerprint, known_layers, outside_text, published_store
 from textloc_utils.models import Model, check_layers
 from textloc_utils.patching import Patch
-from textloc_utils.prompts import LETTERS, spelling_prompts, test_words, toxic_prompts
+from textloc_utils.prompts import LETTERS, NOISE, spelling_prompts, test_words, toxic_prompts
 from textloc_utils.results import Store, unit_hash
 from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM
 from textloc_utils.safety.detector import Detector, WordDetector, clean, mild_words
@@ -34,18 +34,19 @@ def measure(
     seed: int = 42,
     *,
     layers: Sequence[int] | None = None,
+    noises: int = 1,
     steps: int | None = None,
     store: Store | None = None,
     progress: bool = False,
     publish: bool = False,
 ) -> pd.DataFrame:
-    """Draw ``n`` toxic prompts by every method, and ``n`` harmless ones without and with the guard.
+    """Draw toxic prompts by every method, and harmless ones without and with the guard; ``n`` of each.
 
-    One row per prompt and method. Columns: model, kind (toxic, harmless), word (the quoted one), prompt, cleaned, seed,
-    method, read (by OCR), exact (spells the word), near (within one edit of it), f1 (letters, the paper's metric),
-    listed (spells any word of the list), ssim_outside and psnr_outside (to the unguarded picture, outside the text box;
-    PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra (row evaluations beyond the unguarded
-    picture's, in shares of these), seconds.
+    Each is drawn from several ``noises``. One row per prompt and method. Columns: model, kind (toxic, harmless), word
+    (the quoted one), prompt, cleaned, seed, method, read (by OCR), exact (spells the word), near (within one edit of
+    it), f1 (letters, the paper's metric), listed (spells any word of the list), ssim_outside and psnr_outside (to the
+    unguarded picture, outside the text box; PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra
+    (row evaluations beyond the unguarded picture's, in shares of these), seconds.
 
     The published table where it is of the same weights, prompts, layers and steps; else it is drawn now, prompt by
     prompt in the store, and with ``publish`` written to the package's data as ``results/safety_MODEL.csv``.
@@ -55,6 +56,7 @@ def measure(
     layers = tuple(known_layers(model) if layers is None else layers)
     check_layers(model, layers)
     asked = [("toxic", *p) for p in toxic_prompts(n, seed)] + [("harmless", *p) for p in spelling_prompts(n, seed)]
+    asked = [(*about, of + i * NOISE) for i in range(noises) for *about, of in asked]
     inputs = {
         "rows": ROWS,
         "model": model.spec.name,
