@@ -65,7 +65,7 @@ def test_a_sweep_without_pairs_or_beyond_the_layers_is_refused(model, monkeypatc
         (["a prompt"], {}, "got a str"),
         (pairs, {"sites": [together([12])]}, "0 to 11"),
         (pairs, {"steps": 0}, "steps must be at least 1"),
-        (pairs, {"guidance": 1.0, "negative_prompt": "blur"}, "guidance above 1"),
+        (pairs, {"guidance": 1.0, "negative_prompt": "blur"}, "reads no negative prompt"),
     ):
         with pytest.raises(TextlocError, match=said):
             tl.sweep(model, asked, **options)
