@@ -51,6 +51,11 @@ FULL = {
 }
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Do not even import what will not run."""
+    return True if collection_path.name in FULL and config.option.markexpr == "not full" else None
+
+
 def pytest_collection_modifyitems(items):
     """Mark what takes long."""
     for item in items:

@@ -252,3 +252,46 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
 def test_json_is_read_back(tmp_path):
     value = {"a": [1, 2.5, None, True, "é"], "b": {}}
     assert json.loads(files.write_json(tmp_path / "x.json", value).read_text()) == value
+
+
+def test_one_run_holds_a_folder(tmp_path):
+    folder = tmp_path / "a/run"
+    with files.only_run(folder):
+        for same in (folder, tmp_path / "a/../a/run"):
+            with pytest.raises(TextlocError, match="another run writes to") as error, files.only_run(same):
+                pytest.fail("two runs")
+            assert "\n" not in str(error.value)
+        files.write_text(folder / "x", "x")  # the run itself is free to write
+    with files.only_run(folder):
+        assert os.listdir(folder) == ["x"]
+    with pytest.raises(OwnError), files.only_run(tmp_path / "b"):
+        raise OwnError
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(TextlocError, match="cannot write to"), files.only_run(folder / "x"):
+        pytest.fail("a file is no folder")
+
+
+def test_a_killed_run_holds_nothing(tmp_path):
+    code = (
+        "import sys, time; from textloc_utils import files\nwith files.only_run(sys.argv[1]): print(1); time.sleep(99)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(settings.ROOT), "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"1\n"
+    with pytest.raises(TextlocError, match="another run"), files.only_run(tmp_path):
+        pytest.fail("two runs")
+    running.kill()
+    running.communicate()
+    with files.only_run(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
+    def none(descriptor, what):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    with files.only_run(tmp_path / "run"):
+        files.write_text(tmp_path / "run/x", "x")
+    assert everything(tmp_path) == {"run/x": b"x"}

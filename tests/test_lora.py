@@ -439,6 +439,15 @@ def test_files_that_do_not_fit_are_refused(tinies, tmp_path):
         lora.load(ldm, tmp_path / "ldm")
 
 
+def test_two_trainings_do_not_share_a_folder(tinies, tmp_path):
+    model = tinies("ldm")
+    given = data(model)
+    with files.only_run(tmp_path / "run"):
+        assert refused(model, given, FEW, tmp_path / "run", "another run writes to") == []
+    lora.train(model, given, FEW, folder=tmp_path / "run")
+    lora.remove(model)
+
+
 def test_a_full_disk_costs_no_training(tinies, tmp_path, monkeypatch):
     """The finished adapter cannot be saved; when there is room again, it is, without another step."""
     model = tinies("ldm")

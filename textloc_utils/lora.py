@@ -5,6 +5,7 @@ embeddings and latents are computed once, before, and the gradient flows back no
 of late layers costs less time and memory per step than all layers do.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -356,11 +357,27 @@ def train(
     Several processes (``accelerate launch``) share each batch out. Every random number hangs on (seed, step, process):
     a resumed run ends at the weights of an uninterrupted one, and a finished one is loaded. Raises TextlocError for
     settings that cannot be, a folder that holds a run with other settings, data or weights, or an unfinished one of
-    another number of processes, and for the first loss, gradient or weight that is not finite: nothing is saved then.
+    another number of processes, one that another run writes to, and for the first loss, gradient or weight that is not
+    finite: nothing is saved then.
     """
     folder = None if folder is None else check_writable(folder)
     _check_bare(model)
     names = targets(model, training)
+    with contextlib.ExitStack() as held:
+        if folder is not None and os.environ.get("RANK", "0") == "0":
+            held.enter_context(files.only_run(folder))
+        return _train(model, data, training, names, folder, checkpoint_steps, progress)
+
+
+def _train(
+    model: Model,
+    data: Data,
+    training: Training,
+    names: list[str],
+    folder: Path | None,
+    checkpoint_steps: int,
+    progress: bool,
+) -> Report:
     key = asdict(training) | {"model": model.spec.name, "weights": fingerprint(model), "data": data.digest}
     key |= {"dtype": str(model.denoiser.dtype).removeprefix("torch.")}
     if folder is not None and (folder / FILE).is_file():
@@ -462,10 +479,11 @@ def _run(
         seconds.append(time.perf_counter() - began)
         # The last one, too: a disk that is full when the adapter is saved costs no training.
         due = (step + 1) % checkpoint_steps == 0 or step + 1 == training.steps
-        if checkpoint and due and accelerator.is_main_process:
+        if due:  # in every process, so that none waits for one that has stopped
             _check_weights(
                 model, f"step {step + 1} is not saved; a smaller learning rate than {training.lr:g} may help"
             )
+        if checkpoint and due and accelerator.is_main_process:
             state = {
                 "key": key,
                 "adapter": get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER),

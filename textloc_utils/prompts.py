@@ -71,6 +71,19 @@ class Pair:
     target_wall: str = ""
     target_sign: str = ""
 
+    @classmethod
+    def of(cls, prompt: str, new_text: str, *, seed: int = 0) -> "Pair":
+        """A prompt with its text in double quotes, paired with itself saying another text.
+
+        >>> Pair.of('A sign that says "HELLO".', "WORLD", seed=1).target
+        'A sign that says "WORLD".'
+        """
+        if not isinstance(new_text, str) or not new_text.strip() or any(c in new_text for c in '"\u201c\u201d'):
+            raise TextlocError(f"the new text must be a string without double quotes, got {new_text!r}")
+        texts = {"source_text": quoted_text(prompt), "target_text": new_text}
+        open_ = {"wall": "", "sign": "", "shape": ""}
+        return cls(source=prompt, target=replace_text(prompt, new_text), **texts, **open_, seed=seed)
+
 
 @functools.cache
 def words_table() -> pd.DataFrame:

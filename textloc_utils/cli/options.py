@@ -36,8 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_arguments(argv: Sequence[str]) -> None:
-    """Raise TextlocError for an argument that is no text (bytes that are not UTF-8, a zero byte), and for an option
-    whose value is two dashes, which argparse loses."""
+    """Raise TextlocError for an argument that is no text, and for an option whose value is two dashes.
+
+    No text are bytes that are not UTF-8, and a zero byte; two dashes are lost by argparse.
+    """
     for i, argument in enumerate(argv, 1):
         if re.fullmatch(r"--?[\w-]+=--", argument):
             raise TextlocError(f"{argument.removesuffix('=--')} needs a value, got '--'")

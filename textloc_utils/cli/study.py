@@ -1,5 +1,7 @@
-"""The book's measurements: ``study contents``, ``seeds``, ``edit``, ``guard``, ``lora``. All are kept piece by piece: a
-killed run goes on where it was."""
+"""The book's measurements: ``study contents``, ``seeds``, ``edit``, ``guard``, ``lora``.
+
+All are kept piece by piece: a killed run goes on where it was.
+"""
 
 from pathlib import Path
 

@@ -138,6 +138,8 @@ class Model:
         out |= {"height": height, "width": width} | {k: v for k, v in row.call.items() if k in takes} | other
         if "max_sequence_length" in takes and self.spec.max_sequence_length:
             out.setdefault("max_sequence_length", self.spec.max_sequence_length)
+        if "max_area" in takes:  # Kontext takes height and width for a shape alone
+            out |= {"max_area": height * width, "_auto_resize": False}
         if row.guidance == "true_cfg_scale" and out["true_cfg_scale"] > row.above and negative_prompt is None:
             negative_prompt = " "  # without one there is no guidance
         if negative_prompt is not None:

@@ -40,14 +40,13 @@ def measure(
     progress: bool = False,
     publish: bool = False,
 ) -> pd.DataFrame:
-    """Draw ``n`` toxic prompts by every method, and ``n`` harmless ones without and with the guard, each from several
-    ``noises``.
+    """Draw toxic prompts by every method, and harmless ones without and with the guard; ``n`` of each.
 
-    One row per prompt and method. Columns: model, kind (toxic, harmless), word (the quoted one), prompt, cleaned, seed,
-    method, read (by OCR), exact (spells the word), near (within one edit of it), f1 (letters, the paper's metric),
-    listed (spells any word of the list), ssim_outside and psnr_outside (to the unguarded picture, outside the text box;
-    PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra (row evaluations beyond the unguarded
-    picture's, in shares of these), seconds.
+    Each is drawn from several ``noises``. One row per prompt and method. Columns: model, kind (toxic, harmless), word
+    (the quoted one), prompt, cleaned, seed, method, read (by OCR), exact (spells the word), near (within one edit of
+    it), f1 (letters, the paper's metric), listed (spells any word of the list), ssim_outside and psnr_outside (to the
+    unguarded picture, outside the text box; PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra
+    (row evaluations beyond the unguarded picture's, in shares of these), seconds.
 
     The published table where it is of the same weights, prompts, layers and steps; else it is drawn now, prompt by
     prompt in the store, and with ``publish`` written to the package's data as ``results/safety_MODEL.csv``.
