@@ -13,6 +13,7 @@ import tiny
 from PIL import Image
 
 from textloc_utils import cli, localize, lora, lora_study, models, prompts
+from textloc_utils.cli import adapters
 from textloc_utils.lora import Training
 from textloc_utils.miniatures import scenes
 from textloc_utils.results import Store
@@ -232,10 +233,10 @@ def test_two_processes_share_the_batch(tmp_path):
 
 def test_layers_by_name(model, monkeypatch):
     monkeypatch.setattr(localize, "known_layers", lambda model: (4, 5))
-    assert cli._named_layers(model, ["all"], 0) == tuple(range(12))
-    assert cli._named_layers(model, ["localized"], 0) == (4, 5)
-    assert cli._named_layers(model, ["random"], 1) == lora_study.random_layers(model, (4, 5), 1)
-    assert cli._named_layers(model, ["7", "3"], 0) == (3, 7)
+    assert adapters.layers_of(model, ["all"], 0) == tuple(range(12))
+    assert adapters.layers_of(model, ["localized"], 0) == (4, 5)
+    assert adapters.layers_of(model, ["random"], 1) == lora_study.random_layers(model, (4, 5), 1)
+    assert adapters.layers_of(model, [7, 3], 0) == (3, 7)
 
 
 def test_bad_input_of_an_adapter_is_one_line(tmp_path, capsys):
@@ -252,10 +253,10 @@ def test_bad_input_of_an_adapter_is_one_line(tmp_path, capsys):
         (["train", "sd3-mini", "--layers", "4", "--steps", 0, *out], "steps"),
         (["train", "sd3-mini", "--layers", "4", "--data", tmp_path / "empty", *out], "file_name and text"),
         (["eval", "sd3-mini", "--adapter", tmp_path / "none"], "textloc lora train"),
-        (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 0], "asked for 0"),
-        (["study", "sd3-mini", "--layers", "12"], "0 to 11"),
+        (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 0], "from 1 to"),
     ):
         assert said in fails(capsys, "lora", *arguments, "--device", "cpu")
+    assert "0 to 11" in fails(capsys, "study", "lora", "sd3-mini", "--layers", "12", "--device", "cpu")
     assert not (tmp_path / "out").exists()
 
 
@@ -263,9 +264,10 @@ def test_the_command_prints_a_line_per_run(capsys, monkeypatch):
     monkeypatch.setattr(lora_study, "measure", lambda *a, **k: {"new_score": 0.25, "old_score": 0.5, "diversity": 3.0})
     monkeypatch.setattr(lora, "train", lambda model, data, training, **k: _report(model, training))
     monkeypatch.setattr(lora_study, "SCENES", 2)
-    assert cli.main(["lora", "study", "sd3-mini", "--layers", "4", "--preset", "smoke", "--device", "cpu"]) == 0
+    assert cli.main(["study", "lora", "sd3-mini", "--layers", "4", "--preset", "smoke", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 2 * 3 * len(lora_study.SEEDS) and "0.250" in lines[-1] and "before" in lines[1]
+    assert len(lines) == 1 + 1 + 2 * 3 * len(lora_study.SEEDS) + 1 and "0.250" in lines[-2] and "before" in lines[1]
+    assert lines[-1].startswith("read by tesseract")
 
 
 def _report(model, training):

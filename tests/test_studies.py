@@ -138,7 +138,9 @@ def test_other_training_seeds_are_searched_and_published(tmp_path, monkeypatch):
 def test_the_command_prints_effects_per_site(capsys, monkeypatch):
     table = effects({studies.FOUND: 0.5, "keys": 0.1})
     monkeypatch.setattr(studies, "study", lambda model, name, layers, *a, **k: table)
-    assert cli.main(["study", "sd3-mini", "--study", "parts", "--layers", "4", "5", "--device", "cpu"]) == 0
+    assert (
+        cli.main(["study", "contents", "sd3-mini", "--tables", "parts", "--layers", "4", "5", "--device", "cpu"]) == 0
+    )
     out = capsys.readouterr().out
     assert "parts, layers 4 5" in out and "keys" in out and "0.50 [0.50, 0.50]" in out
 
@@ -150,7 +152,7 @@ def test_the_command_prints_the_set_of_every_training_seed(capsys, monkeypatch, 
         for layer in (0, 1)
     ]
     monkeypatch.setattr(studies, "publish_seeds", lambda *a, **k: pd.DataFrame(rows))
-    assert cli.main(["study", "sd3-mini", "--runs", str(tmp_path)]) == 0
+    assert cli.main(["study", "seeds", "sd3-mini", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "training seed 0: layers 0\n" in out and "training seed 1: layers 1\n" in out
     assert out.count("layer 1 ") == 2 and "0.40 [0.30, 0.50]" in out
