@@ -193,7 +193,10 @@ def spec_of(args):
     given = {name: value for name, value in given.items() if value is not None}
     if spec.miniature and {"height", "width"} & given.keys():
         raise TextlocError(f"{spec.name} draws pictures of {spec.width}x{spec.height} pixels only; leave out the size")
-    return replace(spec, **given)
+    chosen = replace(spec, **given)
+    if getattr(args, "negative_prompt", None) and chosen.guidance <= 1:
+        raise TextlocError(f"a negative prompt is read with a guidance above 1 only, got {chosen.guidance:g}")
+    return chosen
 
 
 def check_model_path(text: str | None, spec) -> None:
