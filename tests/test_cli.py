@@ -41,7 +41,7 @@ def test_generate_writes_what_it_prints(tmp_path):
     rows = json.loads(done.stdout)
     assert rows == json.loads((tmp_path / "out" / "images.json").read_text())
     assert [r["prompt"] for r in rows] == asked and {r["seed"] for r in rows} == {7}
-    assert all(set(r) == {"prompt", "seed", "file", "ocr", "reader"} for r in rows)
+    assert all(set(r) == {"prompt", "seed", "file", "ocr", "text_found", "reader"} for r in rows)
     assert {r["reader"] for r in rows} == {ocr.reader("tesseract")}
     assert Image.open(tmp_path / "out" / rows[0]["file"]).size == (128, 64)
     assert sorted(os.listdir(tmp_path / "out")) == ["000.png", "001.png", "images.json"]

@@ -493,25 +493,6 @@ def test_a_published_table_copied_over_another_is_refused(store):
     assert store.load_matching("b", {"name": "c"}) is None and len(store.load_matching("b", {"name": "b"})) == 1
 
 
-def test_a_table_is_made_once_and_published_with_its_key_and_seconds(store):
-    made = []
-
-    def make():
-        made.append(1)
-        return pd.DataFrame({"x": [len(made)]})
-
-    key = {"weights": "w", "guidance": 4.0, "steps": 20, "layers": (1, 2)}
-    assert store.taken_or_made("t", key, make).x.tolist() == [1] and not store.root.exists()
-    assert store.taken_or_made("t", key, make, publish=True).x.tolist() == [2]
-    table = store.taken_or_made("t", key, make)
-    assert table.x.tolist() == [2] and len(made) == 2
-    assert 0 <= table.attrs["provenance"]["seconds"] < 60 and table.attrs["provenance"]["key"]["layers"] == [1, 2]
-    for other in ({"steps": 21}, {"weights": "v"}, {"guidance": 4.5}, {"layers": (1,)}, {"more": None}):
-        store.taken_or_made("t", key | other, make)
-    assert len(made) == 7
-    assert store.taken_or_made("t", key, make, publish=True).x.tolist() == [8]
-
-
 def test_what_the_caller_says_of_where_a_table_came_from_wins(store):
     store.publish("t", pd.DataFrame({"a": [1]}), {"device": "a laptop", "seconds": 3})
     about = store.load_published("t").attrs["provenance"]

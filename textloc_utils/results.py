@@ -193,18 +193,6 @@ class Store:
             return None
         return table if table.attrs["provenance"].get("key") == _plain(key) else None
 
-    def taken_or_made(
-        self, name: str, key: Mapping, make: Callable[[], pd.DataFrame], *, publish: bool = False
-    ) -> pd.DataFrame:
-        """The published table of just this ``key``, or else ``make()``'s; with ``publish`` made and published anew."""
-        table = None if publish else self.load_matching(name, key)
-        if table is None:
-            began = time.monotonic()
-            table = make()
-            if publish:
-                self.publish(name, table, {"key": key, "seconds": round(time.monotonic() - began, 1)})
-        return table
-
     def _published(self) -> str:
         return ", ".join(sorted(p.stem for p in self.root.glob("*.csv"))) or "none"
 

@@ -194,7 +194,7 @@ def spec_of(args):
     if spec.miniature and {"height", "width"} & given.keys():
         raise TextlocError(f"{spec.name} draws pictures of {spec.width}x{spec.height} pixels only; leave out the size")
     chosen = replace(spec, **given)
-    if getattr(args, "negative_prompt", None) and chosen.guidance <= 1:
+    if getattr(args, "negative_prompt", None) and spec.miniature and chosen.guidance <= 1:
         raise TextlocError(f"a negative prompt is read with a guidance above 1 only, got {chosen.guidance:g}")
     return chosen
 
@@ -222,7 +222,17 @@ def loaded(args, spec=None):
     model = models.load(args.model, device=process_device(args.device), model_path=args.model_path, **options)
     drawing = {name: getattr(spec, name) for name in ("steps", "guidance", "height", "width")}
     asked = {name: value for name, value in drawing.items() if getattr(args, name, None) is not None}
+    if getattr(args, "negative_prompt", None) and model.evaluations(spec.guidance) < 2:
+        raise TextlocError(f"{spec.name} reads no negative prompt at a guidance of {spec.guidance:g}")
     return replace(model, spec=replace(model.spec, **asked)) if asked else model
+
+
+def experiment(args, model, **settings):
+    """The experiment of a command on its model, with what its options say and a preset's ``settings``."""
+    from textloc_utils.experiment import Experiment
+
+    asked = {name: getattr(args, name, None) for name in ("steps", "guidance", "negative_prompt", "publish")}
+    return Experiment.of(model, progress=progress(), **settings | {k: v for k, v in asked.items() if v is not None})
 
 
 def progress() -> bool:
