@@ -175,7 +175,7 @@ class Store:
         try:
             if _digest(text.decode().replace("\r\n", "\n")) != digest:
                 raise ValueError
-            raw = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
+            raw = pd.read_csv(path, dtype=str, na_filter=False)
             table = pd.DataFrame({column: _parse(raw[column], kind) for column, kind in kinds.items()})
         except (ValueError, KeyError):
             raise TextlocError(f"{path} does not fit the digest in {beside.name}; {advice}") from None
