@@ -16,7 +16,7 @@ from textloc_utils.edit.method import Method, edit
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import check_seeds
 from textloc_utils.miniatures import scenes
-from textloc_utils.models import Model, ModelSpec, check_layers, check_prompts
+from textloc_utils.models import Model, ModelSpec, check_distinct, check_layers, check_prompts
 from textloc_utils.prompts import LETTERS, Pair, quoted_text, replace_text
 from textloc_utils.settings import TextlocError
 
@@ -107,6 +107,7 @@ def report(
     model = run.model
     check_seeds([pair.seed])
     check_prompts(model, [pair.source, pair.target])
+    check_distinct(model, [pair])
     check_layers(model, method.patch.layers if method.patch is not None else ())
     last = run.steps - 1
     if method.patch is not None and not 0 <= method.patch.start <= last:
