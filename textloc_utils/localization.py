@@ -22,7 +22,7 @@ from scipy import stats
 from textloc_utils import metrics, onestep, sweeps
 from textloc_utils.experiment import Experiment, check_pairs, digest_of, published_store
 from textloc_utils.generate import rows_per_call
-from textloc_utils.models import Model, key_value_numbers
+from textloc_utils.models import Model, check_distinct, key_value_numbers
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer, joined, single_layers, together
@@ -140,6 +140,7 @@ def localize(
     before anything is drawn.
     """
     experiment, pairs = Experiment.of(subject, **settings), check_pairs(pairs)
+    check_distinct(experiment.model, pairs)
     if how not in SEARCHES:
         raise TextlocError(f"unknown search {how!r}; allowed: {', '.join(SEARCHES)}")
     if not 0 < share <= 1:

@@ -333,10 +333,16 @@ def check_prompts(model: Model, prompts) -> None:
                 raise TextlocError(f"prompt of {count} tokens is too long; {model.spec.name} takes {limit}: {prompt!r}")
 
 
-def check_pairs(model: Model, pairs) -> None:
+def check_distinct(model: Model, pairs) -> None:
     """Raise TextlocError for a pair whose prompts are the same to the model: its tokenizers do not tell them apart."""
+    clean = getattr(model.pipe, "_text_preprocessing", None)
+
+    def tokens(prompt: str) -> list:
+        text = clean(prompt, clean_caption=True)[0] if clean else prompt
+        return [tokenizer(text, truncation=False, verbose=False).input_ids for tokenizer, _ in model.tokenizers]
+
     for pair in pairs:
-        if model.text_columns(pair.source) == model.text_columns(pair.target):
+        if (source := tokens(pair.source)) and source == tokens(pair.target):
             raise TextlocError(
                 f"{model.spec.name} reads the same in {pair.source!r} and {pair.target!r}; its tokenizer does not know "
                 f"what differs, choose another text"
