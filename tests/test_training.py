@@ -220,6 +220,27 @@ def test_only_a_miniature_is_replaced_by_a_shipped_one(tmp_path, capsys, monkeyp
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "three years"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeing", "3"], "a run for a study is no miniature of the book; add --no-ship"),
+        (["--world", "plain"], "a run for a study"),
+        (["--layers", "6"], "a run for a study"),
+        (["--no-ship", "--ship", "elsewhere"], "give --ship or --no-ship, not both"),
+    ],
+)
+def test_runs_for_studies_are_not_shipped_by_accident(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("it trained first"))
+    assert cli.main(["train", "sd3-mini", "--out", str(tmp_path / "run"), *options]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_only_some_recipes_have_a_choice_of_layers(tmp_path):
+    with pytest.raises(TextlocError, match="ldm-mini has one number of layers"):
+        training.train("ldm-mini", tmp_path / "run", layers=6)
+    assert not (tmp_path / "run").exists()
+
+
 # --- test words are for what is reported -------------------------------------------------------------------------
 
 
