@@ -139,9 +139,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _variant(folder: Path, wanted: str | None) -> str | None:
     """The variant of a component's weights: the one that is wanted, the plain one, or else the one that is there."""
-    pattern = re.compile(r"[\w-]+?(?:\.([\w-]+?))??(?:-\d+-of-\d+)?(?:\.\w+)??\.safetensors")
+    pattern = re.compile(r"[\w-]+?(?:\.([\w-]+?))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
     found = [match for file in folder.glob("*.safetensors") if (match := pattern.fullmatch(file.name))]
-    there = {match[1] or "" for match in found}
+    there = {match[1] or match[2] or "" for match in found}
     return wanted if wanted in there or not there else min(there) or None
 
 
