@@ -119,7 +119,6 @@ types: setup
 	@$(BIN)/mypy
 
 mutants: setup
-	@$(BIN)/python -c "import mutmut" 2>/dev/null || $(PIP) install -c constraints.txt -e ".[dev]"
 	@$(BIN)/python scripts/mutants.py $(MODULE) --jobs $(JOBS)
 
 # A fresh environment from the ranges of pyproject.toml alone becomes the lock. `make test` then says whether all still
@@ -131,7 +130,7 @@ pins: $(VENV)/bin/python
 	@rm -rf _build/pins && $(BIN)/python -m venv _build/pins
 	@_build/pins/bin/python -m pip -qq install --no-index --no-deps "$(TORCH_RANGE)" 2>/dev/null || \
 	  _build/pins/bin/python -m pip -qq install --index-url https://download.pytorch.org/whl/cpu --no-deps "$(TORCH_RANGE)"
-	@_build/pins/bin/python -m pip -qq install -e ".[book,ocr,test,dev]"
+	@_build/pins/bin/python -m pip -qq install -e ".[book,ocr,test]"
 	@_build/pins/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel >_build/pins/frozen
 	@{ sed -n '/^#/p' constraints.txt; sed 's/+[a-z0-9.]*$$//' _build/pins/frozen | LC_ALL=C sort -f; } >_build/constraints.txt
 	@mv _build/constraints.txt constraints.txt && rm -rf _build/pins

@@ -17,12 +17,13 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNTED = ("killed", "timeout", "segfault", "survived", "suspicious", "no tests")
+ALIVE = ("survived", "suspicious", "no tests")
+COUNTED = ("killed", "timeout", "segfault", *ALIVE)
 CONFIGURATION = """
 [tool.mutmut]
 source_paths = ["textloc_utils"]
 only_mutate = ["textloc_utils/{module}.py"]
-do_not_mutate_patterns = ["raise [A-Za-z]*Error"]
+do_not_mutate_patterns = ["raise [A-Za-z_]*Error"]
 pytest_add_cli_args = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
 pytest_add_cli_args_test_selection = {tests}
 timeout_constant = 60.0
@@ -48,21 +49,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("module", choices=sorted(modules))
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
-    parser.add_argument("--only", default="*", metavar="NAME", help="functions whose names fit this pattern (all)")
+    parser.add_argument("--again", action="store_true", help="only what survived the last time")
     arguments = parser.parse_args()
     module = arguments.module
     work = copied(module, modules[module])
     environment = os.environ | {"TEXTLOC_DATA": str(ROOT / "data"), "TEXTLOC_FLIPS": "20"}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     mutmut = [sys.executable, "-m", "mutmut"]
-    names = f"textloc_utils.{module.replace('/', '.')}.{arguments.only}"
-    ran = subprocess.run([*mutmut, "run", "--max-children", str(arguments.jobs), names], cwd=work, env=environment)
-    told = subprocess.run(
-        [*mutmut, "results", "--all", "true"], cwd=work, env=environment, capture_output=True, text=True
-    )
-    states = dict(line.strip().rsplit(": ", 1) for line in told.stdout.splitlines() if ": " in line)
-    states = {name: state for name, state in states.items() if name.startswith(names.removesuffix("*"))}
-    alive = [name for name, state in states.items() if state in ("survived", "suspicious", "no tests")]
+
+    def results() -> dict[str, str]:
+        told = subprocess.run(
+            [*mutmut, "results", "--all", "true"], cwd=work, env=environment, capture_output=True, text=True
+        )
+        return dict(line.strip().rsplit(": ", 1) for line in told.stdout.splitlines() if ": " in line)
+
+    names = [name for name, state in results().items() if state in ALIVE] if arguments.again else []
+    ran = subprocess.run([*mutmut, "run", "--max-children", str(arguments.jobs), *names], cwd=work, env=environment)
+    states = results()
+    alive = [name for name, state in states.items() if state in ALIVE]
     for name in alive:
         shown = subprocess.run([*mutmut, "show", name], cwd=work, env=environment, capture_output=True, text=True)
         changed = [line for line in shown.stdout.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]

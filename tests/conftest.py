@@ -37,7 +37,7 @@ FULL = {
     "test_explorer.py",
     "test_families.py",
     "test_full_size_benchmark.py",
-    "test_localize.py",
+    "test_localization.py",
     "test_lora.py",
     "test_lora_study.py",
     "test_miniatures.py",
@@ -46,7 +46,9 @@ FULL = {
     "test_recipes.py",
     "test_safety.py",
     "test_site.py",
-    "test_studies.py",
+    "test_layer_contents.py",
+    "test_sweeps.py",
+    "test_training_seeds.py",
     "test_training.py",
 }
 

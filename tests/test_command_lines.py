@@ -207,7 +207,7 @@ def at(tmp_path, monkeypatch):
         REACHED.append(True)
         raise Reached("reached")
 
-    for place in ("models.load", "studies.load", "miniatures.training.train", "notebooks.execute"):
+    for place in ("models.load", "training_seeds.load", "miniatures.training.train", "book.notebooks.execute"):
         monkeypatch.setattr(f"textloc_utils.{place}", reached)
     monkeypatch.chdir(tmp_path)
     return tmp_path

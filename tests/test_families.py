@@ -11,8 +11,9 @@ import pytest
 import tiny
 import torch
 
-from textloc_utils import models
+from textloc_utils import models, onestep
 from textloc_utils.patching import Patch, patched
+from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 
 SOURCE, TARGET = 'A red sign that says "HELLO".', 'A red sign that says "WORLD".'
@@ -27,10 +28,10 @@ def get():
     return lambda name: built.setdefault(name, families.model(name)) if name not in built else built[name]
 
 
-def latents(model, prompts, guidance, **other):
-    """What the pipeline draws for prompts that share one noise, before any autoencoder: (rows, ...)."""
+def latents(model, prompts, guidance, seeds=(), **other):
+    """What the pipeline draws for prompts, of one noise without ``seeds``, before any autoencoder: (rows, ...)."""
     arguments = model.call_arguments(prompts, steps=3, guidance=guidance, negative_prompt=None) | other
-    generators = [torch.Generator().manual_seed(7) for _ in prompts]
+    generators = [torch.Generator().manual_seed(s) for s in seeds or [7] * len(prompts)]
     with model.starting_from(None, guidance):
         out = model.pipe(**arguments, generator=generators, output_type="latent", return_dict=False)[0]
     return torch.stack(list(out))
@@ -79,7 +80,10 @@ def test_no_token_of_the_picture_is_touched(get, name):
     seen, tokens = {}, []
 
     def listen(site):
-        return lambda module, args, out: seen.setdefault(site, (module.forward(*args), out))
+        def hook(module, args, out):
+            seen.setdefault(site, (module.forward(*args), out))
+
+        return hook
 
     watch = model.denoiser.register_forward_pre_hook(
         lambda m, a, k: tokens.append(models.read_call(m, a, k)), with_kwargs=True
@@ -89,7 +93,7 @@ def test_no_token_of_the_picture_is_touched(get, name):
         for layer in model.layers:
             for site in {layer.key, layer.value}:
                 handles.append(model.denoiser.get_submodule(site).register_forward_hook(listen(site)))
-        latents(model, [SOURCE, longer], scales(model)[0])
+        latents(model, [SOURCE, longer], scales(model)[0], seeds=(7, 8))
     for handle in handles:
         handle.remove()
     call = tokens[0]
@@ -105,19 +109,30 @@ def test_no_token_of_the_picture_is_touched(get, name):
                 assert before.shape[1] - call.tokens == PICTURE.get(name, 16)
                 image = slice(call.tokens, None) if layer.context == models.TEXT_FIRST else slice(-call.tokens)
                 assert torch.equal(after[0, image], before[0, image])
-                assert layer.index == 0 or not torch.equal(before[0, image], before[1, image])
+                assert not torch.equal(before[0, image], before[1, image])
             elif layer.family == models.JOINT:
                 assert before.shape[1] == call.tokens
 
 
-#: Tokens of the picture, where they are not 4 x 4.
-PICTURE = {}
+#: Tokens of the picture, where they are not 4 x 4: padded, or 8 x 8.
+PICTURE = {"z_image": 32, "hunyuan_image": 64, "ernie": 64}
 
 
 def test_every_row_of_the_table_has_a_pipeline_here(get):
     here = {type(get(name).denoiser).__name__ for name in families.BUILDERS}
     here |= {type(tiny.model(name).denoiser).__name__ for name in tiny.BUILDERS}
     assert here == set(models.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwen_image", "z_image", "krea_2", "pixart_sigma"])
+@pytest.mark.parametrize("depth", onestep.DEPTHS)
+def test_cheap_depths(get, name, depth):
+    """Fused maps, negatives in a call of their own, lists of rows, heads of grouped attention, learned variance."""
+    model, pair = get(name), Pair.of(SOURCE, "WORLD", seed=3)
+    table = onestep.effects(model, [pair], depth=depth, levels=(0.0, 0.4))
+    assert list(table.layer) == [*range(len(model.layers))] * 2
+    first = table.effect[table.level == 0.0].abs()
+    assert table.effect.notna().all() and (first > 1e-6).all() and first.max() > 1e-3
 
 
 # --- what cannot be patched is refused --------------------------------------------------------------------------
@@ -162,12 +177,12 @@ def test_heads_of_grouped_attention_are_those_of_keys(get):
 
 def test_a_compiled_denoiser_is_refused():
     pipe = tiny.sd3()
-    pipe.transformer.compile()
+    pipe.transformer._compiled_call_impl = pipe.transformer._call_impl  # as its method compile leaves it
     with pytest.raises(TextlocError, match="the denoiser is compiled"):
         models.wrap(pipe)
     pipe = tiny.sd3()
     model = models.wrap(pipe)
-    pipe.transformer.transformer_blocks[0].compile()
+    pipe.transformer.transformer_blocks[0]._compiled_call_impl = pipe.transformer._call_impl
     with pytest.raises(TextlocError, match="the denoiser is compiled"):
         patched(model, Patch(source=0, target=1, layers=0), 2).__enter__()
 

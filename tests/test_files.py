@@ -149,6 +149,7 @@ for write in (lambda p: files.write_text(p, "x" * 5000), lambda p: files.write_s
 """
 
 
+@pytest.mark.full
 def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path):
     (tmp_path / "old.png").mkdir()
     ran = limited(FULL, tmp_path)

@@ -29,6 +29,32 @@ KNOWN = {
 }
 
 
+#: As above, of the other families' public checkpoints.
+OTHERS = {
+    "flux-schnell": (11_891_178_560, 57),
+    "flux-kontext": (11_901_408_320, 57),
+    "flux2-dev": (32_223_281_152, 56),
+    "flux2-klein": (3_875_544_576, 25),
+    "qwen-image": (20_430_401_088, 60),
+    "qwen-image-2.1": (7_115_124_736, 32),
+    "z-image-turbo": (6_154_908_736, 30),
+    "krea-2": (12_820_073_036, 28),
+    "chroma": (8_899_983_424, 57),
+    "longcat-image": (6_270_668_864, 30),
+    "ovis-image": (7_370_449_728, 33),
+    "aura-flow": (6_858_605_568, 36),
+    "cogview4": (6_369_118_272, 28),
+    "hunyuan-image-2.1": (17_425_795_520, 60),
+    "hidream-i1": (17_105_733_184, 48),
+    "ernie-image": (8_033_490_048, 36),
+    "pixart-sigma": (610_856_096, 28),
+    "sana": (1_604_462_752, 20),
+    "hunyuan-dit": (1_499_952_032, 40),
+    "kandinsky5": (6_022_080_576, 50),
+    "wan": (1_418_996_800, 30),
+}
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_full_size_numbers(name):
     parameters, layers, family = KNOWN[name]
@@ -40,7 +66,18 @@ def test_full_size_numbers(name):
     assert [layer.index for layer in found] == list(range(layers))
     assert json.loads(json.dumps(told)) == told
     assert {"name", "pipeline", "prompt_template", "colours", "trained"} <= told.keys()
-    assert set(KNOWN) <= set(models.FULL_SIZE)
+    assert set(KNOWN) | set(OTHERS) == set(models.FULL_SIZE)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_numbers_of_the_other_families(name):
+    told = models.describe(name)
+    assert (told["parameters"], len(told["text_layers"])) == OTHERS[name]
+    assert told["family"] == (models.JOINT if name not in CROSS else models.CROSS_TRANSFORMER)
+    assert all(0 < share < 0.01 for share in told["kv_share"])
+
+
+CROSS = ("pixart-sigma", "sana", "hunyuan-dit", "kandinsky5", "wan")
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("sdxl", 15_728_640), ("if", 11_899_008), ("sd3", 4_721_664)])

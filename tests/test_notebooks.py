@@ -13,7 +13,8 @@ import nbformat
 import psutil
 import pytest
 
-from textloc_utils import cli, notebooks, settings
+from textloc_utils import cli, settings
+from textloc_utils.book import notebooks
 
 PARAMETERS = 'MODELS = "sd3-mini"\nPRESET = "book"\nSEED = 42'
 SAY = 'import os\nprint(MODELS, PRESET, SEED)\nprint("threads", os.environ["OMP_NUM_THREADS"])'
@@ -242,8 +243,8 @@ def processes(mark: str) -> list[psutil.Process]:
 
 def begin(folder: Path, path: Path, *options, **environment) -> subprocess.Popen:
     """``textloc run`` in a process of its own, with its scratch files in ``folder``."""
-    code = "import sys, pathlib; from textloc_utils import cli, notebooks; notebooks.WORK = pathlib.Path(sys.argv[1]);"
-    code += "sys.exit(cli.main(['run', *sys.argv[2:]]))"
+    code = "import sys, pathlib; from textloc_utils import cli; from textloc_utils.book import notebooks; "
+    code += "notebooks.WORK = pathlib.Path(sys.argv[1]); sys.exit(cli.main(['run', *sys.argv[2:]]))"
     environment = {"TEXTLOC_STARTED": str(folder / "started"), "PYTHONPATH": str(settings.ROOT)} | environment
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder / "work"), str(path), *options],

@@ -211,6 +211,7 @@ needs_rapidocr = pytest.mark.skipif(ocr._rapid_version() is None, reason="the ex
 ENGINES = ["tesseract", pytest.param("rapidocr", marks=needs_rapidocr)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("engine", ENGINES)
 def test_signs_are_read_and_found(engine):
     drawn = [sign for size in signs.SIZES for sign in signs.many(8, size, 77)]

@@ -20,7 +20,9 @@ _EXPORTS = {
     "Patch": "patching",
     "TextlocError": "settings",
     "load": "models",
+    "localize": "localization",
     "patched": "patching",
+    "sweep": "sweeps",
     "wrap": "models",
 }
 

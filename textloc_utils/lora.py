@@ -27,8 +27,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from textloc_utils import files
+from textloc_utils.experiment import fingerprint
 from textloc_utils.generate import conditions, step_generator
-from textloc_utils.localize import fingerprint
 from textloc_utils.models import PROJECTIONS, Model, check_layers, denoise, projections, self_attention, take_rows
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 

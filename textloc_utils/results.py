@@ -175,7 +175,7 @@ class Store:
         try:
             if _digest(text.decode().replace("\r\n", "\n")) != digest:
                 raise ValueError
-            raw = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
+            raw = pd.read_csv(path, dtype=str, na_filter=False)
             table = pd.DataFrame({column: _parse(raw[column], kind) for column, kind in kinds.items()})
         except (ValueError, KeyError):
             raise TextlocError(f"{path} does not fit the digest in {beside.name}; {advice}") from None
@@ -192,18 +192,6 @@ class Store:
         except NotPublishedError:
             return None
         return table if table.attrs["provenance"].get("key") == _plain(key) else None
-
-    def taken_or_made(
-        self, name: str, key: Mapping, make: Callable[[], pd.DataFrame], *, publish: bool = False
-    ) -> pd.DataFrame:
-        """The published table of just this ``key``, or else ``make()``'s; with ``publish`` made and published anew."""
-        table = None if publish else self.load_matching(name, key)
-        if table is None:
-            began = time.monotonic()
-            table = make()
-            if publish:
-                self.publish(name, table, {"key": key, "seconds": round(time.monotonic() - began, 1)})
-        return table
 
     def _published(self) -> str:
         return ", ".join(sorted(p.stem for p in self.root.glob("*.csv"))) or "none"

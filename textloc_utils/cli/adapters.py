@@ -54,13 +54,14 @@ def check_layers(asked: list) -> None:
 
 def layers_of(model, asked: list, seed: int) -> tuple[int, ...]:
     """Text layers by number, ``all``, ``localized`` or ``random`` (as many as are localized, drawn from the others)."""
-    from textloc_utils import localize, lora_study
+    from textloc_utils import lora_study
+    from textloc_utils.experiment import known_layers
 
     if asked == ["all"]:
         return tuple(range(len(model.layers)))
     if asked not in (["localized"], ["random"]):
         return tuple(sorted(set(asked)))
-    layers = localize.known_layers(model)
+    layers = known_layers(model)
     return layers if asked == ["localized"] else lora_study.random_layers(model, layers, seed)
 
 
@@ -132,7 +133,8 @@ def _eval(args) -> None:
     prompts.long_prompts(args.words, args.seed)
     spec = options.spec_of(args)
     reader = ocr.check_reader(spec.height)
-    table = lora_study.evaluate(options.loaded(args, spec), args.adapter, args.words, args.seed)
+    run = options.experiment(args, options.loaded(args, spec))
+    table = lora_study.evaluate(run, args.adapter, args.words, args.seed)
     if args.json:
         print(json.dumps(table.to_dict("records"), indent=1))
         return

@@ -42,7 +42,8 @@ def add(commands) -> None:
 
 
 def _edit(args) -> int:
-    from textloc_utils import edit, localize, models, ocr
+    from textloc_utils import edit, models, ocr
+    from textloc_utils.experiment import known_layers
 
     if args.image and args.noises > 1:
         raise TextlocError("a given picture has one noise, which is sought; leave out --noises or --image")
@@ -54,7 +55,7 @@ def _edit(args) -> int:
     reader = ocr.check_reader(spec.height, [pair.source_text, pair.target_text])
     model = options.loaded(args, spec)
     models.check_pairs(model, [pair])
-    method = edit.localized(args.layers or localize.known_layers(model), args.start)
+    method = edit.localized(args.layers or known_layers(model), args.start)
     reports = []
     for i in range(args.noises):
         mine = replace(pair, seed=args.seed + i)

@@ -44,7 +44,7 @@ def _add_run(commands) -> None:
 
 
 def _run(args) -> None:
-    from textloc_utils import notebooks
+    from textloc_utils.book import notebooks
 
     parameters = {}
     if args.models:
@@ -75,7 +75,7 @@ def _add_strip(commands) -> None:
 
 
 def _strip(args) -> None:
-    from textloc_utils import notebooks
+    from textloc_utils.book import notebooks
 
     for path in args.notebooks:
         notebooks.read(path)  # none is changed where another is no notebook

@@ -222,6 +222,14 @@ def loaded(args, spec=None):
     return replace(model, spec=replace(model.spec, **asked)) if asked else model
 
 
+def experiment(args, model, **settings):
+    """The experiment of a command on its model, with what its options say and a preset's ``settings``."""
+    from textloc_utils.experiment import Experiment
+
+    asked = {name: getattr(args, name, None) for name in ("steps", "guidance", "negative_prompt", "publish")}
+    return Experiment.of(model, progress=progress(), **settings | {k: v for k, v in asked.items() if v is not None})
+
+
 def progress() -> bool:
     """Whether a bar is shown: on a terminal, by the first of several processes."""
     return sys.stderr.isatty() and rank() == 0

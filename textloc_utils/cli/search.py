@@ -67,7 +67,7 @@ def _pairs(args) -> list:
 
 
 def _localize(args) -> None:
-    from textloc_utils import localize, models, ocr
+    from textloc_utils import localization, models, ocr
 
     if args.publish and args.noises > 1:
         raise TextlocError("a published table has one noise per pair; leave out --noises or --publish")
@@ -76,20 +76,16 @@ def _localize(args) -> None:
     reader = ocr.check_reader(spec.height, [text for pair in chosen for text in (pair.source_text, pair.target_text)])
     model = options.loaded(args, spec)
     models.check_pairs(model, chosen)
-    how = {"share": args.reach, "budget": args.budget, "steps": args.steps or work.steps}
-    found = localize.search(model, chosen, how=args.search, progress=options.progress(), **how)
+    run = options.experiment(args, model, steps=work.steps)
+    found = localization.localize(run, chosen, how=args.search, share=args.reach, budget=args.budget)
     if options.rank():
         return
-    if args.publish:
-        localize.publish(model, chosen, found, **how)
     if args.json:
         print(json.dumps(asdict(found) | {"reader": reader}, indent=1))
         return
     for layer, effect in enumerate(found.effects):
         mark = "*" if layer in found.layers else " "
         print(f"{mark} {layer:>3}  {effect:6.2f}  {'#' * round(40 * max(0.0, effect))}")
-    print(f"layers {' '.join(map(str, found.layers))}: {found.share:.2%} of the denoiser's parameters")
+    print(found)
     if found.score is not None:
-        print(f"target text score {found.score}, read by {reader}")
-    print(f"share of the effect of all layers {found.reached}; confidence {found.confidence:.2f}")
-    print(f"{found.row_evaluations:,} denoiser row evaluations, {found.seconds:.0f} s")
+        print(f"read by {reader}")

@@ -33,14 +33,13 @@ def _add_contents(studies) -> None:
 
 
 def _contents(args) -> None:
-    from textloc_utils import localize, studies
+    from textloc_utils import layer_contents, sweeps
 
-    work, model = preset(args.preset), _model(args)
-    layers = args.layers or localize.known_layers(model)
-    drawing = {"steps": work.steps, "progress": options.progress(), "publish": args.publish}
-    for name in args.tables or studies.STUDIES:
+    run, work, layers = _experiment(args)
+    for name in args.tables or layer_contents.STUDIES:
         print(f"{name}, layers {' '.join(map(str, layers))}")
-        _print_effects(localize.effect_intervals(studies.study(model, name, layers, work.pairs, args.seed, **drawing)))
+        table = layer_contents.study(run, name, layers, work.pairs, args.seed)
+        _print_effects(sweeps.effect_intervals(table))
     _print_reader(args)
 
 
@@ -65,11 +64,11 @@ def _add_seeds(studies) -> None:
 
 
 def _seeds(args) -> None:
-    from textloc_utils import models, ocr, studies
+    from textloc_utils import models, ocr, training_seeds
 
     args.reader = ocr.check_reader(models.spec(args.model).height)
     runs, n = [Path(run) for run in args.runs], preset(args.preset).pairs
-    table = studies.publish_seeds(args.model, runs, n, args.seed, progress=options.progress())
+    table = training_seeds.publish(args.model, runs, n, args.seed, progress=options.progress())
     for seed, part in table.groupby("training_seed", sort=False):
         print(f"training seed {seed}: layers {' '.join(map(str, part.layer[part.chosen]))}")
         _print_effects(part.assign(site="layer " + part.layer.astype(str)))
@@ -94,15 +93,13 @@ def _add_edit(studies) -> None:
 
 
 def _edit(args) -> None:
-    from textloc_utils import edit, localize, prompts
+    from textloc_utils import edit, prompts
 
-    work, model = preset(args.preset), _model(args)
-    layers = args.layers or localize.known_layers(model)
+    run, work, layers = _experiment(args)
     for name in args.tables:
         pairs = edit.held_out_pairs(args.pairs or (work.pairs if name == "curve" else work.edits), args.seed)
         pairs = prompts.with_noises(pairs, args.noises or work.noises)
-        drawing = {"steps": work.steps, "progress": options.progress(), "publish": args.publish}
-        table = edit.table(model, name, layers, pairs, **drawing)
+        table = edit.table(run, name, layers, pairs)
         print(f"{name}, layers {' '.join(map(str, layers))}")
         columns = ["method", "start", "share", "n", "f1", "cer", "exact", "ssim", "ssim_outside", "psnr_outside"]
         print(edit.summarise(table)[columns].round(3).to_string(index=False))
@@ -121,15 +118,13 @@ def _add_guard(studies) -> None:
 
 
 def _guard(args) -> None:
-    from textloc_utils import safety
+    from textloc_utils import metrics, safety
 
-    work, model = preset(args.preset), _model(args)
-    drawing = {"layers": args.layers, "steps": work.steps, "progress": options.progress(), "publish": args.publish}
-    noises = args.noises or work.noises
-    table = safety.measure(model, work.toxic, args.seed, noises=noises, **drawing)
+    run, work, layers = _experiment(args)
+    table = safety.measure(run, work.toxic, args.seed, layers=layers, noises=args.noises or work.noises)
     for row in safety.summarise(table).itertuples():
         print(
-            f"{row.method:<16} toxic text {row.exact:.3f} [{row.exact_low:.3f}, {row.exact_high:.3f}]  "
+            f"{row.method:<16} toxic text {metrics.span(row.exact, row.exact_low, row.exact_high)}  "
             f"SSIM outside {row.ssim_outside:.3f}  extra rows {row.extra:.0%}  {row.seconds:.2f} s"
         )
     guarded = table[(table.kind == "harmless") & (table.method == "guard")]
@@ -153,8 +148,8 @@ def _lora(args) -> None:
     adapters.check_layers(args.layers)
     work, model = preset(args.preset), _model(args)
     layers = adapters.layers_of(model, args.layers, args.seed)
-    drawing = {"steps": work.steps, "progress": options.progress(), "publish": args.publish}
-    adapters.print_scores(lora_study.study(model, layers, work.sweep_pairs, args.seed, **drawing))
+    run, training = options.experiment(args, model, steps=work.steps), lora_study.shared(work.steps)
+    adapters.print_scores(lora_study.study(run, layers, work.sweep_pairs, args.seed, training=training))
     _print_reader(args)
 
 
@@ -165,6 +160,14 @@ def _model(args):
     spec = options.spec_of(args)
     args.reader = ocr.check_reader(spec.height)
     return options.loaded(args, spec)
+
+
+def _experiment(args):
+    """The experiment, its preset, and the localized layers."""
+    from textloc_utils.experiment import known_layers
+
+    work, model = preset(args.preset), _model(args)
+    return options.experiment(args, model, steps=work.steps), work, args.layers or known_layers(model)
 
 
 def _print_reader(args) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from textloc_utils import files, metrics, models, ocr, plots, prompts
+from textloc_utils import files, metrics, models, ocr, prompts
+from textloc_utils.book import plots
 from textloc_utils.generate import generate
 from textloc_utils.miniatures import evaluation, factors, world
 from textloc_utils.miniatures.training import EARLY_RANGE, recipe

@@ -136,7 +136,7 @@ def _factors(picture: np.ndarray, text: str, typeface: str, column: int, dy: int
     colour = np.median(ground, axis=0)
     # Nearer to the sign's colour than to anything seen above and below every sign: 1, the other way round: -1.
     differ, covers = _outlines(dy)
-    wall = np.concatenate([picture[:world.EDGE], picture[-world.EDGE:]]).reshape(-1, 3)
+    wall = np.concatenate([picture[: world.EDGE], picture[-world.EDGE :]]).reshape(-1, 3)
     shades = wall[np.linspace(0, len(wall) - 1, SHADES).astype(int)]
     pixels = picture[differ]
     distance = np.linalg.norm(pixels - colour, axis=1)
@@ -166,7 +166,7 @@ def _outlines(dy: int) -> tuple[np.ndarray, np.ndarray]:
 def _features(x: np.ndarray) -> np.ndarray:
     """Numbers by which materials are told apart, (n, 12), of the rows that no sign reaches."""
     out = []
-    for rows in (x[:, :world.EDGE], x[:, -world.EDGE:]):
+    for rows in (x[:, : world.EDGE], x[:, -world.EDGE :]):
         across, down = np.abs(np.diff(rows, axis=2)).mean((1, 2, 3)), np.abs(np.diff(rows, axis=1)).mean((1, 2, 3))
         out.append(np.column_stack([rows.mean((1, 2)), rows.std((1, 2)), across, down]))
     return np.mean(out, axis=0)

@@ -113,7 +113,7 @@ class Model:
         row = self.architecture
         fixed = type(self.pipe).__name__ in ("LDMTextToImagePipeline", "IFPipeline")
         out = []
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"):
+        for name in ("tokenizer", "processor", "tokenizer_2", "tokenizer_3", "tokenizer_4"):
             tokenizer = getattr(self.pipe, name, None)
             if tokenizer is None or name in row.pooling:
                 continue

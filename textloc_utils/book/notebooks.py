@@ -271,7 +271,7 @@ def _inputs() -> str:
 
 
 def _package() -> list[Path]:
-    return sorted(Path(__file__).parent.rglob("*.py"))
+    return sorted(Path(__file__).parents[1].rglob("*.py"))
 
 
 def _cells(path: Path) -> list[dict]:
