@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from textloc_utils import cli, models, ocr, prompts
+from textloc_utils import cli, edit, localization, models, ocr, prompts
 from textloc_utils.settings import PRESETS, TextlocError, data_dir
 
 HELLO = 'A red sign on a blue wall that says "HELLO".'
@@ -41,7 +41,7 @@ def test_generate_writes_what_it_prints(tmp_path):
     rows = json.loads(done.stdout)
     assert rows == json.loads((tmp_path / "out" / "images.json").read_text())
     assert [r["prompt"] for r in rows] == asked and {r["seed"] for r in rows} == {7}
-    assert all(set(r) == {"prompt", "seed", "file", "ocr", "reader"} for r in rows)
+    assert all(set(r) == {"prompt", "seed", "file", "ocr", "text_found", "reader"} for r in rows)
     assert {r["reader"] for r in rows} == {ocr.reader("tesseract")}
     assert Image.open(tmp_path / "out" / rows[0]["file"]).size == (128, 64)
     assert sorted(os.listdir(tmp_path / "out")) == ["000.png", "001.png", "images.json"]
@@ -212,9 +212,10 @@ def test_what_a_model_cannot_tell_apart_is_one_line(tmp_path, capsys):
     assert "cannot read" in said  # the reader is asked before the model is loaded
     model = models.load("sd3-mini", device="cpu")
     (pair,) = prompts.load_pairs(file, 1)
-    with pytest.raises(TextlocError, match="reads the same in"):
-        models.check_pairs(model, [pair])
-    models.check_pairs(model, prompts.make_pairs(8))
+    for ask in (lambda: localization.localize(model, [pair]), lambda: edit.report(model, pair, edit.localized([4]))):
+        with pytest.raises(TextlocError, match="reads the same in"):
+            ask()
+    models.check_distinct(model, prompts.make_pairs(8))
 
 
 def test_a_miniature_has_one_size(tmp_path, capsys):

@@ -303,5 +303,11 @@ def test_a_mistyped_folder_is_told_from_a_repository(at, capsys):
     assert answer([*words, "owner/sdxl"], capsys) and REACHED
 
 
+def test_a_negative_prompt_that_nothing_reads_is_refused(at, capsys):
+    words = ["generate", "sd3-mini", HELLO, "--out", str(at / "out"), "--negative-prompt", "A wall", "--guidance"]
+    assert "guidance above 1" in answer([*words, "1"], capsys) and not REACHED
+    assert answer([*words, "2"], capsys) and REACHED
+
+
 def test_names_without_the_import_are_those_of_the_package():
     assert tuple(prompts.SETS) == options.SETS

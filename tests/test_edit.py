@@ -15,7 +15,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from PIL import Image
 from torch.nn import functional as F
 
-from textloc_utils import cli, edit, experiment, metrics, models, prompts
+from textloc_utils import cli, edit, experiment, metrics, models, ocr, prompts
+from textloc_utils.cli import editing
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import generate
 from textloc_utils.miniatures import scenes
@@ -409,6 +410,7 @@ def test_the_quoted_text_is_replaced():
     ],
 )
 def test_a_failed_edit_says_so(read, ssim, said):
+    assert "though there is some" in edit.failure("HELLO", "", pair(), 0.9, found=True)
     told = edit.failure("HELLO", read, pair(), ssim)
     assert told is None if said is None else said in told
 
@@ -455,7 +457,7 @@ def test_the_command_edits_a_given_picture(tmp_path, capsys):
 def test_an_edit_that_changed_nothing_has_its_own_exit_status(tmp_path, capsys):
     about = ["--prompt", RIVER, "--to", "STONE", "--seed", 1, "--layers", 0, "--out", tmp_path]
     status, printed, err = run(capsys, *about)
-    assert status == cli.EDIT_FAILED == 3 and "RIVER -> RIVER" in printed
+    assert status == editing.FAILED == 3 and "RIVER -> RIVER" in printed
     assert err == "textloc: nothing changed: the picture still says RIVER\n" and (tmp_path / "edit.png").is_file()
 
 
@@ -467,8 +469,8 @@ def test_bad_input_is_one_line_before_the_model_runs(tmp_path, capsys, monkeypat
     def forbidden(*args, **kwargs):
         raise AssertionError("the model ran")
 
-    for room in (edit.inversion, edit.method):
-        monkeypatch.setattr(room, "generate", forbidden)
+    monkeypatch.setattr(edit.inversion, "generate", forbidden)
+    monkeypatch.setattr(Experiment, "draw", forbidden)
     for change, said in (
         ({"--prompt": "a sign"}, "double quotes"),
         ({"--to": " "}, "empty"),
@@ -494,13 +496,27 @@ def test_bad_input_is_one_line_before_the_model_runs(tmp_path, capsys, monkeypat
 def test_the_command_makes_tables(capsys, monkeypatch, mini):
     asked = {}
 
-    def table(model, name, layers, pairs, **options):
-        asked[name] = (tuple(layers), len(pairs), options["publish"])
+    def table(run, name, layers, pairs):
+        asked[name] = (tuple(layers), len(pairs), run.publish)
         about = dict.fromkeys(edit.SCORES, 0.5)
         return pd.DataFrame([row | about for row in made_up().to_dict("records")])
 
     monkeypatch.setattr(edit, "table", table)
-    status, printed, _ = run(capsys, "--table", "methods", "curve", "--layers", 4, 5, "--publish")
+    command = ["study", "edit", "sd3-mini", "--device", "cpu", "--tables", "methods", "curve", "--layers", "4", "5"]
+    status, printed = cli.main([*command, "--publish"]), capsys.readouterr().out
     assert status == 0 and asked == {"methods": ((4, 5), 100, True), "curve": ((4, 5), 48, True)}
-    assert "localized" in printed and "0.5" in printed
-    assert run(capsys, "--table", "given", "--pairs", 0)[0] == 2
+    assert "localized" in printed and "0.5" in printed and "read by tesseract" in printed
+    asked.clear()
+    assert cli.main([*command[:-3], "--preset", "paper", "--layers", "4"]) == 0
+    assert {name: n for name, (_, n, _) in asked.items()} == {"methods": 1200, "curve": 800}
+
+
+def test_the_command_edits_from_several_noises(tmp_path, capsys):
+    """A folder for each seed, and one line for all edits that failed."""
+    about = ["--prompt", RIVER, "--to", "STONE", "--layers", 0, "--steps", 2, "--noises", 2, "--out", tmp_path / "out"]
+    status, printed, err = run(capsys, *about, "--json")
+    reports = json.loads(printed)
+    assert status == editing.FAILED and err.count("\n") == 1 and "(and 1 more of 2 noises)" in err
+    assert [r["seed"] for r in reports] == [42, 43] and {r["reader"] for r in reports} == {ocr.reader("tesseract")}
+    for report in reports:
+        assert report == json.loads((tmp_path / "out" / f"seed-{report['seed']}" / "edit.json").read_text())

@@ -258,9 +258,10 @@ def test_bad_input_of_an_adapter_is_one_line(tmp_path, capsys):
         (["train", "sd3-mini", "--layers", "4", "--steps", 0, *out], "steps"),
         (["train", "sd3-mini", "--layers", "4", "--data", tmp_path / "empty", *out], "file_name and text"),
         (["eval", "sd3-mini", "--adapter", tmp_path / "none"], "textloc lora train"),
-        (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 0], "asked for 0"),
+        (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 0], "from 1 to"),
     ):
         assert said in fails(capsys, "lora", *arguments, "--device", "cpu")
+    assert "0 to 11" in fails(capsys, "study", "lora", "sd3-mini", "--layers", "12", "--device", "cpu")
     assert not (tmp_path / "out").exists()
 
 
@@ -270,7 +271,8 @@ def test_the_command_prints_a_line_per_run(capsys, monkeypatch):
     monkeypatch.setattr(lora_study, "SCENES", 2)
     assert cli.main(["study", "lora", "sd3-mini", "--layers", "4", "--preset", "smoke", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 2 * 3 * len(lora_study.SEEDS) and "0.250" in lines[-1] and "before" in lines[1]
+    assert len(lines) == 1 + 1 + 2 * 3 * len(lora_study.SEEDS) + 1 and "0.250" in lines[-2] and "before" in lines[1]
+    assert lines[-1].startswith("read by tesseract")
 
 
 def _report(model, training):

@@ -181,7 +181,7 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, capsys, monkeypatch):
         ([path, "--models", "sd4", "--out", tmp_path / "out"], "unknown model 'sd4'"),
         ([bare, "--seed", "1", "--out", tmp_path / "out"], "no cell tagged parameters"),
         ([path, path], "same name"),
-        ([path, "--jobs", "0"], "at least one job"),
+        ([path, "--jobs", "0"], "from 1 to 256"),
     ):
         assert cli.main(["run", *map(str, arguments)]) == 2
         out, err = capsys.readouterr()

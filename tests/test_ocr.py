@@ -276,3 +276,31 @@ def test_full_size_pictures_are_read_without_the_extra(monkeypatch):
         ocr.readings([np.zeros((256, 256, 3), np.uint8)], engine="rapidocr")
     with pytest.raises(TextlocError, match="unknown reader"):
         ocr.engine_of(512, "ocrmac")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_outside_the_text_means_the_same_for_full_size_pictures(engine, monkeypatch):
+    """Another text on the same sign is no change outside the text; another wall is."""
+    monkeypatch.setattr(ocr, "engine_of", lambda height, asked="auto", known=engine: known)
+    font = ImageFont.truetype(os.path.join(scenes.matplotlib.get_data_path(), "fonts/ttf", scenes.TYPEFACE), 60)
+
+    def sign(text):
+        page = Image.new("RGB", (512, 512), (90, 140, 200))
+        brush = ImageDraw.Draw(page)
+        brush.rectangle((60, 160, 450, 330), (240, 240, 235), (20, 20, 20), 5)
+        brush.text((255, 245), text, (20, 20, 20), font, anchor="mm")
+        return degrade(np.asarray(page)[None], 0.7, 5)[0]
+
+    source, other = sign("COFFEE"), sign("BAKERIES")
+    wall = np.where(ocr.outside_text(ocr.readings([source]), 512, 512)[:, :, None], 255 - source, source)
+    mask = ocr.outside(None, np.stack([other, wall]), source)
+    assert mask.shape == (2, 512, 512) and mask.mean() > 0.5
+    plain = np.broadcast_to(source, (2, 512, 512, 3))
+    same, changed = metrics.mse(np.stack([other, wall]), plain, mask)
+    assert same < 0.05 * metrics.mse(other, source) and changed > 100 * same
+    assert ocr.outside((1, 2, 3, 4), source[None, :64, :128], source[:64, :128]).sum() == 64 * 128 - 4
+
+
+def test_text_that_covers_everything_leaves_the_whole_picture_to_compare():
+    everywhere = ocr.Reading(text="", boxes=((0, 0, 64, 64),), reader="")
+    assert ocr.outside_text([everywhere], 64, 64).all()

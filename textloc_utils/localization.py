@@ -22,7 +22,7 @@ from scipy import stats
 from textloc_utils import metrics, onestep, sweeps
 from textloc_utils.experiment import Experiment, check_pairs, digest_of, published_store
 from textloc_utils.generate import rows_per_call
-from textloc_utils.models import Model, key_value_numbers
+from textloc_utils.models import Model, check_distinct, key_value_numbers
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer, joined, single_layers, together
@@ -140,6 +140,7 @@ def localize(
     before anything is drawn.
     """
     experiment, pairs = Experiment.of(subject, **settings), check_pairs(pairs)
+    check_distinct(experiment.model, pairs)
     if how not in SEARCHES:
         raise TextlocError(f"unknown search {how!r}; allowed: {', '.join(SEARCHES)}")
     if not 0 < share <= 1:
@@ -288,12 +289,7 @@ def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budge
 
 
 def _race(
-    drawn: _Drawn,
-    sets: list[tuple[int, ...]],
-    pairs: Sequence[Pair],
-    share: float,
-    limit: float,
-    seen: int,
+    drawn: _Drawn, sets: list[tuple[int, ...]], pairs: Sequence[Pair], share: float, limit: float, seen: int
 ) -> tuple[tuple[int, ...] | None, int]:
     """The smallest of the sets that reaches the share, None if none does, and the number of pairs it was drawn on."""
     alive, n = list(sets), max(seen, min(FIRST, len(pairs)))
@@ -369,13 +365,7 @@ def parameter_share(model: Model, layers: Sequence[int]) -> float:
 
 
 def _found(
-    how: str,
-    layers: tuple[int, ...],
-    effects: np.ndarray,
-    drawn: _Drawn,
-    share: float,
-    pairs: int,
-    rows: float,
+    how: str, layers: tuple[int, ...], effects: np.ndarray, drawn: _Drawn, share: float, pairs: int, rows: float
 ) -> Found:
     compared = [tuple(map(int, name.split())) for name in drawn.effects if name != "all"]
     values = {s: drawn.reached(s)[1:] for s in compared}

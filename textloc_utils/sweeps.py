@@ -136,7 +136,7 @@ def patch_pair(
         for site, text in zip(shown, ocr.read(pictures), strict=True)
     ]
     if source:
-        mask = metrics.outside(model.spec.text_box, *pictures.shape[1:3])
+        mask = ocr.outside(model.spec.text_box, pictures, pictures[0])
         plain = np.broadcast_to(pictures[:1], pictures.shape)
         ssim = metrics.ssim(pictures, plain, mask)
         psnr = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)

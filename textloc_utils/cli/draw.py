@@ -56,8 +56,8 @@ def _generate(args) -> None:
     seeds = [args.seed + i for _ in args.prompt for i in range(args.noises)]
     drawing = {"guidance": args.guidance, "negative_prompt": args.negative_prompt, "steps": args.steps}
     made = generate.generate(model, asked, seeds, progress=options.progress(), **drawing)
-    more = [{"reader": reader}] * len(asked)
     found = ocr.readings(made.images)
+    more = [{"text_found": reading.found, "reader": reading.reader} for reading in found]
     rows = generate.save(args.out, made, asked, seeds, [reading.text for reading in found], more=more)
     if args.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))

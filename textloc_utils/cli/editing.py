@@ -42,7 +42,7 @@ def add(commands) -> None:
 
 
 def _edit(args) -> int:
-    from textloc_utils import edit, models, ocr
+    from textloc_utils import edit, ocr
     from textloc_utils.experiment import known_layers
 
     if args.image and args.noises > 1:
@@ -54,13 +54,12 @@ def _edit(args) -> int:
     picture = edit.open_picture(args.image, spec) if args.image else None
     reader = ocr.check_reader(spec.height, [pair.source_text, pair.target_text])
     model = options.loaded(args, spec)
-    models.check_pairs(model, [pair])
     method = edit.localized(args.layers or known_layers(model), args.start)
-    reports = []
+    run, reports = options.experiment(args, model), []
     for i in range(args.noises):
         mine = replace(pair, seed=args.seed + i)
-        before, after, report = edit.report(model, mine, method, picture, steps=args.steps)
-        reports.append(report | {"reader": reader})
+        before, after, report = edit.report(run, mine, method, picture)
+        reports.append(report)
         folder = args.out if args.noises == 1 else args.out / f"seed-{mine.seed}"
         edit.save(folder, before, after, reports[-1])
         if not args.json:

@@ -193,7 +193,10 @@ def spec_of(args):
     given = {name: value for name, value in given.items() if value is not None}
     if spec.miniature and {"height", "width"} & given.keys():
         raise TextlocError(f"{spec.name} draws pictures of {spec.width}x{spec.height} pixels only; leave out the size")
-    return replace(spec, **given)
+    chosen = replace(spec, **given)
+    if getattr(args, "negative_prompt", None) and spec.miniature and chosen.guidance <= 1:
+        raise TextlocError(f"a negative prompt is read with a guidance above 1 only, got {chosen.guidance:g}")
+    return chosen
 
 
 def check_model_path(text: str | None, spec) -> None:
@@ -219,6 +222,8 @@ def loaded(args, spec=None):
     model = models.load(args.model, device=process_device(args.device), model_path=args.model_path, **options)
     drawing = {name: getattr(spec, name) for name in ("steps", "guidance", "height", "width")}
     asked = {name: value for name, value in drawing.items() if getattr(args, name, None) is not None}
+    if getattr(args, "negative_prompt", None) and model.evaluations(spec.guidance) < 2:
+        raise TextlocError(f"{spec.name} reads no negative prompt at a guidance of {spec.guidance:g}")
     return replace(model, spec=replace(model.spec, **asked)) if asked else model
 
 

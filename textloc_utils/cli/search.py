@@ -67,7 +67,7 @@ def _pairs(args) -> list:
 
 
 def _localize(args) -> None:
-    from textloc_utils import localization, models, ocr
+    from textloc_utils import localization, ocr
 
     if args.publish and args.noises > 1:
         raise TextlocError("a published table has one noise per pair; leave out --noises or --publish")
@@ -75,7 +75,6 @@ def _localize(args) -> None:
     spec = options.spec_of(args)
     reader = ocr.check_reader(spec.height, [text for pair in chosen for text in (pair.source_text, pair.target_text)])
     model = options.loaded(args, spec)
-    models.check_pairs(model, chosen)
     run = options.experiment(args, model, steps=work.steps)
     found = localization.localize(run, chosen, how=args.search, share=args.reach, budget=args.budget)
     if options.rank():

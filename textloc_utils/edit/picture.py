@@ -16,7 +16,7 @@ from textloc_utils.edit.method import Method, edit
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import check_seeds
 from textloc_utils.miniatures import scenes
-from textloc_utils.models import Model, ModelSpec, check_layers, check_prompts
+from textloc_utils.models import Model, ModelSpec, check_distinct, check_layers, check_prompts
 from textloc_utils.prompts import LETTERS, Pair, quoted_text, replace_text
 from textloc_utils.settings import TextlocError
 
@@ -59,12 +59,12 @@ def open_picture(path: str | Path, spec: ModelSpec) -> np.ndarray:
 
 
 def picture_scores(model: Model, pictures: np.ndarray, source: np.ndarray) -> list[dict[str, float]]:
-    """How much of a source picture (H, W, 3) each of the pictures (n, H, W, 3) keeps, whole and outside the text box.
+    """How much of a source picture (H, W, 3) each of the pictures (n, H, W, 3) keeps, whole and outside the text.
 
     Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``.
     """
     plain = np.broadcast_to(source, pictures.shape)
-    parts = {"": None, "_outside": metrics.outside(model.spec.text_box, *source.shape[:2])}
+    parts = {"": None, "_outside": ocr.outside(model.spec.text_box, pictures, source)}
     columns = {}
     for end, mask in parts.items():
         columns[f"ssim{end}"] = metrics.ssim(pictures, plain, mask)
@@ -73,17 +73,17 @@ def picture_scores(model: Model, pictures: np.ndarray, source: np.ndarray) -> li
     return pd.DataFrame(columns).to_dict("records")
 
 
-def failure(before: str, after: str, pair: Pair, ssim_outside: float) -> str | None:
+def failure(before: str, after: str, pair: Pair, ssim_outside: float, *, found: bool = False) -> str | None:
     """What is wrong with an edit, in one line; None where it says the new text and the picture was kept.
 
-    ``before`` and ``after`` are what is read from the two pictures.
+    ``before`` and ``after`` are what is read from the two pictures, ``found`` whether the second one shows any text.
     """
     if ssim_outside < KEPT:
         return f"the picture was lost: outside the text its SSIM to the old one is {ssim_outside:.2f}, below {KEPT}"
     if metrics.exact_match(after, pair.target_text):
         return None
     if not after:
-        return f"no text is read, not {pair.target_text}"
+        return f"no text is read{', though there is some' if found else ''}, not {pair.target_text}"
     if metrics.exact_match(after, before):
         return f"nothing changed: the picture still says {after}"
     return f"the picture says {after}, not {pair.target_text}"
@@ -99,14 +99,15 @@ def report(
     """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3).
 
     ``settings`` are those of ``experiment.Experiment``. Returns the pictures before and after, and a report on them.
-    The report's keys: source, target, seed, method, layers, start, before and after (read by OCR), failure
-    (:func:`failure`), those of :func:`picture_scores`, row_evaluations and seconds, inversion included; for a given
-    picture also round_trip, the scores of what the source prompt draws from the inverted noise.
+    The report's keys: source, target, seed, method, layers, start, before and after (read by OCR), reader (its name and
+    version), failure (:func:`failure`), those of :func:`picture_scores`, row_evaluations and seconds, inversion
+    included; for a given picture also round_trip, the scores of what the source prompt draws from the inverted noise.
     """
     run, found = Experiment.of(subject, **settings), None
     model = run.model
     check_seeds([pair.seed])
     check_prompts(model, [pair.source, pair.target])
+    check_distinct(model, [pair])
     check_layers(model, method.patch.layers if method.patch is not None else ())
     last = run.steps - 1
     if method.patch is not None and not 0 <= method.patch.start <= last:
@@ -115,7 +116,8 @@ def report(
         found = invert(model, picture[None], [pair.source], steps=run.steps)
     made = edit(run, pair, method, noise=found and found.noise)
     before = made.before if picture is None else picture
-    read = ocr.read([before, made.after])
+    seen = ocr.readings([before, made.after])
+    read = [reading.joined for reading in seen]
     scores, round_trip = picture_scores(model, np.stack([made.after, made.before]), before)
     about = {
         "source": pair.source,
@@ -126,7 +128,8 @@ def report(
         "start": method.patch.start if method.patch is not None else 0,
         "before": read[0],
         "after": read[1],
-        "failure": failure(*read, pair, scores["ssim_outside"]),
+        "failure": failure(*read, pair, scores["ssim_outside"], found=seen[1].found),
+        "reader": seen[1].reader,
         **scores,
         "row_evaluations": made.row_evaluations + (found.row_evaluations if found else 0),
         "seconds": made.seconds + (found.seconds if found else 0.0),

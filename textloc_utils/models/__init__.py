@@ -42,9 +42,9 @@ from textloc_utils.models.model import (
     FIXED_TOKENS,
     Model,
     as_indices,
+    check_distinct,
     check_hookable,
     check_layers,
-    check_pairs,
     check_prompts,
     wrap,
 )

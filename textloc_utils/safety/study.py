@@ -96,7 +96,7 @@ def compare(
             made[run] = replace(experiment, model=guarded.model).draw([prompt], [seed])
     pictures = np.stack([m.images[0] for m in made.values()])
     plain, base = np.broadcast_to(pictures[:1], pictures.shape), made["unguarded"].row_evaluations
-    mask = metrics.outside(experiment.model.spec.text_box, *pictures.shape[1:3])
+    mask = ocr.outside(experiment.model.spec.text_box, pictures, pictures[0])
     ssim = metrics.ssim(pictures, plain, mask)
     psnr = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)
     listed = set(detector.words)
