@@ -163,7 +163,7 @@ def grammar(at, outs):
             ("--pool", [], [*WHOLE, "0", "1"]),
             ("--batch", [], [*WHOLE, "0"]),
             ("--lr", [], [*REAL, "0", "2"]),
-            ("--evaluations", [], [*WHOLE, "0"]),
+            ("--evaluations", [], WHOLE),
             ("--precision", [], TYPED),
             device,
         ],
