@@ -129,7 +129,7 @@ def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: 
     exact (empty)      256 px            512 px            1024 px
     =================  ================  ================  ===============
     Tesseract 5.3.0    .973 (.007)       .947 (.007)       .977 (.000)
-    RapidOCR 3.10.0    1.000 (.000)      1.000 (.000)      RAPID
+    RapidOCR 3.10.0    1.000 (.000)      1.000 (.000)      not measured
     =================  ================  ================  ===============
 
     Raises
