@@ -31,25 +31,23 @@ os.environ["TEXTLOC_RESULTS"] = _STORE.name
 FULL = {
     "test_book.py",
     "test_command_lines.py",
-    "test_damaged_folders.py",
     "test_edit.py",
-    "test_encoders.py",
     "test_explorer.py",
     "test_families.py",
     "test_full_size_benchmark.py",
+    "test_layer_contents.py",
     "test_localization.py",
     "test_lora.py",
     "test_lora_study.py",
     "test_miniatures.py",
     "test_notebooks.py",
     "test_patching_miniatures.py",
+    "test_planted_layers.py",
     "test_recipes.py",
     "test_safety.py",
     "test_site.py",
-    "test_layer_contents.py",
-    "test_sweeps.py",
-    "test_training_seeds.py",
     "test_training.py",
+    "test_training_seeds.py",
 }
 
 

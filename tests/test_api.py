@@ -36,7 +36,7 @@ def test_a_pipeline_that_the_package_did_not_load(name):
 
 def test_a_model_prints_short():
     model = tl.wrap(tiny.sdxl())
-    assert repr(model) == "Model(StableDiffusionXLPipeline: StableDiffusionXLPipeline, 6 text layers, cpu)"
+    assert repr(model) == "Model(StableDiffusionXLPipeline: StableDiffusionXLPipeline, 8 text layers, cpu)"
 
 
 def test_pairs_of_a_prompt():

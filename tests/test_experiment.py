@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from textloc_utils import experiment, models
+from textloc_utils import experiment, models, ocr
 from textloc_utils.experiment import Experiment
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
@@ -80,3 +80,18 @@ def test_models_that_differ_in_other_parts_than_the_denoiser_are_told_apart():
         next(other.pipe.text_encoder.parameters()).add_(1)
     third.pipe.scheduler = type(third.pipe.scheduler).from_config(third.pipe.scheduler.config, shift=9.0)
     assert len({experiment.fingerprint(each) for each in (base, other, third)}) == 3
+
+
+def test_pictures_that_are_kept_are_those_that_are_drawn(tmp_path, monkeypatch):
+    """Batch by batch, to the bit, and not again."""
+    model = tiny.model("sd3")
+    monkeypatch.setattr(experiment, "rows_per_call", lambda model: 2)
+    prompts, seeds = [f'A sign that says "{word}".' for word in ("HELLO", "WORLD", "RIVER")], [1, 2, 3]
+    run = Experiment.of(model, steps=2, store=Store(tmp_path))
+    wanted = run.draw(prompts, seeds, batch_size=2).images
+    pictures, read = run.drawn(prompts, seeds)
+    assert pictures.dtype == wanted.dtype and (pictures == wanted).all() and read == ocr.read(wanted)
+    assert len(list(tmp_path.rglob("*.jsonl"))) == 2
+    monkeypatch.setattr(experiment, "generate", lambda *a, **k: pytest.fail("drawn again"))
+    again, read_again = run.drawn(prompts, seeds)
+    assert (again == wanted).all() and read_again == read

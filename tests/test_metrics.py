@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -277,3 +278,53 @@ def test_bad_pictures_and_masks(measure):
 def test_ssim_needs_room_for_a_window():
     with pytest.raises(TextlocError, match="7x7"):
         metrics.ssim(flat(1, shape=(6, 20, 3)), flat(1, shape=(6, 20, 3)))
+
+
+# --- what planted faults showed ---
+
+
+def test_rows_drawn_again_are_compared_with_the_stored_ones_of_the_same_place():
+    stored = pd.DataFrame(
+        {"seed": [1, 2, 3], "site": "a", "read": ["X", "Y", "Z"], "score": [0.5, 1.0, 0.0], "more": 1}
+    )
+    new = pd.DataFrame({"seed": [3, 1], "site": "a", "read": ["Z", "W"], "score": [0.5, 0.25], "more": 2})
+    assert metrics.redrawn(new, stored, ["seed", "site"], "score") == (0.5, 0.375)
+    with pytest.raises(TextlocError):
+        metrics.redrawn(new.assign(site="b"), stored, ["seed", "site"], "score")
+    with pytest.raises(TextlocError):
+        metrics.redrawn(new.assign(seed=[3, 4]), stored, ["seed", "site"], "score")
+
+
+def test_two_values_have_a_student_s_interval():
+    interval = metrics.student([0.0, 2.0])
+    assert interval.mean == 1.0 and interval.high - 1 == pytest.approx(12.7062, abs=1e-4) and interval.n == 2
+    with pytest.raises(TextlocError, match="^Student's interval needs"):
+        metrics.student([])
+
+
+def test_hits_count_once_each():
+    assert metrics.rate([2, 0, 3, 0]) == metrics.rate([True, False, True, False])
+
+
+def test_letters_that_have_no_capital_of_their_own():
+    assert metrics.exact_match("STRASSE", "straße") and metrics.levenshtein("ﬁn", "FIN") == 0
+
+
+def test_a_mask_is_one_of_truths_and_scores_of_a_picture_are_plain_numbers():
+    assert metrics.outside((1, 1, 3, 3), 4, 4).dtype == bool
+    a, b = flat(10), flat(20)
+    assert all(type(score(a, b)) is float for score in (metrics.mse, metrics.psnr, metrics.ssim))
+
+
+def test_identical_pictures_give_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metrics.psnr(flat(10), flat(10)) == math.inf
+
+
+def test_ssim_takes_pictures_from_seven_pixels_on():
+    small = flat(10, shape=(7, 7, 3))
+    assert metrics.ssim(small, small) == pytest.approx(1.0)
+    for shape in ((6, 20, 3), (20, 6, 3)):
+        with pytest.raises(TextlocError, match="7x7"):
+            metrics.ssim(flat(1, shape=shape), flat(1, shape=shape))

@@ -391,7 +391,8 @@ def test_the_variant_that_is_there_is_taken(miniature, wanted):
 def test_variants_of_split_files(tmp_path):
     for name in ("model-00001-of-00002.safetensors", "model.fp16-00001-of-00002.safetensors"):
         (tmp_path / name).touch()
-    assert [models.loading._variant(tmp_path, w) for w in (None, "fp16", "bf16")] == [None, "fp16", None]
+    (tmp_path / "model-00001-of-00002.bf16.safetensors").touch()  # the older way to write it
+    assert [models.loading._variant(tmp_path, w) for w in (None, "fp16", "bf16", "x")] == [None, "fp16", "bf16", None]
 
 
 def test_a_single_file_and_a_mistyped_path(tmp_path, monkeypatch):

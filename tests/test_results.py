@@ -626,8 +626,6 @@ def test_a_published_tables_files_to_the_byte(store, clock, known, monkeypatch):
             "key": {"é": [1, 2]},
         },
     }
-    store.taken_or_made("u", {}, lambda: table, publish=True)
-    assert store.load_published("u").attrs["provenance"]["seconds"] == 1.2
     # Git may have changed the line ends of the table.
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert store.load_published("t").t.tolist() == ["é", ""]

@@ -31,6 +31,13 @@ def test_rows_of_one_pair(model):
     assert [rows[3][column] for column in ("site", "layers", "start", "stop")] == ["layer 3", "3", 0, 2]
 
 
+def test_layers_are_one_or_several_of_any_integers():
+    assert together(3) == together([3]) == together(np.int64(3)) == Site(kind="layer", layers=(3,))
+    assert together(np.array([1, 2])) == Site(layers=(1, 2)) and together((1, 2)).name == "layers 1 2"
+    with pytest.raises(TextlocError, match="layers must be"):
+        together(1.5)
+
+
 def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
     pairs, experiment = prompts.make_pairs(3), Experiment.of(model, steps=1, store=Store(tmp_path))
     first = sweeps.table(experiment, pairs[:2], [together([0])])
@@ -65,7 +72,7 @@ def test_a_sweep_without_pairs_or_beyond_the_layers_is_refused(model, monkeypatc
         (["a prompt"], {}, "got a str"),
         (pairs, {"sites": [together([12])]}, "0 to 11"),
         (pairs, {"steps": 0}, "steps must be at least 1"),
-        (pairs, {"guidance": 1.0, "negative_prompt": "blur"}, "guidance above 1"),
+        (pairs, {"guidance": 1.0, "negative_prompt": "blur"}, "reads no negative prompt"),
     ):
         with pytest.raises(TextlocError, match=said):
             tl.sweep(model, asked, **options)

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import pandas as pd
 from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from textloc_utils.generate import Generation, generate
+from textloc_utils import ocr
+from textloc_utils.generate import Generation, decode, encode, generate, rows_per_call
 from textloc_utils.models import Model
 from textloc_utils.prompts import Pair
 from textloc_utils.results import NotPublishedError, Store
@@ -76,6 +78,25 @@ class Experiment:
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], **options) -> Generation:
         """Draw with the experiment's settings; ``options`` are ``generate``'s, and go before them."""
         return generate(self.model, prompts, seeds, **self.settings | options)
+
+    def drawn(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[np.ndarray, list[str]]:
+        """The pictures of :meth:`draw`, uint8 (n, H, W, 3), and what is read in them; kept batch by batch.
+
+        A run that was ended goes on with the batch it was at.
+        """
+        size = rows_per_call(self.model)
+        starts = range(0, len(prompts), size)
+        batches = [{"prompts": list(prompts[i : i + size]), "seeds": list(seeds[i : i + size])} for i in starts]
+
+        def compute(batch: dict) -> list[dict]:
+            pictures = self.draw(batch["prompts"], batch["seeds"]).images
+            return [
+                {"read": text, "picture": encode(picture)}
+                for text, picture in zip(ocr.read(pictures), pictures, strict=True)
+            ]
+
+        rows = self.units("drawn", batches, {}, compute)
+        return np.stack([decode(text) for text in rows.picture]), rows["read"].tolist()
 
     def unit(self, kind: str, inputs: Mapping, compute: Callable[[], pd.DataFrame | list[dict]]) -> pd.DataFrame:
         """The rows of one unit of work, stored under all of its ``inputs``, the experiment's key among them."""

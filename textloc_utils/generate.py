@@ -1,9 +1,8 @@
 """Seeded, batched sampling that counts denoiser evaluations."""
 
+import base64
 import contextlib
-import json
-import os
-import tempfile
+import io
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from textloc_utils import files
 from textloc_utils.models import Model, call_rows, check_prompts, join_rows, read_call
 from textloc_utils.patching import Patch, patched
 from textloc_utils.settings import TextlocError
 
 #: Rows per pipeline call where nothing else is asked for.
 BATCH_MINIATURE, BATCH_FULL_SIZE = 32, 4
+INDEX = "images.json"  #: beside pictures: what each was drawn from
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -226,6 +227,18 @@ def first_call(model: Model, **arguments) -> dict:
     return rows
 
 
+def encode(picture: np.ndarray) -> str:
+    """A picture, uint8 (H, W, 3), as text that a stored row can hold, without loss."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def decode(text: str) -> np.ndarray:
+    """The picture that :func:`encode` made text of."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
 def save(
     folder: Path,
     made: Generation,
@@ -242,23 +255,18 @@ def save(
     come first. Every file is written aside and renamed. Before a picture is replaced, ``images.json`` names those of
     ``done`` alone, and afterwards all: a folder never names a picture that it lacks or another one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows = list(done)
-    if (folder / "images.json").exists():
-        write_rows(folder, rows)
     more = [{}] * len(prompts) if more is None else more
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
+    with files.whole_files(folder, INDEX) as aside:
         for image, prompt, seed, text, other in zip(made.images, prompts, seeds, read, more, strict=True):
             rows.append({"prompt": prompt, "seed": seed, "file": f"{len(rows):03d}.png", "ocr": text, **other})
-            Image.fromarray(image).save(Path(aside, rows[-1]["file"]))
-        for name in [row["file"] for row in rows[len(done) :]]:
-            os.replace(Path(aside, name), folder / name)
-    write_rows(folder, rows)
+            Image.fromarray(image).save(aside / rows[-1]["file"])
+        write_rows(aside, rows)
+        if (folder / INDEX).exists():
+            write_rows(folder, done)
     return rows
 
 
 def write_rows(folder: Path, rows: Sequence[dict]) -> None:
     """Write a folder's ``images.json``, whole or not at all."""
-    part = folder / ".images.json.part"
-    part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    os.replace(part, folder / "images.json")
+    files.write_json(folder / INDEX, list(rows))

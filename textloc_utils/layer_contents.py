@@ -12,7 +12,7 @@ import pandas as pd
 
 from textloc_utils import sweeps
 from textloc_utils.experiment import Experiment, digest_of
-from textloc_utils.models import Model, check_layers
+from textloc_utils.models import Model, as_indices, check_layers
 from textloc_utils.prompts import Pair, make_pairs
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import COLUMNS, Site, every_layer, single_layers
@@ -74,7 +74,7 @@ def study(experiment: Experiment, name: str, layers: Sequence[int], n: int, seed
     """
     if name not in STUDIES:
         raise TextlocError(f"unknown study {name!r}; allowed: {', '.join(STUDIES)}")
-    layers = tuple(sorted(layers))
+    layers = tuple(sorted(as_indices(layers, "layers")))
     if not layers:
         raise TextlocError("a study needs at least one localized layer")
     check_layers(experiment.model, layers)

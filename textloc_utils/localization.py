@@ -289,12 +289,7 @@ def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budge
 
 
 def _race(
-    drawn: _Drawn,
-    sets: list[tuple[int, ...]],
-    pairs: Sequence[Pair],
-    share: float,
-    limit: float,
-    seen: int,
+    drawn: _Drawn, sets: list[tuple[int, ...]], pairs: Sequence[Pair], share: float, limit: float, seen: int
 ) -> tuple[tuple[int, ...] | None, int]:
     """The smallest of the sets that reaches the share, None if none does, and the number of pairs it was drawn on."""
     alive, n = list(sets), max(seen, min(FIRST, len(pairs)))
@@ -370,13 +365,7 @@ def parameter_share(model: Model, layers: Sequence[int]) -> float:
 
 
 def _found(
-    how: str,
-    layers: tuple[int, ...],
-    effects: np.ndarray,
-    drawn: _Drawn,
-    share: float,
-    pairs: int,
-    rows: float,
+    how: str, layers: tuple[int, ...], effects: np.ndarray, drawn: _Drawn, share: float, pairs: int, rows: float
 ) -> Found:
     compared = [tuple(map(int, name.split())) for name in drawn.effects if name != "all"]
     values = {s: drawn.reached(s)[1:] for s in compared}

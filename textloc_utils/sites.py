@@ -5,9 +5,9 @@ readers see, and no code reads it: what is asked of a table is asked of ``kind``
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from textloc_utils.models import Model
+from textloc_utils.models import Model, as_indices
 from textloc_utils.patching import Patch
 
 #: What a table says of a site: its name; its kind; its layers and heads, indices joined by spaces (no heads: all of
@@ -40,6 +40,9 @@ class Site:
     heads: tuple[int, ...] | None = None
     tensors: str = "kv"
 
+    def __post_init__(self):
+        object.__setattr__(self, "layers", as_indices(self.layers, "layers"))
+
     def patch(self, source: int, target: int) -> Patch:
         """The patch of row ``source`` from row ``target`` at this site."""
         settings = {name: value for name, value in vars(self).items() if name != "kind"}
@@ -66,10 +69,10 @@ def joined(indices: Iterable[int]) -> str:
     return " ".join(map(str, indices))
 
 
-def together(layers: Iterable[int]) -> Site:
-    """The site of these layers, patched together."""
-    layers = tuple(layers)
-    return Site(kind="layer" if len(layers) == 1 else "set", layers=layers)
+def together(layers: int | Iterable[int]) -> Site:
+    """The site of one layer, or of several that are patched together."""
+    site = Site(layers=layers)
+    return replace(site, kind="layer") if len(site.layers) == 1 else site
 
 
 def every_layer(model: Model) -> Site:

@@ -227,18 +227,9 @@ def judged(models: Sequence[Model]) -> pd.DataFrame:
         for claim in CLAIMS:
             table = published_table(model, claim.table.format(model.spec.name))
             outcome = None if table is None else claim.judge(table)
-            rows.append(
-                {
-                    "name": claim.name,
-                    "claim": claim.claim,
-                    "paper": claim.paper,
-                    "rule": claim.rule,
-                    "model": model.spec.name,
-                    "figure": outcome.figure if outcome else OPEN,
-                    "n": outcome.n if outcome else 0,
-                    "holds": bool(outcome and outcome.holds),
-                }
-            )
+            row = {name: getattr(claim, name) for name in ("name", "claim", "paper", "rule")}
+            row |= {"model": model.spec.name, "figure": outcome.figure if outcome else OPEN}
+            rows.append(row | {"n": outcome.n if outcome else 0, "holds": bool(outcome and outcome.holds)})
     return pd.DataFrame(rows)
 
 

@@ -4,8 +4,6 @@ For each model there is a table ``data/results/explorer/MODEL.csv``, with its pr
 per pair: all pictures of the pair below each other, in the order of the table's rows.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from PIL import Image
 
 from textloc_utils import files, sweeps
 from textloc_utils.experiment import Experiment, check_pairs, digest_of
+from textloc_utils.generate import decode, encode
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
 from textloc_utils.settings import data_dir
@@ -44,7 +43,7 @@ def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
     pairs, name, spec = check_pairs(pairs), experiment.name, experiment.model.spec
     table = experiment.units("explorer", pairs, {"rows": sweeps.ROWS}, lambda pair: _draw(experiment, pair))
     for seed, rows in table.groupby("seed", sort=False):
-        _write_sprite(sprite_path(name, seed), [_decode(text) for text in rows.picture])
+        _write_sprite(sprite_path(name, seed), [decode(text) for text in rows.picture])
     table, key = table[COLUMNS], experiment.key | {"rows": sweeps.ROWS, "pairs": digest_of(pairs)}
     store().publish(name, table, {"key": key, "height": spec.height, "width": spec.width})
     for old in store().root.glob(f"{name}_*{SUFFIX}"):  # of pairs that are not shown any more
@@ -55,17 +54,7 @@ def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
 
 def _draw(experiment: Experiment, pair: Pair) -> list[dict]:
     pictures, rows = sweeps.patch_pair(experiment, pair)
-    return [row | {"picture": _encode(picture)} for row, picture in zip(rows, pictures, strict=True)]
-
-
-def _encode(picture: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def _decode(text: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    return [row | {"picture": encode(picture)} for row, picture in zip(rows, pictures, strict=True)]
 
 
 def _write_sprite(path: Path, pictures: Sequence[np.ndarray]) -> None:

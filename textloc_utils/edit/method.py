@@ -44,7 +44,7 @@ class Method:
 
 def localized(layers: Sequence[int], start: int = 0) -> Method:
     """The localized layers read the target's text from step ``start`` on."""
-    return Method(name=LOCALIZED, patch=Site(layers=tuple(layers), start=start))
+    return Method(name=LOCALIZED, patch=Site(layers=layers, start=start))
 
 
 def all_layers(model: Model, start: int = 0) -> Method:

@@ -1,8 +1,6 @@
 """One picture, as a user edits it: what is asked for is checked, and what came of it reported."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import pandas as pd
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from textloc_utils import metrics, ocr
+from textloc_utils import files, metrics, ocr
 from textloc_utils.edit.inversion import check_picture, invert
 from textloc_utils.edit.method import Method, edit
 from textloc_utils.experiment import Experiment
@@ -149,11 +147,8 @@ def save(folder: Path, before: np.ndarray, after: np.ndarray, about: dict) -> No
 
     Every file is written aside and renamed, the report last.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = {"before.png": before, "after.png": after, "edit.png": side_by_side(before, after)}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
+    with files.whole_files(folder, *pictures, "edit.json") as aside:
         for name, picture in pictures.items():
-            Image.fromarray(picture).save(Path(aside, name))
-        Path(aside, "edit.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-        for name in (*pictures, "edit.json"):
-            os.replace(Path(aside, name), folder / name)
+            Image.fromarray(picture).save(aside / name)
+        (aside / "edit.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")

@@ -15,7 +15,7 @@ from textloc_utils.edit.method import LOCALIZED, Method, all_layers, edit, local
 from textloc_utils.edit.picture import picture_scores
 from textloc_utils.experiment import Experiment, digest_of
 from textloc_utils.miniatures import scenes
-from textloc_utils.models import Model, check_layers
+from textloc_utils.models import Model, as_indices, check_layers
 from textloc_utils.prompts import Pair, make_pairs
 from textloc_utils.settings import TextlocError
 
@@ -156,7 +156,7 @@ def table(experiment: Experiment, name: str, layers: Sequence[int], pairs: Seque
     """
     if name not in TABLES:
         raise TextlocError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
-    layers = tuple(sorted(layers))
+    layers = tuple(sorted(as_indices(layers, "layers")))
     if not layers:
         raise TextlocError("localized editing needs at least one layer")
     check_layers(experiment.model, layers)

@@ -156,7 +156,8 @@ def _cross(at: str, key: str = "to_k", value: str = "to_v") -> tuple[Site, ...]:
 
 _OWN = Site("transformer_blocks.*.attn", "add_k_proj", "add_v_proj")
 _SINGLE = Site("single_transformer_blocks.*.attn", context=TEXT_FIRST)
-_PACKED = {"unit": 1000.0}
+#: The denoiser is told the noise level as a share of this many steps.
+_THOUSAND = 1000.0
 _FLUX_POOLED = "time_text_embed.text_embedder"
 
 #: Class name of a denoiser to its row.
@@ -173,7 +174,7 @@ ARCHITECTURES = {
         told=True,
         long=("tokenizer_2",),
         pooling=("tokenizer",),
-        **_PACKED,
+        unit=_THOUSAND,
     ),
     "Flux2Transformer2DModel": Architecture(
         sites=(
@@ -182,15 +183,15 @@ ARCHITECTURES = {
                 "single_transformer_blocks.*.attn", "to_qkv_mlp_proj", "to_qkv_mlp_proj", TEXT_FIRST, ((1, 2), (2, 3))
             ),
         ),
-        **_PACKED,
+        unit=_THOUSAND,
     ),
-    "QwenImageTransformer2DModel": Architecture(sites=(_OWN,), guidance="true_cfg_scale", **_PACKED),
+    "QwenImageTransformer2DModel": Architecture(sites=(_OWN,), guidance="true_cfg_scale", unit=_THOUSAND),
     "QwenImage21Transformer2DModel": Architecture(
         sites=(Site("transformer_blocks.*.attn", context=TEXT_FIRST),),
         guidance="true_cfg_scale",
         masks=("mask", "key_valid"),
         call={"use_kv_cache": False},
-        **_PACKED,
+        unit=_THOUSAND,
     ),
     "ZImageTransformer2DModel": Architecture(
         sites=(Site("layers.*.attention", context=TEXT_LAST),),
@@ -204,22 +205,22 @@ ARCHITECTURES = {
         rising=True,
         rows="prompts first",
         above=0.0,
-        **_PACKED,
+        unit=_THOUSAND,
     ),
     "Krea2Transformer2DModel": Architecture(
-        sites=(Site("transformer_blocks.*.attn", context=TEXT_FIRST),), above=0.0, **_PACKED
+        sites=(Site("transformer_blocks.*.attn", context=TEXT_FIRST),), above=0.0, unit=_THOUSAND
     ),
-    "ChromaTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), **_PACKED),
+    "ChromaTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), unit=_THOUSAND),
     "LongCatImageTransformer2DModel": Architecture(
-        sites=(_OWN, _SINGLE), call={"enable_prompt_rewrite": False}, **_PACKED
+        sites=(_OWN, _SINGLE), call={"enable_prompt_rewrite": False}, unit=_THOUSAND
     ),
-    "OvisImageTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), **_PACKED),
+    "OvisImageTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), unit=_THOUSAND),
     "BriaTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), rows="doubled"),
     "AuraFlowTransformer2DModel": Architecture(
         sites=(Site("joint_transformer_blocks.*.attn", "add_k_proj", "add_v_proj"), _SINGLE),
         registers="register_tokens",
         rows="doubled",
-        **_PACKED,
+        unit=_THOUSAND,
     ),
     "CogView4Transformer2DModel": Architecture(sites=(Site("transformer_blocks.*.attn1", context=TEXT_FIRST),)),
     "HunyuanImageTransformer2DModel": Architecture(
@@ -302,7 +303,8 @@ def text_layers(denoiser: nn.Module) -> tuple[TextLayer, ...]:
     Left out: attention over image tokens alone (``attn1`` of U-Nets, ``attn2`` of SD3.5's dual blocks). Raises
     TextlocError for a denoiser of another kind, or without text.
     """
-    modules, found, taken = list(denoiser.named_modules()), [], set()
+    modules, taken = list(denoiser.named_modules()), set()
+    found: list[TextLayer] = []
     for site in architecture(denoiser).sites:
         for name, module in modules:
             linear = isinstance(getattr(module, site.key, None), nn.Module)
@@ -396,7 +398,7 @@ def self_attention(denoiser: nn.Module) -> list[str]:
     from diffusers.models.attention_processor import Attention
 
     read = {name for layer in text_layers(denoiser) for name in projections(denoiser, layer).values()}
-    found = []
+    found: list[str] = []
     for name, module in denoiser.named_modules():
         if isinstance(module, Attention):
             found += [f"{name}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]

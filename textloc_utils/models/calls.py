@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,17 +36,18 @@ class DenoiserCall:
     @property
     def picture_tokens(self) -> int | None:
         """Tokens of a picture that comes as tokens, (rows, tokens, channels); None elsewhere."""
-        packed = isinstance(self.picture, torch.Tensor) and self.picture.ndim == 3
-        return self.picture.shape[1] if packed else None
+        shape: tuple[int, ...] = getattr(self.picture, "shape", ())
+        return shape[1] if len(shape) == 3 else None
 
 
 @functools.cache
-def _signature(denoiser_class: type) -> inspect.Signature:
+def _signature(denoiser_class: Any) -> inspect.Signature:
     return inspect.signature(denoiser_class.forward)
 
 
 def _bound(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict:
-    given = dict(_signature(type(denoiser)).bind(denoiser, *args, **kwargs).arguments)
+    kind: Any = type(denoiser)
+    given = dict(_signature(kind).bind(denoiser, *args, **kwargs).arguments)
     given.pop("self")
     return given
 

@@ -7,6 +7,7 @@ import re
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -32,7 +33,7 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
     except RuntimeError:
         raise TextlocError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:0 ...") from None
-    kind = getattr(torch, picked.type, None)
+    kind: Any = getattr(torch, picked.type, None)
     if picked.type != "cpu" and not (hasattr(kind, "is_available") and kind.is_available()):
         count = torch.cuda.device_count()
         there = f"{count} CUDA devices are present" if picked.type == "cuda" else "there is none here"
@@ -88,7 +89,8 @@ def component_classes(index: dict, source: str) -> dict[str, type]:
         # Settings may be lists, too (Krea-2's text_encoder_select_layers).
         named = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
         if not part.startswith("_") and named:
-            found[part] = _known_class(part, *value, source)
+            library, name = value
+            found[part] = _known_class(part, library, name, source)
     denoiser = next((found[part] for part in ("transformer", "unet") if part in found), None)
     if denoiser is None:
         raise TextlocError(f"{source} names no denoiser: neither a transformer nor a unet")
@@ -137,12 +139,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _variant(folder: Path, wanted: str | None) -> str | None:
     """The variant of a component's weights: the one that is wanted, the plain one, or else the one that is there."""
-    there = {
-        found[1] or None
-        for file in folder.glob("*.safetensors")
-        if (found := re.fullmatch(r"[\w-]+?(?:\.([\w-]+?))??(?:-\d+-of-\d+)?(?:\.\w+)??\.safetensors", file.name))
-    }
-    return wanted if wanted in there or not there else None if None in there else sorted(there)[0]
+    pattern = re.compile(r"[\w-]+?(?:\.([\w-]+?))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
+    found = [match for file in folder.glob("*.safetensors") if (match := pattern.fullmatch(file.name))]
+    there = {match[1] or match[2] or "" for match in found}
+    return wanted if wanted in there or not there else min(there) or None
 
 
 def _first_line(error: Exception) -> str:
@@ -260,7 +260,7 @@ def _from_folder(chosen: ModelSpec, folder: Path, dtype: torch.dtype, **componen
     return pipe
 
 
-def _whole(part_class: type, folder: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
+def _whole(part_class: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """A component whose every tensor comes from its files: the libraries would draw a missing one at random.
 
     Naming the dtype matters: a text encoder otherwise takes that of its file.

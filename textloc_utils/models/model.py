@@ -5,6 +5,7 @@ import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,14 +103,14 @@ class Model:
         return self.pipe._execution_device
 
     @property
-    def tokenizers(self) -> list[tuple[object, int]]:
+    def tokenizers(self) -> list[tuple[Any, int]]:
         """The tokenizers whose text the layers read, each with the tokens (special ones included) that it takes.
 
         One that gives the pooled text alone (FLUX's CLIP) is not among them: it may cut a prompt.
         """
         return [(tokenizer, limit) for tokenizer, limit, _ in self._tokenizers()]
 
-    def _tokenizers(self) -> list[tuple[object, int, bool]]:
+    def _tokenizers(self) -> list[tuple[Any, int, bool]]:
         row = self.architecture
         fixed = type(self.pipe).__name__ in ("LDMTextToImagePipeline", "IFPipeline")
         out = []
@@ -131,7 +132,7 @@ class Model:
     ) -> dict:
         """Keyword arguments of the pipeline's call; hides the differences between the pipeline classes."""
         row, takes = self.architecture, inspect.signature(self.pipe).parameters  # also of what stands in for a pipeline
-        out = {"prompt": list(prompts), "num_inference_steps": steps}
+        out: dict = {"prompt": list(prompts), "num_inference_steps": steps}
         if row.guidance != "guider":
             out[row.guidance] = guidance
         height, width = self.spec.stage1 or (self.spec.height, self.spec.width)
@@ -243,8 +244,8 @@ class Model:
         # Some autoencoders overflow in half precision.
         dtype, vae = vae.dtype, vae.float()
         # In float32 a full-size picture takes several gigabytes on its way.
-        size = 32 if self.spec.miniature else 1
-        parts = [vae.encode(part.to(self.device)).latent_dist.mode() for part in x.split(size)]
+        several = 32 if self.spec.miniature else 1
+        parts = [vae.encode(part.to(self.device)).latent_dist.mode() for part in x.split(several)]
         vae.to(dtype)
         latents = (torch.cat(parts) - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
         pack = getattr(self.pipe, "_pack_latents", None)
@@ -275,9 +276,8 @@ def _spec_of(pipe: DiffusionPipeline, family: str) -> ModelSpec:
     size = (size, size) if isinstance(size, int) else size
     given = [defaults.get(n) if isinstance(defaults.get(n), int) else None for n in ("height", "width")]
     height, width = (g or (size[i] * scale if size else 1024) for i, g in enumerate(given))
-    guidance = defaults.get(row.guidance)
-    if row.guidance == "guider":
-        guidance = getattr(getattr(pipe, "guider", None), "guidance_scale", 0.0)
+    held = getattr(getattr(pipe, "guider", None), "guidance_scale", 0.0)
+    guidance = held if row.guidance == "guider" else defaults[row.guidance]
     return ModelSpec(
         name=type(pipe).__name__,
         family=family,
