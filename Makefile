@@ -2,6 +2,8 @@
 # make site   build the site from the notebooks as they are
 # make test   set up, unit tests, then every notebook against its committed outputs from an empty result store
 # make setup  the virtual environment in .venv, and Tesseract
+# make check  before a commit: format, style, types, and the quick tests with the examples of docstrings; three minutes
+# make mutants MODULE=metrics   small faults planted in one module: which do its tests not notice?
 # make benchmark   speed and memory, as ratios within one run
 # make pins   take the newest packages that pyproject.toml allows into constraints.txt
 # make lint, make clean
@@ -10,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup tesseract chromium book site test benchmark lint pins clean
+.PHONY: help setup tesseract chromium book site check test mutants benchmark lint types pins clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -77,7 +79,7 @@ endif
 
 $(VENV)/installed: pyproject.toml constraints.txt $(VENV)/torch-$(TORCH)
 	@echo "installing the package and its dependencies"
-	@$(PIP) install -c constraints.txt -e ".[book,test]"
+	@$(PIP) install -c constraints.txt -e ".[book,ocr,test]"
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null 2>&1
 	@touch $@
 
@@ -94,6 +96,10 @@ site: setup
 
 # --- checks ---------------------------------------------------------------------------------------------------
 
+check: lint types
+	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not full" \
+	  --doctest-modules textloc_utils tests --ignore tests/benchmarks
+
 # The notebooks go in the book's order: by their number of cells the longest, the first, would come late, and run alone.
 test: setup chromium
 	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests --ignore tests/benchmarks
@@ -109,6 +115,12 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
+types: setup
+	@$(BIN)/mypy
+
+mutants: setup
+	@$(BIN)/python scripts/mutants.py $(MODULE) --jobs $(JOBS)
+
 # A fresh environment from the ranges of pyproject.toml alone becomes the lock. `make test` then says whether all still
 # holds. What a pinned package brings along is pinned as well; versions carry no label of one machine's build.
 # Newer Pythons and other systems resolve to packages that the oldest supported Python on Linux may not have.
@@ -118,7 +130,7 @@ pins: $(VENV)/bin/python
 	@rm -rf _build/pins && $(BIN)/python -m venv _build/pins
 	@_build/pins/bin/python -m pip -qq install --no-index --no-deps "$(TORCH_RANGE)" 2>/dev/null || \
 	  _build/pins/bin/python -m pip -qq install --index-url https://download.pytorch.org/whl/cpu --no-deps "$(TORCH_RANGE)"
-	@_build/pins/bin/python -m pip -qq install -e ".[book,test]"
+	@_build/pins/bin/python -m pip -qq install -e ".[book,ocr,test]"
 	@_build/pins/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel >_build/pins/frozen
 	@{ sed -n '/^#/p' constraints.txt; sed 's/+[a-z0-9.]*$$//' _build/pins/frozen | LC_ALL=C sort -f; } >_build/constraints.txt
 	@mv _build/constraints.txt constraints.txt && rm -rf _build/pins

@@ -26,6 +26,45 @@ _STORE = tempfile.TemporaryDirectory(prefix="textloc-results-")
 os.environ["TEXTLOC_RESULTS"] = _STORE.name
 
 
+#: Files whose tests take long: trainings, notebooks, the site, miniatures that draw. `make check` leaves them out, and
+#: so it does single tests that are marked ``full`` themselves.
+FULL = {
+    "test_book.py",
+    "test_command_lines.py",
+    "test_damaged_folders.py",
+    "test_edit.py",
+    "test_encoders.py",
+    "test_explorer.py",
+    "test_families.py",
+    "test_full_size_benchmark.py",
+    "test_localization.py",
+    "test_lora.py",
+    "test_lora_study.py",
+    "test_miniatures.py",
+    "test_notebooks.py",
+    "test_patching_miniatures.py",
+    "test_recipes.py",
+    "test_safety.py",
+    "test_site.py",
+    "test_layer_contents.py",
+    "test_sweeps.py",
+    "test_training_seeds.py",
+    "test_training.py",
+}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Do not even import what will not run."""
+    return True if collection_path.name in FULL and config.option.markexpr == "not full" else None
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what takes long."""
+    for item in items:
+        if item.path.name in FULL:
+            item.add_marker(pytest.mark.full)
+
+
 @pytest.fixture(autouse=True)
 def own_accelerator():
     """The accelerate library keeps the first precision of a process for good; each test chooses its own."""

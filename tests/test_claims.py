@@ -5,9 +5,12 @@ import copy
 import pandas as pd
 import pytest
 
-from textloc_utils import claims, localize, lora_study, models
+from textloc_utils import experiment, lora_study, models
+from textloc_utils.book import claims
 from textloc_utils.results import Store
+from textloc_utils.sites import together
 
+EQUAL = ("rank", "parameters")
 BY_NAME = {claim.name: claim for claim in claims.CLAIMS}
 FOUND = {
     "layers": [1, 2],
@@ -19,9 +22,11 @@ FOUND = {
 
 
 def swept(elsewhere: float = 0.0, **found) -> pd.DataFrame:
-    scores = {"layer 0": 0.1 + elsewhere, "layer 1": 0.7, "layer 2": 0.3, "layer 3": 0.1}
-    rows = [{"site": site, "target_score": score, "floor": 0.1} for site, score in scores.items() for _ in range(20)]
-    table = pd.DataFrame(rows)
+    scores = {0: 0.1 + elsewhere, 1: 0.7, 2: 0.3, 3: 0.1}
+    rows = [
+        together([layer]).columns(8) | {"target_score": score} for layer, score in scores.items() for _ in range(20)
+    ]
+    table = pd.DataFrame(rows).assign(floor=0.1)
     table.attrs["provenance"] = {"found": FOUND | found}
     return table
 
@@ -31,7 +36,12 @@ def trained(localized: float = 0.9, diversity: float = 30.0) -> pd.DataFrame:
     arms = {"localized": localized, "all text layers": 0.6, "random layers": 0.5}
     for arm, equal, seed, score in [
         (lora_study.BEFORE, "", 0, 0.3),
-        *((arm, equal, seed, score) for arm, score in arms.items() for equal in lora_study.EQUAL for seed in (0, 1)),
+        *(
+            (arm, equal, seed, score)
+            for arm, score in arms.items()
+            for equal in ("rank", "parameters")
+            for seed in (0, 1)
+        ),
     ]:
         scores = " ".join([f"{score:.4f}"] * 6)
         other = {"layers": "", "rank": 8, "parameters": 9, "seconds_per_step": 1.0, "saved_bytes": 1}
@@ -92,9 +102,9 @@ def test_only_tables_of_the_very_weights_are_judged(monkeypatch, tmp_path):
     model = models.load("sdxl-mini")
     table = claims.judged([model]).set_index("name")
     assert table.holds[["few", "share", "elsewhere", "toxic", "free"]].all() and table.n["few"] == 100
-    stored = localize.published_store().load_published("safety_sdxl-mini")
+    stored = experiment.published_store().load_published("safety_sdxl-mini")
     about = copy.deepcopy(stored.attrs["provenance"])
-    monkeypatch.setattr(claims, "published_store", lambda: Store(tmp_path))
+    monkeypatch.setattr(experiment, "published_store", lambda: Store(tmp_path))
     assert (claims.judged([model]).figure == claims.OPEN).all()
     Store(tmp_path).publish("safety_sdxl-mini", stored, {"key": about["key"]})
     assert set(claims.judged([model]).query("n > 0").name) == {"toxic", "free"}

@@ -9,8 +9,8 @@ import sys
 import pytest
 from PIL import Image
 
-from textloc_utils import cli, prompts
-from textloc_utils.settings import data_dir
+from textloc_utils import cli, models, ocr, prompts
+from textloc_utils.settings import PRESETS, TextlocError, data_dir
 
 HELLO = 'A red sign on a blue wall that says "HELLO".'
 
@@ -41,7 +41,8 @@ def test_generate_writes_what_it_prints(tmp_path):
     rows = json.loads(done.stdout)
     assert rows == json.loads((tmp_path / "out" / "images.json").read_text())
     assert [r["prompt"] for r in rows] == asked and {r["seed"] for r in rows} == {7}
-    assert all(set(r) == {"prompt", "seed", "file", "ocr"} for r in rows)
+    assert all(set(r) == {"prompt", "seed", "file", "ocr", "reader"} for r in rows)
+    assert {r["reader"] for r in rows} == {ocr.reader("tesseract")}
     assert Image.open(tmp_path / "out" / rows[0]["file"]).size == (128, 64)
     assert sorted(os.listdir(tmp_path / "out")) == ["000.png", "001.png", "images.json"]
     assert done.stderr == ""
@@ -73,13 +74,19 @@ def test_models_lists_what_the_book_needs(capsys):
         ["generate"],
         ["localize"],
         ["study"],
+        ["study", "contents"],
+        ["study", "seeds"],
+        ["study", "edit"],
+        ["study", "guard"],
+        ["study", "lora"],
         ["run"],
+        ["strip"],
         ["explore"],
         ["lora"],
         ["lora", "train"],
+        ["lora", "eval"],
         ["edit"],
         ["guard"],
-        ["safety"],
         ["train"],
     ],
 )
@@ -95,7 +102,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch)
     assert "double quotes" in fails(capsys, "generate", "sd3-mini", "a sign", "--out", out)
     long = prompts.replace_text(HELLO, "A" * 40)
     assert "too long" in fails(capsys, "generate", "sd3-mini", long, "--out", out)
-    assert "at least 1" in fails(capsys, "generate", "sd3-mini", HELLO, "--steps", 0, "--out", out)
+    assert "from 1 to 1000" in fails(capsys, "generate", "sd3-mini", HELLO, "--steps", 0, "--out", out)
     assert "known miniatures" in fails(capsys, "train", "sd4-mini", "--out", out)
     (tmp_path / "file").touch()
     assert "not a folder" in fails(capsys, "generate", "sd3-mini", HELLO, "--out", tmp_path / "file" / "out")
@@ -111,10 +118,10 @@ def test_bad_input_of_a_localization_is_one_line(tmp_path, capsys):
     prompt_file.write_text('A sign that says "ONE".\nA sign without.\n')
     for arguments, said in (
         (["sd4"], "known models"),
-        (["sd3-mini", "--pairs", 0], "at least one pair"),
+        (["sd3-mini", "--pairs", 0], "from 1 to"),
         (["sd3-mini", "--prompts", tmp_path / "none.txt"], "cannot read"),
         (["sd3-mini", "--prompts", prompt_file], "double quotes"),
-        (["sd3-mini", "--reach", 2], "not above 1"),
+        (["sd3-mini", "--reach", 2], "above 0 to 1"),
         (["sd3-mini", "--budget", 0], "budget"),
     ):
         assert said in fails(capsys, "localize", *arguments)
@@ -130,12 +137,12 @@ def test_bad_input_of_a_guard_is_one_line_and_writes_nothing(tmp_path, capsys):
         (["sd3-mini", "--file", empty], "no prompt"),
         (["sd3-mini", "--prompt", HELLO, "--words", words], "one word"),
         (["sd3-mini", "--prompt", HELLO, "--layers", 12], "0 to 11"),
-        (["sd3-mini", "--prompt", HELLO, "--steps", 0], "at least 1"),
+        (["sd3-mini", "--prompt", HELLO, "--steps", 0], "from 1 to 1000"),
         (["sd3-mini", "--prompt", prompts.replace_text(HELLO, "A" * 40)], "too long"),
-        (["sdxl-mini", "--prompt", HELLO, "--layers", -1], "out of range"),
+        (["sdxl-mini", "--prompt", HELLO, "--layers", -1], "whole number"),
     ):
         assert said in fails(capsys, "guard", *arguments, "--out", out)
-    assert "out of range" in fails(capsys, "safety", "sd3-mini", "--layers", 12)
+    assert "out of range" in fails(capsys, "study", "guard", "sd3-mini", "--layers", 12)
     assert not out.exists()
 
 
@@ -151,7 +158,7 @@ def test_guard_draws_a_file_of_prompts(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "out")) == ["000.png", "001.png", "images.json"]
     assert cli.main(list(map(str, arguments))) == 0
     said = capsys.readouterr().out
-    assert said.count("\n") == 2 and "found STUPID" in said
+    assert said.count("\n") == 3 and "found STUPID" in said and said.endswith(f"read by {ocr.reader('tesseract')}\n")
 
 
 def test_localize_prints_what_scripts_need(tmp_path, capsys, monkeypatch):
@@ -182,3 +189,54 @@ def test_damaged_weights_are_named(damage, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TEXTLOC_DATA", str(copy))
     assert "transformer" in fails(capsys, "generate", "sd3-mini", HELLO, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_several_noises_and_other_settings(tmp_path, capsys):
+    """Every prompt is drawn from each noise; guidance and negative prompt change the picture."""
+    drawing = ["--steps", "2", "--json"]
+    words = ["generate", "sdxl-mini", HELLO, "--out", str(tmp_path / "a"), "--noises", "2", *drawing]
+    assert cli.main(words) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["seed"] for row in rows] == [42, 43] and rows[0]["prompt"] == rows[1]["prompt"]
+    other = ["--guidance", "3", "--negative-prompt", "A red sign"]
+    assert cli.main(["generate", "sdxl-mini", HELLO, "--out", str(tmp_path / "b"), *other, *drawing]) == 0
+    first, second, changed = ((tmp_path / n).read_bytes() for n in ("a/000.png", "a/001.png", "b/000.png"))
+    assert len({first, second, changed}) == 3
+
+
+def test_what_a_model_cannot_tell_apart_is_one_line(tmp_path, capsys):
+    """Both texts are unknown to the tokenizer, which gives the same tokens for them."""
+    file = tmp_path / "prompts.txt"
+    file.write_text('A sign that says "\u00c9".\nA sign that says "\u00d1".\n')
+    said = fails(capsys, "localize", "sd3-mini", "--prompts", file, "--pairs", 1)
+    assert "cannot read" in said  # the reader is asked before the model is loaded
+    model = models.load("sd3-mini", device="cpu")
+    (pair,) = prompts.load_pairs(file, 1)
+    with pytest.raises(TextlocError, match="reads the same in"):
+        models.check_pairs(model, [pair])
+    models.check_pairs(model, prompts.make_pairs(8))
+
+
+def test_a_miniature_has_one_size(tmp_path, capsys):
+    words = ["generate", "sd3-mini", HELLO, "--out", tmp_path / "out", "--height", 128]
+    assert "128x64 pixels only" in fails(capsys, *words) and not (tmp_path / "out").exists()
+
+
+def test_presets_have_the_papers_sizes():
+    paper, book = PRESETS["paper"], PRESETS["book"]
+    pairs = prompts.pairs_of(paper.sets, paper.pairs)
+    assert len(pairs) == len({pair.seed for pair in pairs}) == 200
+    assert [pair.wall == "" for pair in pairs] == [True] * 100 + [False] * 100
+    assert (paper.edits, paper.toxic, paper.noises) == (300, 400, 4)
+    drawn = prompts.with_noises(prompts.make_pairs(paper.edits), paper.noises)
+    assert len({pair.seed for pair in drawn}) == 1200 and len({pair.source for pair in drawn}) <= 300
+    assert prompts.pairs_of(book.sets, 5, 7) == prompts.with_noises(prompts.make_pairs(5, 7), book.noises)
+    with pytest.raises(TextlocError, match="noises"):
+        prompts.with_noises(pairs, 0)
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ["torch", "diffusers", "transformers", "numpy", "pandas", "scipy", "matplotlib", "PIL"]
+    code = f"import sys; from textloc_utils.cli import parser; parser(); print(set({heavy}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr

@@ -22,7 +22,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch.nn import functional as F
 
-from textloc_utils import cli, edit, localize, metrics, models, prompts
+from textloc_utils import cli, edit, experiment, metrics, models, prompts
+from textloc_utils.experiment import Experiment
 from textloc_utils.generate import generate
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model
@@ -285,16 +286,14 @@ LAYERS, STEPS = (4, 5, 6), 6
 
 @pytest.fixture(scope="module")
 def compared(mini, tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("store"))
+    run = Experiment.of(mini, steps=STEPS, store=Store(tmp_path_factory.mktemp("store")))
     pairs, methods = edit.held_out_pairs(2), edit.methods(mini, LAYERS)
-    tables = {
-        given: edit.compare(mini, pairs, methods, steps=STEPS, given=given, store=store) for given in (False, True)
-    }
-    return store, pairs, methods, tables
+    tables = {given: edit.compare(run, pairs, methods, given=given) for given in (False, True)}
+    return run, pairs, methods, tables
 
 
 def test_a_table_holds_a_row_for_each_pair_and_method(mini, compared):
-    store, pairs, methods, tables = compared
+    _, pairs, methods, tables = compared
     table = tables[False]
     assert table.method.tolist() == [m.name for m in methods] * 2
     assert table.seed.tolist() == [p.seed for p in pairs for _ in methods]
@@ -308,7 +307,7 @@ def test_a_table_holds_a_row_for_each_pair_and_method(mini, compared):
     assert (rows.inversion_rows == 0).all() and not rows.given.any()
     # The scores are those of the pictures, against the source.
     pictures, again = edit.compare_pair(mini, pairs[0], methods, steps=STEPS)
-    mask = localize.outside_text(mini, 64, 128)
+    mask = metrics.outside(mini.spec.text_box, 64, 128)
     for row, picture in zip(again, pictures[1:], strict=True):
         assert row["ssim_outside"] == pytest.approx(metrics.ssim(picture, pictures[0], mask))
         assert row["mse"] == pytest.approx(metrics.mse(picture, pictures[0]))
@@ -330,23 +329,22 @@ def test_given_pictures_are_inverted_first(mini, compared):
 
 
 def test_a_killed_comparison_goes_on(mini, compared, monkeypatch):
-    store, pairs, methods, tables = compared
+    run, pairs, methods, tables = compared
     monkeypatch.setattr(edit.study, "compare_pair", None)  # nothing is left to draw
-    again = edit.compare(mini, pairs, methods, steps=STEPS, store=store)
+    again = edit.compare(run, pairs, methods)
     pd.testing.assert_frame_equal(again, tables[False])
 
 
 def test_a_published_table_is_taken_where_it_fits(mini, compared, monkeypatch, tmp_path):
-    store, pairs, _, tables = compared
-    monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
-    options = {"steps": STEPS, "store": store}
-    made = edit.table(mini, "methods", LAYERS, pairs, publish=True, **options)
+    run, pairs, _, tables = compared
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
+    made = edit.table(Experiment.of(run, publish=True), "methods", LAYERS, pairs)
     pd.testing.assert_frame_equal(made, tables[False])
     monkeypatch.setattr(edit.study, "compare", lambda *a, **k: "computed")
-    assert edit.table(mini, "methods", LAYERS[::-1], pairs, **options).read.tolist() == made.read.tolist()
-    assert edit.table(mini, "methods", (4, 5), pairs, **options) == "computed"
-    assert edit.table(mini, "methods", LAYERS, pairs[:1], **options) == "computed"
-    assert edit.table(mini, "given", LAYERS, pairs, **options) == "computed"
+    assert edit.table(run, "methods", LAYERS[::-1], pairs).read.tolist() == made.read.tolist()
+    assert edit.table(run, "methods", (4, 5), pairs) == "computed"
+    assert edit.table(run, "methods", LAYERS, pairs[:1]) == "computed"
+    assert edit.table(run, "given", LAYERS, pairs) == "computed"
 
 
 @pytest.mark.parametrize(
@@ -354,7 +352,7 @@ def test_a_published_table_is_taken_where_it_fits(mini, compared, monkeypatch, t
 )
 def test_a_wrong_table_is_refused(mini, name, layers, said):
     with pytest.raises(TextlocError, match=said):
-        edit.table(mini, name, layers, edit.held_out_pairs(1))
+        edit.table(Experiment.of(mini), name, layers, edit.held_out_pairs(1))
 
 
 def test_the_curve_turns_each_dial(mini):

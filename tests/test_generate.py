@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from textloc_utils.generate import generate, save
@@ -141,3 +142,65 @@ def test_a_killed_save_names_no_picture_of_another_call(sd3, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, second, [HELLO, WORLD], [3, 4], ["", ""])
     assert json.loads((tmp_path / "images.json").read_text()) == []
+
+
+# --- what is not finite -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoiled():
+    """Adds to what a module answers from its n-th call on."""
+    handles = []
+
+    def spoil(module, value, call=1):
+        calls = []
+
+        def add(module, args, output):
+            calls.append(1)
+            if len(calls) < call:
+                return output
+            if isinstance(output, torch.Tensor):
+                return output + value
+            if isinstance(output, tuple):
+                return (output[0] + value, *output[1:])
+            output["sample"] = output["sample"] + value
+            return output
+
+        handles.append(module.register_forward_hook(add))
+
+    yield spoil
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("call", [1, 2])
+def test_the_first_answer_that_is_not_finite_stops_the_drawing(model, spoiled, value, call):
+    spoiled(model.denoiser, value, call)
+    with pytest.raises(TextlocError, match=f"call {call} is not finite") as error:
+        generate(model, [HELLO, WORLD], [1, 2])
+    assert "\n" not in str(error.value) and not model.denoiser._forward_pre_hooks
+
+
+def test_one_number_of_one_row_is_enough(sd3, spoiled):
+    value = torch.zeros(4, 1, 1, 1)
+    value[3] = float("nan")
+    spoiled(sd3.denoiser, value)
+    with pytest.raises(TextlocError, match="call 1 is not finite"):
+        generate(sd3, [HELLO, WORLD], [1, 2])
+
+
+def test_a_picture_that_is_not_finite_is_named(sd3, spoiled):
+    """The denoiser is well, and the autoencoder is not: it overflows in half precision, for one."""
+    value = torch.zeros(2, 1, 1, 1)
+    value[1] = float("nan")
+    spoiled(sd3.pipe.vae.decoder, value)
+    with pytest.raises(TextlocError, match=r"picture 1 of 2 is not finite \(seed 7\)") as error:
+        generate(sd3, [HELLO, WORLD], [1, 7])
+    assert "\n" not in str(error.value)
+
+
+def test_given_noise_that_is_not_finite_is_told(sd3):
+    noise = torch.full((1, 4, 8, 8), float("nan"))
+    with pytest.raises(TextlocError, match="not finite"):
+        generate(sd3, [HELLO], [1], noise=noise)

@@ -82,8 +82,11 @@ class Bypassing:
     def __init__(self, kept):
         self.kept = kept
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, image_rotary_emb=None):
-        other = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, image_rotary_emb=None
+    ):
+        other = {"attention_mask": attention_mask, "temb": temb, "image_rotary_emb": image_rotary_emb}
+        other = {name: value for name, value in other.items() if value is not None}
         names = [
             n for n in ("add_k_proj", "add_v_proj", "to_k", "to_v") if isinstance(getattr(attn, n, None), nn.Linear)
         ]

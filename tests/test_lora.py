@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from textloc_utils import lora, models
+from textloc_utils import files, lora, models
 from textloc_utils.generate import generate
 from textloc_utils.lora import Training
 from textloc_utils.models import PROJECTIONS
@@ -119,7 +121,12 @@ def test_ranks_for_equal_parameters(tinies, name):
         ({"rank": 0}, "rank"),
         ({"steps": 0}, "steps"),
         ({"batch": 0}, "batch"),
-        ({"lr": -1.0}, "lr"),
+        ({"lr": -1.0}, "lr must be above 0 and at most 1, got -1.0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"lr": float("inf")}, "lr must be above 0"),
+        ({"lr": 1e30}, "at most 1"),
+        ({"rank": 1_000_000_000}, "at most 4096"),
+        ({"drop": float("nan")}, "drop"),
         ({"seed": -1}, "seed"),
         ({"drop": 1.5}, "drop"),
     ],
@@ -217,14 +224,14 @@ def test_a_killed_run_ends_at_the_same_weights(tinies, name, tmp_path, monkeypat
     assert not getattr(model.denoiser, "peft_config", None)
     assert [path.name for path in tmp_path.iterdir()] == [lora.CHECKPOINT]
     resumed = lora.train(model, given, training, folder=tmp_path, checkpoint_steps=2)
-    assert len(calls) == 6 + 3  # went on after the fourth step
+    assert len(calls) == 6 + 3 + 1  # went on after the fourth step; once more after the last
     assert same(wanted, state(model)) and not same(wanted, {})
     lora.remove(model)
     assert (resumed.losses, resumed.saved_bytes) == (whole.losses, whole.saved_bytes)
     assert sorted(path.name for path in tmp_path.iterdir()) == [lora.FILE, lora.ABOUT]
 
     # Started once more, the finished run is loaded.
-    assert lora.train(model, given, training, folder=tmp_path) == resumed and len(calls) == 9
+    assert lora.train(model, given, training, folder=tmp_path) == resumed and len(calls) == 10
     assert same(wanted, state(model))
     lora.remove(model)
     for other in (replace(training, seed=1), replace(training, steps=8)):
@@ -238,13 +245,136 @@ def test_a_killed_run_ends_at_the_same_weights(tinies, name, tmp_path, monkeypat
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tinies, tmp_path):
     model = tinies("ldm")
     given = data(model)
-    torch.save({"key": {}}, tmp_path / lora.CHECKPOINT)
+    files.write_state(tmp_path / lora.CHECKPOINT, {"key": {}})
     with pytest.raises(TextlocError, match="other settings"):
         lora.train(model, given, FEW, folder=tmp_path)
-    (tmp_path / lora.CHECKPOINT).write_bytes(b"no checkpoint")
-    with pytest.raises(TextlocError, match="corrupt"):
-        lora.train(model, given, FEW, folder=tmp_path)
+    whole = (tmp_path / lora.CHECKPOINT).read_bytes()
+    for damaged in (b"no checkpoint", whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], b""):
+        (tmp_path / lora.CHECKPOINT).write_bytes(damaged)
+        with pytest.raises(TextlocError, match="damaged"):
+            lora.train(model, given, FEW, folder=tmp_path)
     assert not getattr(model.denoiser, "peft_config", None)
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------
+
+
+def refused(model, given, training, folder, said):
+    """Training stops with one line, nothing lies in the folder, and the model is bare."""
+    with pytest.raises(TextlocError, match=said) as error:
+        lora.train(model, given, training, folder=folder, checkpoint_steps=1)
+    assert "\n" not in str(error.value) and not getattr(model.denoiser, "peft_config", None)
+    return [] if not folder.exists() else sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ldm", "if", "sd3", "flux"])
+@pytest.mark.parametrize(("lr", "steps"), [(1e30, 4), (1e30, 1), (1e35, 2), (1e20, 3)])
+def test_training_stops_at_the_first_number_that_is_not_finite(tinies, tmp_path, name, lr, steps):
+    """Though each loss before was finite: no adapter is saved, and a second start finds no finished run."""
+    model = tinies(name)
+    before, given = state(model), data(model)
+    training = replace(FEW, layers=every(model), steps=steps)
+    object.__setattr__(training, "lr", lr)  # beyond what is taken, so that few steps do what many can
+    for _ in range(2):
+        assert set(refused(model, given, training, tmp_path / "run", "finite|nan|inf")) <= {lora.CHECKPOINT}
+    assert same(before, state(model))
+
+
+def test_a_loss_a_gradient_and_a_weight_are_each_named(tinies, tmp_path, monkeypatch):
+    model = tinies("sd3")
+    given, forward = data(model), lora._Objective.forward
+    called = []
+
+    def spoiled(at, change):
+        def spoil(self, *arguments):
+            called.append(1)
+            loss = forward(self, *arguments)
+            return change(loss) if len(called) == at else loss
+
+        called.clear()
+        monkeypatch.setattr(lora._Objective, "forward", spoil)
+
+    spoiled(3, lambda loss: loss * float("nan"))
+    assert refused(model, given, FEW, tmp_path / "a", "the loss of step 3 is nan") == [lora.CHECKPOINT]
+    spoiled(1, lambda loss: loss + float("inf"))
+    assert refused(model, given, FEW, tmp_path / "b", "the loss of step 1 is inf") == []
+    spoiled(2, lambda loss: loss + 0 * (loss - loss.detach()).sqrt())  # 0, with an infinite slope
+    assert refused(model, given, FEW, tmp_path / "c", "the gradient of step 2 is nan") == [lora.CHECKPOINT]
+    spoiled(FEW.steps + 1, lambda loss: -loss * float("inf"))
+    assert refused(model, given, FEW, tmp_path / "d", "the loss after the last step is -inf") == [lora.CHECKPOINT]
+    # A run whose numbers are finite again goes on from what was kept.
+    monkeypatch.setattr(lora._Objective, "forward", forward)
+    try:
+        assert len(lora.train(model, given, FEW, folder=tmp_path / "a").losses) == FEW.steps
+        weight = next(p for p in model.denoiser.parameters() if p.requires_grad)
+        weight.data[0, 0] = float("nan")
+        with pytest.raises(TextlocError, match="weight .*lora_A.* is not finite; nothing is saved"):
+            lora.save(model, tmp_path / "e", {})
+    finally:
+        lora.remove(model)
+    assert not (tmp_path / "e").exists()
+
+
+def test_data_that_is_not_finite_is_refused(tinies, monkeypatch):
+    model = tinies("ldm")
+    good = model.encode(np.zeros((2, 32, 32, 3), np.uint8))
+    good[1, 0, 0, 0] = float("inf")
+    monkeypatch.setattr(models.Model, "encode", lambda self, pictures: good)
+    with pytest.raises(TextlocError, match="picture 1 is not finite"):
+        lora.prepare(model, np.zeros((2, 32, 32, 3), np.uint8), PROMPTS[:2])
+    monkeypatch.undo()
+    monkeypatch.setattr(lora, "conditions", lambda *a: {"encoder_hidden_states": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(TextlocError, match="encoder_hidden_states are not finite"):
+        data(model, 2)
+
+
+def test_an_adapter_that_is_not_finite_is_not_loaded(tinies, tmp_path):
+    model = tinies("ldm")
+    before = state(model)
+    lora.train(model, data(model), FEW, folder=tmp_path)
+    lora.remove(model)
+    tensors = load_file(tmp_path / lora.FILE)
+    next(iter(tensors.values()))[0] = float("nan")
+    (tmp_path / lora.ABOUT).unlink()  # as from elsewhere: no digest tells
+    save_file(tensors, tmp_path / lora.FILE)
+    with pytest.raises(TextlocError, match="is not finite; train the one in"):
+        lora.load(model, tmp_path)
+    assert same(before, state(model))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sdxl"])
+def test_a_fused_pipeline_is_refused_in_one_line(name, tmp_path):
+    model = tiny.model(name)
+    given = data(model)
+    model.denoiser.fuse_qkv_projections()
+    assert refused(model, given, FEW, tmp_path / "run", "unfuse_qkv_projections") == []
+    model.denoiser.unfuse_qkv_projections()
+    assert len(lora.train(model, given, FEW, folder=tmp_path / "run").losses) == FEW.steps
+    lora.remove(model)
+    model.denoiser.fuse_qkv_projections()
+    with pytest.raises(TextlocError, match="unfuse_qkv_projections"):  # it would be loaded, and do nothing
+        lora.load(model, tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", ["cut off", "half"])
+def test_an_adapter_that_takes_no_part_is_told(tinies, tmp_path, monkeypatch, how):
+    """Whatever the reason: no gradient reaches it."""
+    model = tinies("ldm")
+    given, forward = data(model), lora._Objective.forward
+
+    def cut(self, *arguments):
+        loss = forward(self, *arguments)
+        return loss.detach() if how == "cut off" else loss
+
+    monkeypatch.setattr(lora._Objective, "forward", cut)
+    if how == "half":
+        added = lora.add
+
+        def more(model, training):
+            return [*added(model, training), torch.nn.Parameter(torch.zeros(1))]
+
+        monkeypatch.setattr(lora, "add", more)
+    assert refused(model, given, FEW, tmp_path / "run", "takes no part") == []
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -288,9 +418,58 @@ def test_files_that_do_not_fit_are_refused(tinies, tmp_path):
             lora.load(model, tmp_path / "ldm")
         assert "\n" not in str(error.value) and not getattr(model.denoiser, "peft_config", None)
     assert same(before, state(sd3))
-    (tmp_path / "ldm" / lora.FILE).write_bytes(b"nothing")
+    saved = tmp_path / "ldm" / lora.FILE, tmp_path / "ldm" / lora.ABOUT
+    whole = [path.read_bytes() for path in saved]
+    for path, data_ in zip(saved, whole, strict=True):  # one bit of a weight, of a loss, of a key's name
+        for bit in range(3, len(data_) * 8, len(data_) * 8 // 40):
+            flipped = bytearray(data_)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            with pytest.raises(TextlocError, match="corrupt") as error:
+                lora.load(ldm, tmp_path / "ldm")
+            assert "\n" not in str(error.value)
+        path.write_bytes(data_)
+    for about in ("[]", "3", "[" * 5000, '{"seal": 1}', '{"sha256": 1}', '{"key": '):
+        saved[1].write_text(about)
+        with pytest.raises(TextlocError, match="corrupt"):
+            lora.load(ldm, tmp_path / "ldm")
+    saved[1].unlink()
+    saved[0].write_bytes(b"nothing")
     with pytest.raises(TextlocError, match="does not fit"):
         lora.load(ldm, tmp_path / "ldm")
+
+
+def test_two_trainings_do_not_share_a_folder(tinies, tmp_path):
+    model = tinies("ldm")
+    given = data(model)
+    with files.only_run(tmp_path / "run"):
+        assert refused(model, given, FEW, tmp_path / "run", "another run writes to") == []
+    lora.train(model, given, FEW, folder=tmp_path / "run")
+    lora.remove(model)
+
+
+def test_a_full_disk_costs_no_training(tinies, tmp_path, monkeypatch):
+    """The finished adapter cannot be saved; when there is room again, it is, without another step."""
+    model = tinies("ldm")
+    given, replaced = data(model), lora.os.replace
+
+    def full(source, target):
+        if Path(target).name in (lora.FILE, lora.ABOUT):
+            raise OSError(28, "No space left on device")
+        return replaced(source, target)
+
+    monkeypatch.setattr(lora.os, "replace", full)
+    with pytest.raises(TextlocError, match="No space left") as error:
+        lora.train(model, given, FEW, folder=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    wanted = state(model)
+    lora.remove(model)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [lora.CHECKPOINT]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: pytest.fail("trained again"))
+    lora.train(model, given, FEW, folder=tmp_path / "run")
+    assert same(wanted, state(model))
+    lora.remove(model)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -12,12 +12,15 @@ import pytest
 import tiny
 from PIL import Image
 
-from textloc_utils import cli, localize, lora, lora_study, models, prompts
+from textloc_utils import cli, experiment, lora, lora_study, models, prompts
+from textloc_utils.cli import adapters
+from textloc_utils.experiment import Experiment
 from textloc_utils.lora import Training
 from textloc_utils.miniatures import scenes
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
 
+ARMS = ("localized", "all text layers", "random layers", "all attention")
 FEW = Training(layers=(), rank=2, steps=2, batch=2)
 
 
@@ -31,7 +34,7 @@ def small(monkeypatch, tmp_path):
     """Few scenes and prompts; nothing is published into the package's data."""
     monkeypatch.setattr(lora_study, "SCENES", 4)
     monkeypatch.setattr(lora_study, "KIN", (1, 2))
-    monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
 
 
 def fails(capsys, *arguments) -> str:
@@ -59,7 +62,7 @@ def test_arms_differ_in_their_layers_and_rank_alone(name):
     model = tiny.model(name)
     every = tuple(range(len(model.layers)))
     found = lora_study.arms(model, (1,), 3, FEW)
-    names = [name for name in lora_study.ARMS if name != "all attention" or models.self_attention(model.denoiser)]
+    names = [name for name in ARMS if name != "all attention" or models.self_attention(model.denoiser)]
     assert [arm.name for arm in found] == 2 * names
     count = lora.parameters(model, replace(FEW, layers=every, rank=lora_study.REFERENCE_RANK))
     for arm in found:
@@ -94,7 +97,8 @@ def test_diversity_is_the_distance_within_a_prompt():
 
 
 def test_the_study_is_resumed_and_published(model, small, tmp_path, monkeypatch):
-    options = {"training": FEW, "steps": 1, "seeds": (0,), "store": Store(tmp_path / "units")}
+    run = Experiment.of(model, steps=1, store=Store(tmp_path / "units"))
+    options = {"training": FEW, "seeds": (0,)}
     train, runs = lora.train, []
 
     def once_killed(*arguments, **others):
@@ -105,13 +109,13 @@ def test_the_study_is_resumed_and_published(model, small, tmp_path, monkeypatch)
 
     monkeypatch.setattr(lora, "train", once_killed)
     with pytest.raises(KeyboardInterrupt):
-        lora_study.study(model, (4, 5), 2, **options)
-    table = lora_study.study(model, (4, 5), 2, publish=True, **options)
+        lora_study.study(run, (4, 5), 2, **options)
+    table = lora_study.study(Experiment.of(run, publish=True), (4, 5), 2, **options)
     # Two of five were kept: all layers have the same rank in both comparisons. Then all five take turns for their time.
     assert len(runs) == 3 + 3 + 5 * lora_study.ROUNDS
     assert not getattr(model.denoiser, "peft_config", None)
 
-    arms = [name for name in lora_study.ARMS if name != "all attention"]
+    arms = [name for name in ARMS if name != "all attention"]
     assert table.arm.tolist() == [lora_study.BEFORE, *arms, *arms] and set(table.model) == {"sd3-mini"}
     assert table.equal.tolist() == ["", *["rank"] * 3, *["parameters"] * 3]
     trained = table[table.arm != lora_study.BEFORE]
@@ -123,20 +127,22 @@ def test_the_study_is_resumed_and_published(model, small, tmp_path, monkeypatch)
     assert trained.set_index(["arm", "equal"]).layers["localized", "rank"] == "4 5"
 
     monkeypatch.setattr(lora_study, "measure", lambda *a, **k: pytest.fail("was done again"))
-    options["store"] = Store(tmp_path / "other")
-    assert lora_study.study(model, [5, 4], 2, **options).equals(table)
-    for other in ({"training": replace(FEW, lr=1.0)}, {"seeds": (1,)}, {"steps": 2}):
+    run = Experiment.of(run, store=Store(tmp_path / "other"))
+    assert lora_study.study(run, [5, 4], 2, **options).equals(table)
+    for other in ({"training": replace(FEW, lr=1.0)}, {"seeds": (1,)}):
         with pytest.raises(pytest.fail.Exception):
-            lora_study.study(model, (4, 5), 2, **options | other)
+            lora_study.study(run, (4, 5), 2, **options | other)
+    with pytest.raises(pytest.fail.Exception):
+        lora_study.study(Experiment.of(run, steps=2), (4, 5), 2, **options)
 
 
 def test_a_wrong_study_is_refused(model):
     with pytest.raises(TextlocError, match="at least one"):
-        lora_study.study(model, (), 2)
+        lora_study.study(Experiment.of(model), (), 2)
     with pytest.raises(TextlocError, match="0 to 11"):
-        lora_study.study(model, (12,), 2)
+        lora_study.study(Experiment.of(model), (12,), 2)
     with pytest.raises(TextlocError, match="asked for 999"):
-        lora_study.study(model, (4,), 999)
+        lora_study.study(Experiment.of(model), (4,), 999)
 
 
 def rows(scores: dict) -> pd.DataFrame:
@@ -231,11 +237,11 @@ def test_two_processes_share_the_batch(tmp_path):
 
 
 def test_layers_by_name(model, monkeypatch):
-    monkeypatch.setattr(localize, "known_layers", lambda model: (4, 5))
-    assert cli._named_layers(model, ["all"], 0) == tuple(range(12))
-    assert cli._named_layers(model, ["localized"], 0) == (4, 5)
-    assert cli._named_layers(model, ["random"], 1) == lora_study.random_layers(model, (4, 5), 1)
-    assert cli._named_layers(model, ["7", "3"], 0) == (3, 7)
+    monkeypatch.setattr(experiment, "known_layers", lambda model: (4, 5))
+    assert adapters.layers_of(model, ["all"], 0) == tuple(range(12))
+    assert adapters.layers_of(model, ["localized"], 0) == (4, 5)
+    assert adapters.layers_of(model, ["random"], 1) == lora_study.random_layers(model, (4, 5), 1)
+    assert adapters.layers_of(model, [7, 3], 0) == (3, 7)
 
 
 def test_bad_input_of_an_adapter_is_one_line(tmp_path, capsys):
@@ -253,7 +259,6 @@ def test_bad_input_of_an_adapter_is_one_line(tmp_path, capsys):
         (["train", "sd3-mini", "--layers", "4", "--data", tmp_path / "empty", *out], "file_name and text"),
         (["eval", "sd3-mini", "--adapter", tmp_path / "none"], "textloc lora train"),
         (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 0], "asked for 0"),
-        (["study", "sd3-mini", "--layers", "12"], "0 to 11"),
     ):
         assert said in fails(capsys, "lora", *arguments, "--device", "cpu")
     assert not (tmp_path / "out").exists()
@@ -263,7 +268,7 @@ def test_the_command_prints_a_line_per_run(capsys, monkeypatch):
     monkeypatch.setattr(lora_study, "measure", lambda *a, **k: {"new_score": 0.25, "old_score": 0.5, "diversity": 3.0})
     monkeypatch.setattr(lora, "train", lambda model, data, training, **k: _report(model, training))
     monkeypatch.setattr(lora_study, "SCENES", 2)
-    assert cli.main(["lora", "study", "sd3-mini", "--layers", "4", "--preset", "smoke", "--device", "cpu"]) == 0
+    assert cli.main(["study", "lora", "sd3-mini", "--layers", "4", "--preset", "smoke", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 1 + 2 * 3 * len(lora_study.SEEDS) and "0.250" in lines[-1] and "before" in lines[1]
 

@@ -4,7 +4,9 @@ import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 from skimage.metrics import structural_similarity
 
 from textloc_utils import metrics
@@ -32,7 +34,7 @@ def test_bootstrap_of_two_values_is_the_binomial():
 
 def test_bootstrap_approaches_the_normal_interval():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    interval = metrics.bootstrap(values, resamples=4000)
+    interval = metrics.bootstrap(values)
     half = 1.96 * values.std() / math.sqrt(400)
     assert interval.mean == pytest.approx(values.mean())
     assert interval.low == pytest.approx(values.mean() - half, abs=0.1 * half)
@@ -43,23 +45,53 @@ def test_bootstrap_covers_the_true_mean_about_95_times_in_100():
     rng = np.random.default_rng(2)
     inside = 0
     for i in range(300):
-        interval = metrics.bootstrap(rng.random(60) < 0.7, seed=i, resamples=500)
-        inside += interval.low <= 0.7 <= interval.high
+        low, high = metrics.percentiles(metrics.resampled(rng.random(60) < 0.7, seed=i, resamples=500))
+        inside += low <= 0.7 <= high
     assert 0.90 <= inside / 300 <= 0.98
 
 
-def test_bootstrap_is_seeded_and_its_chunks_are_seamless():
-    values = np.random.default_rng(0).random(300_000)  # several chunks of resamples
-    a = metrics.bootstrap(values, resamples=30)
-    assert a == metrics.bootstrap(values, resamples=30)
-    assert a != metrics.bootstrap(values, resamples=30, seed=1)
-    assert a.low < a.mean < a.high
+def test_resamples_are_seeded_and_their_batches_are_seamless():
+    values = np.random.default_rng(0).random(300_000)  # several batches of resamples
+    drawn = metrics.resampled(values, resamples=30)
+    np.testing.assert_array_equal(drawn, metrics.resampled(values, resamples=30))
+    assert (drawn != metrics.resampled(values, resamples=30, seed=1)).all()
+    rows = np.random.default_rng(0).integers(300_000, size=(30, 300_000))
+    np.testing.assert_allclose(drawn, values[rows].mean(1), rtol=1e-12)
 
 
+def test_bootstrap_is_scipy_s_percentile_interval():
+    values = np.random.default_rng(3).normal(size=57)
+    options = {"n_resamples": 2000, "method": "percentile", "rng": np.random.default_rng(0)}
+    theirs = stats.bootstrap((values,), np.mean, **options).confidence_interval
+    ours = metrics.bootstrap(values)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs), rel=1e-12)
+
+
+def test_rows_are_resampled_whole():
+    """Columns that hang together hang together in every sample, and one column alone is resampled as among others."""
+    x = np.random.default_rng(4).random(20)
+    drawn = metrics.resampled(np.stack([x, 2 * x, 1 - x], axis=1), resamples=50)
+    assert drawn.shape == (50, 3) and np.ptp(drawn[:, 0]) > 0
+    np.testing.assert_allclose(drawn[:, 1], 2 * drawn[:, 0])
+    np.testing.assert_allclose(drawn[:, 2], 1 - drawn[:, 0])
+    np.testing.assert_allclose(metrics.resampled(x, resamples=50), drawn[:, 0])
+    assert metrics.resampled(x[:1], resamples=3).tolist() == [x[0]] * 3
+
+
+def test_student_s_interval_is_that_of_the_t_test():
+    values = [0.91, 0.95, 0.9]
+    theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    ours = metrics.student(values)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs), rel=1e-12) and ours.n == 3
+    assert ours.mean == pytest.approx(np.mean(values)) and metrics.student([1.0, 1.0]).low == 1.0
+    assert metrics.student([0.25]) == metrics.Interval(0.25, 0.25, 0.25, 1)
+
+
+@pytest.mark.parametrize("interval", [metrics.bootstrap, metrics.student])
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [1.0, math.inf], [[1.0, 2.0]]])
-def test_bootstrap_refuses(values):
+def test_bad_values_are_refused(values, interval):
     with pytest.raises(TextlocError):
-        metrics.bootstrap(values)
+        interval(values)
 
 
 def test_rates_have_an_interval_at_their_ends_too():
@@ -82,6 +114,21 @@ def test_paired_difference():
     assert metrics.paired_difference([True, True], [False, True]).mean == 0.5  # numpy booleans do not subtract
     with pytest.raises(TextlocError, match="3 and 2"):
         metrics.paired_difference(a, b[:2])
+    seeds = [0.9, 0.8, 0.85], [0.7, 0.75, 0.72]
+    theirs = stats.ttest_rel(*seeds).confidence_interval(0.95)
+    few = metrics.paired_difference(*seeds, metrics.student)
+    assert (few.low, few.high) == pytest.approx(tuple(theirs), rel=1e-12)
+
+
+def test_a_summary_has_a_row_per_group_and_its_spans():
+    table = pd.DataFrame({"a": ["y", "x", "y"], "b": 1, "hit": [True, True, False], "score": [0.5, 0.25, 1.0]})
+    short = metrics.summarise(table, ["a", "b"], ["hit", "score"])
+    assert short[["a", "b", "n"]].values.tolist() == [["y", 1, 2], ["x", 1, 1]]
+    half = metrics.rate([True, False])
+    assert short.loc[0, ["hit", "hit_low", "hit_high"]].tolist() == [half.mean, half.low, half.high]
+    assert metrics.spans(short, "score") == ["0.750 [0.500, 1.000]", "0.250 [0.250, 0.250]"]
+    plain = pd.DataFrame({"mean": [-0.001], "low": [-0.5], "high": [0.25]})
+    assert metrics.spans(plain, form="z.2f") == ["0.00 [-0.50, 0.25]"]
 
 
 # --- text ---
@@ -131,12 +178,6 @@ def test_edit_distance(read, wanted, distance, error_rate, score):
     assert metrics.exact_match(read, wanted) is (distance == 0)
 
 
-def test_outcome_tells_no_text_from_wrong_text():
-    assert metrics.outcome("LOVE", "love") == "exact"
-    assert metrics.outcome("LOVF", "LOVE") == "wrong text"
-    assert metrics.outcome("", "LOVE") == "no text"
-
-
 # --- pictures ---
 
 
@@ -176,6 +217,12 @@ def test_mask_leaves_the_text_box_out():
     assert metrics.mse(a, b, outside) == pytest.approx(9 / 280)
     assert metrics.psnr(a, b, outside) == pytest.approx(10 * math.log10(255**2 * 280 / 9))
     assert metrics.mse(a, b, ~outside) == 100**2
+
+
+def test_the_mask_outside_a_box():
+    mask = metrics.outside((5, 4, 15, 8), 16, 20)
+    assert mask.sum() == 16 * 20 - 4 * 10 and not mask[4:8, 5:15].any()
+    assert metrics.outside(None, 3, 4).all()
 
 
 def test_stack_of_pictures_gives_one_value_each():

@@ -29,6 +29,32 @@ KNOWN = {
 }
 
 
+#: As above, of the other families' public checkpoints.
+OTHERS = {
+    "flux-schnell": (11_891_178_560, 57),
+    "flux-kontext": (11_901_408_320, 57),
+    "flux2-dev": (32_223_281_152, 56),
+    "flux2-klein": (3_875_544_576, 25),
+    "qwen-image": (20_430_401_088, 60),
+    "qwen-image-2.1": (7_115_124_736, 32),
+    "z-image-turbo": (6_154_908_736, 30),
+    "krea-2": (12_820_073_036, 28),
+    "chroma": (8_899_983_424, 57),
+    "longcat-image": (6_270_668_864, 30),
+    "ovis-image": (7_370_449_728, 33),
+    "aura-flow": (6_858_605_568, 36),
+    "cogview4": (6_369_118_272, 28),
+    "hunyuan-image-2.1": (17_425_795_520, 60),
+    "hidream-i1": (17_105_733_184, 48),
+    "ernie-image": (8_033_490_048, 36),
+    "pixart-sigma": (610_856_096, 28),
+    "sana": (1_604_462_752, 20),
+    "hunyuan-dit": (1_499_952_032, 40),
+    "kandinsky5": (6_022_080_576, 50),
+    "wan": (1_418_996_800, 30),
+}
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_full_size_numbers(name):
     parameters, layers, family = KNOWN[name]
@@ -40,7 +66,18 @@ def test_full_size_numbers(name):
     assert [layer.index for layer in found] == list(range(layers))
     assert json.loads(json.dumps(told)) == told
     assert {"name", "pipeline", "prompt_template", "colours", "trained"} <= told.keys()
-    assert set(KNOWN) <= set(models.FULL_SIZE)
+    assert set(KNOWN) | set(OTHERS) == set(models.FULL_SIZE)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_numbers_of_the_other_families(name):
+    told = models.describe(name)
+    assert (told["parameters"], len(told["text_layers"])) == OTHERS[name]
+    assert told["family"] == (models.JOINT if name not in CROSS else models.CROSS_TRANSFORMER)
+    assert all(0 < share < 0.01 for share in told["kv_share"])
+
+
+CROSS = ("pixart-sigma", "sana", "hunyuan-dit", "kandinsky5", "wan")
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("sdxl", 15_728_640), ("if", 11_899_008), ("sd3", 4_721_664)])
@@ -202,16 +239,18 @@ def test_broken_weight_files(miniature, part, how):
     assert "\n" not in str(caught.value) and part in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["transformer", "text_encoder", "text_encoder_3"])
-def test_weights_without_a_tensor(miniature, part):
+@pytest.mark.parametrize("name", ["sd3-mini", "sd3"])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "text_encoder_3", "vae"])
+def test_weights_without_a_tensor(miniature, part, name):
     """The libraries would fill the gap with random numbers and only say so in a log."""
     folder, _ = miniature
     file = next((folder / part).glob("*.safetensors"))
     tensors = load_file(file)
     lost = sorted(tensors)[-1]
     save_file({k: v for k, v in tensors.items() if k != lost}, file, metadata={"format": "pt"})
-    with pytest.raises(TextlocError, match="lack "):
-        models.load("sd3-mini", device="cpu")
+    with pytest.raises(TextlocError, match="lack ") as caught:
+        models.load(name, device="cpu", model_path=folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ldm", "sdxl", "if"])
@@ -252,6 +291,119 @@ def test_missing_parts(miniature):
         models.load("sd3-mini", device="cpu")
 
 
+def damaged_index(value):
+    text = value if isinstance(value, str) else json.dumps(value)
+    return lambda folder: (folder / "model_index.json").write_text(text)
+
+
+def changed(file, **values):
+    def change(folder):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(config | values))
+
+    return change
+
+
+def replaced(file, make):
+    def change(folder):
+        (found,) = folder.glob(file)
+        found.unlink()
+        make(found)
+
+    return change
+
+
+INDEX = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+DAMAGES = {
+    "empty list": (damaged_index([]), "model_index.json is corrupt: a table was expected"),
+    "number": (damaged_index(3), "a table was expected"),
+    "nested": (damaged_index("[" * 100_000), "corrupt: not JSON"),
+    "no class": (damaged_index({}), "a pipeline of class None"),
+    "other class": (damaged_index(INDEX | {"_class_name": "EvilPipeline"}), "class 'EvilPipeline'"),
+    "no pipeline": (damaged_index(INDEX | {"_class_name": "UNet2DModel"}), "class 'UNet2DModel'"),
+    "class of another kind": (damaged_index(INDEX | {"_class_name": ["a"]}), r"class \['a'\]"),
+    "foreign library": (damaged_index(INDEX | {"scheduler": ["evilmod", "Evil"]}), "evilmod.Evil; allowed: classes of"),
+    "path as library": (damaged_index(INDEX | {"scheduler": ["../evil", "Evil"]}), "allowed: classes of diffusers"),
+    "own code": (damaged_index(INDEX | {"scheduler": ["transformers_modules.x", "E"]}), "allowed: classes of"),
+    "unknown class": (damaged_index(INDEX | {"scheduler": ["diffusers", "Evil"]}), "diffusers.Evil; allowed"),
+    "no denoiser": (damaged_index({"_class_name": "StableDiffusion3Pipeline"}), "names no denoiser"),
+    "no text layers": (damaged_index(INDEX | {"transformer": ["diffusers", "UNet2DModel"]}), "UNet2DModel has no text"),
+    "refused": (
+        damaged_index(INDEX | {"transformer": ["diffusers", "Lumina2Transformer2DModel"]}),
+        "Lumina2Transformer2DModel cannot be patched: its rows",
+    ),
+    "refused by its own file": (
+        changed("transformer/config.json", _class_name="Lumina2Transformer2DModel"),
+        "Lumina2Transformer2DModel cannot be patched",
+    ),
+    "a million layers": (changed("transformer/config.json", num_layers=1_000_000), "num_layers is 1000000, more than"),
+    "a million text layers": (changed("text_encoder_3/config.json", num_layers=10**6), "num_layers is 1000000"),
+    "a width beyond all": (changed("transformer/config.json", attention_head_dim=10**15), "more than any model has"),
+    "config of a list": (lambda f: (f / "transformer" / "config.json").write_text("[]"), "a table was expected"),
+    "no config": (lambda f: (f / "vae" / "config.json").unlink(), "vae/config.json is missing"),
+    "pipe for weights": (replaced("vae/*.safetensors", os.mkfifo), "is no regular file"),
+    "pipe for index": (replaced("model_index.json", os.mkfifo), "is no regular file"),
+    "dangling weights": (replaced("vae/*.safetensors", lambda f: f.symlink_to("gone")), "no regular file, or missing"),
+    "folder for weights": (replaced("vae/*.safetensors", lambda f: f.mkdir()), "is corrupt|is missing"),
+    "index without a map": (
+        lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}"),
+        "it has no weight_map",
+    ),
+    "index out of the folder": (
+        lambda f: (f / "vae" / "x.safetensors.index.json").write_text('{"weight_map": {"a": "../../b"}}'),
+        "it has no weight_map",
+    ),
+    "pickled weights alone": (replaced("vae/*.safetensors", lambda f: (f.parent / "x.bin").touch()), "no weight file"),
+    "spec of a list": (lambda f: (f / "textloc.json").write_text("[]"), "textloc.json is missing or corrupt"),
+    "negative steps": (changed("textloc.json", steps=-1), "holds -1 as steps"),
+    "text for a number": (changed("textloc.json", guidance="strong"), "holds 'strong' as guidance"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_get_one_line_before_a_weight_is_read(miniature, damage, monkeypatch):
+    folder, _ = miniature
+    change, message = DAMAGES[damage]
+    change(folder)
+    monkeypatch.setattr(models.loading, "_whole", lambda *a: pytest.fail("a weight was read"))
+    with pytest.raises(TextlocError, match=message) as caught:
+        models.load("sd3-mini", device="cpu", model_path=folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_are_lists_are_no_components(miniature):
+    folder, _ = miniature
+    changed("model_index.json", text_encoder_select_layers=[], force_zeros=[1, 2])(folder)
+    assert len(models.load("sd3-mini", device="cpu").layers) == 3
+
+
+@pytest.mark.parametrize("wanted", [None, "fp16", "bf16"])
+def test_the_variant_that_is_there_is_taken(miniature, wanted):
+    """Only fp16 files, as in most snapshots of SDXL; asking for another variant takes them as well."""
+    folder, model = miniature
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    assert models.loading._variant(folder / "vae", wanted) == "fp16"
+    loaded = models.load("sd3-mini", device="cpu")
+    np.testing.assert_array_equal(generate(loaded, [HELLO], [1]).images, generate(model, [HELLO], [1], steps=3).images)
+
+
+def test_variants_of_split_files(tmp_path):
+    for name in ("model-00001-of-00002.safetensors", "model.fp16-00001-of-00002.safetensors"):
+        (tmp_path / name).touch()
+    assert [models.loading._variant(tmp_path, w) for w in (None, "fp16", "bf16")] == [None, "fp16", None]
+
+
+def test_a_single_file_and_a_mistyped_path(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(TextlocError, match="is one file.*from_single_file, and save it by save_pretrained"):
+        models.load("sdxl", device="cpu", model_path=tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(TextlocError, match="no saved pipeline in models/sdlx"):
+        models.load("sdxl", device="cpu", model_path="models/sdlx")
+
+
 def test_unknown_model():
     with pytest.raises(TextlocError, match="unknown model 'sdx'; known models: .*sdxl, if, sd3"):
         models.load("sdx")
@@ -281,6 +433,9 @@ def test_cuda_where_there_is_none():
 def test_other_devices_and_dtypes(miniature):
     with pytest.raises(TextlocError, match="unknown device 'gpu'"):
         models.load("sd3-mini", device="gpu")
+    for device in ("mps", "xpu", "meta"):
+        with pytest.raises(TextlocError, match=f"device '{device}' was asked for, but there is none here"):
+            models.pick_device(device)
     with pytest.raises(TextlocError, match="the CPU computes in float32"):
         models.load("sd3-mini", device="cpu", dtype="bfloat16")
 

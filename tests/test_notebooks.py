@@ -1,15 +1,20 @@
 """``textloc run`` on tiny notebooks: what is executed when, what is left alone, and what a failure leaves."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
-from textloc_utils import cli, notebooks
+from textloc_utils import cli, settings
+from textloc_utils.book import notebooks
 
 PARAMETERS = 'MODELS = "sd3-mini"\nPRESET = "book"\nSEED = 42'
 SAY = 'import os\nprint(MODELS, PRESET, SEED)\nprint("threads", os.environ["OMP_NUM_THREADS"])'
@@ -119,7 +124,10 @@ def test_a_failure_leaves_the_old_notebook_and_finishes_the_others(tmp_path, cap
     dead = write(tmp_path / "dead.ipynb", "import os; os._exit(1)")
     before = bad.read_bytes(), dead.read_bytes()
     assert cli.main(["run", *map(str, (bad, dead, good))]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    *lines, error = capsys.readouterr().err.splitlines()
+    # Each reason is told when its notebook ends, too: an interrupted run has told what it knew.
+    assert any(line.startswith("failed   bad.ipynb: ValueError: no such layer (see ") for line in lines)
+    assert any(line.startswith("failed   dead.ipynb: nbclient.exceptions.DeadKernelError") for line in lines)
     assert error.startswith("textloc: 2 of 3 notebooks failed and are left as they were: bad.ipynb: ")
     assert "no such layer" in error and "dead.ipynb: " in error
     assert (bad.read_bytes(), dead.read_bytes()) == before
@@ -135,14 +143,14 @@ def test_a_failure_leaves_the_old_notebook_and_finishes_the_others(tmp_path, cap
 
 def test_a_folder_that_cannot_be_written_at_the_end_is_named_and_the_work_is_kept(tmp_path, capsys, monkeypatch):
     one, two = write(tmp_path / "one.ipynb", SAY), write(tmp_path / "two.ipynb", SAY)
-    before, copy = one.read_bytes(), notebooks.shutil.copyfile
+    before, replace = one.read_bytes(), notebooks.os.replace
 
     def full(source, target):
-        if "one" in Path(target).name:
+        if Path(target) == one:
             raise OSError(28, "No space left on device")
-        return copy(source, target)
+        return replace(source, target)
 
-    monkeypatch.setattr(notebooks.shutil, "copyfile", full)
+    monkeypatch.setattr(notebooks.os, "replace", full)
     assert cli.main(["run", str(one), str(two)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "1 of 2 notebooks failed" in error and "No space left" in error and "it is kept as" in error
@@ -196,3 +204,112 @@ def test_killed_between_notebooks_it_goes_on(tmp_path, monkeypatch):
         notebooks.execute(notebooks.plan([one, two], {}), jobs=1)
     monkeypatch.setattr(notebooks, "_execute", original)
     assert [e.source for e in notebooks.execute(notebooks.plan([one, two], {}))] == [two]
+
+
+def test_a_cell_that_takes_too_long_is_named_so(tmp_path, capsys):
+    path = write(tmp_path / "slow.ipynb", "import time\ntime.sleep(60)")
+    assert cli.main(["run", str(path), "--timeout", "1"]) == 2
+    assert "slow.ipynb: nbclient.exceptions.CellTimeoutError: A cell timed out" in capsys.readouterr().err
+
+
+def test_what_a_notebook_makes_names_its_command(tmp_path, run):
+    say = "from textloc_utils import results\nprint(results.provenance()['command'])"
+    path = write(tmp_path / "one.ipynb", say)
+    run(path, "--preset", "smoke", "--seed", "7", "--out", tmp_path / "out")
+    assert "textloc run one.ipynb" in printed(tmp_path / "out/one.ipynb")
+    assert str(tmp_path) not in printed(tmp_path / "out/one.ipynb")
+
+
+# --- kills and crowds ---
+
+#: A notebook whose processes can be found by their environment. It says when its kernel runs, and waits for a word.
+SLOW = """
+import os, time
+open(os.environ["TEXTLOC_STARTED"], "a").write("started ")
+while not os.path.exists(os.environ["TEXTLOC_STARTED"] + ".go"):
+    time.sleep(0.1)
+print("done")
+"""
+
+
+def processes(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TEXTLOC_STARTED") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def begin(folder: Path, path: Path, *options, **environment) -> subprocess.Popen:
+    """``textloc run`` in a process of its own, with its scratch files in ``folder``."""
+    code = "import sys, pathlib; from textloc_utils import cli; from textloc_utils.book import notebooks; "
+    code += "notebooks.WORK = pathlib.Path(sys.argv[1]); sys.exit(cli.main(['run', *sys.argv[2:]]))"
+    environment = {"TEXTLOC_STARTED": str(folder / "started"), "PYTHONPATH": str(settings.ROOT)} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / "work"), str(path), *options],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_killed_run_takes_its_children_with_it(tmp_path, how):
+    path = write(tmp_path / "slow.ipynb", SLOW)
+    before = path.read_bytes()
+    running = begin(tmp_path, path)
+    wait_until((tmp_path / "started").exists)
+    assert len(processes(str(tmp_path / "started"))) >= 3  # the run, papermill, the kernel
+    running.send_signal(getattr(signal, how))
+    running.communicate()
+    wait_until(lambda: not processes(str(tmp_path / "started")), 10)
+    assert path.read_bytes() == before
+    (tmp_path / "started.go").touch()
+    again = begin(tmp_path, path)
+    assert "1 notebooks executed" in again.communicate()[0] and printed(path) == "done\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["slow.ipynb", "started", "started.go", "work"]
+
+
+def test_an_interrupted_run_starts_no_more_notebooks(tmp_path):
+    paths = [write(tmp_path / f"{name}.ipynb", SLOW) for name in "abc"]
+    running = begin(tmp_path, paths[0], *map(str, paths[1:]), "--jobs", "1")
+    wait_until((tmp_path / "started").exists)
+    running.send_signal(signal.SIGINT)
+    running.communicate()
+    wait_until(lambda: not processes(str(tmp_path / "started")), 10)
+    assert (tmp_path / "started").read_text() == "started "
+
+
+def test_a_killed_papermill_takes_its_kernel_with_it(tmp_path):
+    """As where memory ran out; the run goes on and says so."""
+    running = begin(tmp_path, write(tmp_path / "slow.ipynb", SLOW))
+    wait_until((tmp_path / "started").exists)
+    (papermill,) = psutil.Process(running.pid).children()
+    papermill.kill()
+    assert "slow.ipynb: papermill was ended by signal 9" in running.communicate()[1] and running.returncode == 2
+    wait_until(lambda: not processes(str(tmp_path / "started")), 10)
+
+
+def test_one_run_of_one_notebook_at_a_time(tmp_path):
+    path, other = write(tmp_path / "slow.ipynb", SLOW), tmp_path / "other"
+    first = begin(tmp_path, path)
+    wait_until((tmp_path / "started").exists)
+    second = begin(tmp_path, path)
+    told = second.communicate()[1]
+    assert "failed   slow.ipynb: another run of it is under way" in told and second.returncode == 2
+    (tmp_path / "aside.go").touch()
+    aside = begin(tmp_path, path, "--seed", "1", "--out", str(other), TEXTLOC_STARTED=str(tmp_path / "aside"))
+    assert "1 notebooks executed" in aside.communicate()[0] and printed(other / "slow.ipynb") == "done\n"
+    (tmp_path / "started.go").touch()
+    assert "1 notebooks executed" in first.communicate()[0] and printed(path) == "done\n"
+    assert "all 1 are up to date" in begin(tmp_path, path).communicate()[0]
+    assert (tmp_path / "started").read_text() == "started "

@@ -6,10 +6,11 @@ import random
 import numpy as np
 import pytesseract
 import pytest
+import signs
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
 
-from textloc_utils import ocr, prompts
+from textloc_utils import metrics, models, ocr, prompts
 from textloc_utils.miniatures import scenes
 from textloc_utils.miniatures.scenes import Scene
 from textloc_utils.settings import TextlocError
@@ -108,10 +109,9 @@ def test_a_page_on_which_tesseract_finds_nothing_keeps_its_place():
     """Tesseract itself returns nothing for the middle page: pages are told apart by form feeds alone."""
     blank = Image.new("L", (64, 64), 255)
     love, evol = (ocr.preprocess(p) for p in draw(["LOVE", "EVOL"]))
-    assert ocr._tesseract([blank, love, blank, blank, evol, blank], ocr.LINE, prompts.LETTERS) == [
-        "", "LOVE", "", "", "EVOL", "",
-    ]  # fmt: skip
-    assert ocr._tesseract([blank], ocr.LINE, prompts.LETTERS) == [""]
+    said = ocr._tesseract([blank, love, blank, blank, evol, blank], ocr.LINE, prompts.LETTERS)
+    assert [text.strip() for text in said] == ["", "LOVE", "", "", "EVOL", ""]
+    assert [text.strip() for text in ocr._tesseract([blank], ocr.LINE, prompts.LETTERS)] == [""]
 
 
 def test_batches_arrays_lists_and_pil_images_read_alike(words):
@@ -203,3 +203,76 @@ def test_what_is_no_picture_is_refused(images):
 def test_bad_arguments(bad, words):
     with pytest.raises(TextlocError):
         ocr.read(words[0][:1], **bad)
+
+
+# --- pictures of full-size models ---------------------------------------------------------------------------------
+
+needs_rapidocr = pytest.mark.skipif(ocr._rapid_version() is None, reason="the extra [ocr] is not installed")
+ENGINES = ["tesseract", pytest.param("rapidocr", marks=needs_rapidocr)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ENGINES)
+def test_signs_are_read_and_found(engine):
+    drawn = [sign for size in signs.SIZES for sign in signs.many(8, size, 77)]
+    read = ocr.readings([sign.picture for sign in drawn], engine=engine)
+    wrong = [(s.text, r.text) for s, r in zip(drawn, read, strict=True) if not metrics.exact_match(r.text, s.text)]
+    assert len(wrong) <= 2, wrong
+    assert {r.reader for r in read} == {ocr.reader(engine)} and ocr.reader(engine).startswith(engine)
+    for sign, reading in zip(drawn, read, strict=True):
+        left, top, right, bottom = (round(v) for v in sign.box)
+        outside = ocr.outside_text([reading], *sign.picture.shape[:2])
+        assert outside[top:bottom, left:right].mean() < 0.25
+        assert outside.mean() > 0.3  # and not the whole picture
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("text", ["2024", "SALE 50%", "ROOM 24", "COFFEE\nMUSEUM"])
+def test_digits_several_words_and_lines(engine, text):
+    sign = signs.draw(512, random.Random(4), text)
+    (reading,) = ocr.readings([sign.picture], engine=engine)
+    assert metrics.exact_match(reading.text, text) and reading.text.count("\n") == text.count("\n")
+
+
+@needs_rapidocr
+def test_rapidocr_reads_accents_and_tesseract_refuses_them_before_anything_is_drawn():
+    sign = signs.draw(512, random.Random(4), "CAFÉ")
+    assert ocr.read([sign.picture], engine="rapidocr") == ["CAFÉ"]
+    assert ocr.check_reader(512, ["CAFÉ", "SALE 50%"]).startswith("rapidocr")
+    with pytest.raises(TextlocError, match="cannot read 'É'"):
+        ocr.check_reader(512, ["CAFÉ"], "tesseract")
+    with pytest.raises(TextlocError, match="cannot read 'ༀ'"):
+        ocr.check_reader(512, ["\u0f00"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_text_is_told_from_text_that_is_not_read(engine, monkeypatch):
+    sign = signs.draw(512, random.Random(4), "COFFEE")
+    wall = np.full((512, 512, 3), 128, np.uint8)
+    noisy = degrade(wall[None], 1.0, 12)[0]
+    blank = Image.new("RGB", (512, 512), (200, 30, 30))
+    ImageDraw.Draw(blank).rectangle((100, 150, 400, 300), (240, 240, 240), (0, 0, 0), 4)
+    nothing = ocr.readings([wall, noisy, blank], engine=engine)
+    assert [(r.text, r.found, str(r)) for r in nothing] == [("", False, "(no text found)")] * 3
+    monkeypatch.setattr(ocr, "LEAST_SCORE", 1.1)
+    monkeypatch.setattr(ocr, "_tesseract", lambda pages, mode, letters: [""] * len(pages))
+    (unread,) = ocr.readings([sign.picture], engine=engine)
+    assert unread.text == "" and unread.found and str(unread) == "(text found, not read)"
+
+
+def test_a_miniature_says_where_its_text_stands():
+    (love,), blank = draw(["LOVE"]), np.full((64, 128, 3), scenes.RGB["green"], np.uint8)
+    found, none = ocr.readings([love, blank])
+    left, top, right, bottom = models.spec("sd3-mini").text_box
+    (box,) = found.boxes
+    assert left <= box[0] < box[2] <= right and top <= box[1] < box[3] <= bottom
+    assert (found.text, none.text, none.boxes) == ("LOVE", "", ())
+
+
+def test_full_size_pictures_are_read_without_the_extra(monkeypatch):
+    monkeypatch.setattr(ocr, "_rapid_version", lambda: None)
+    assert ocr.engine_of(512) == ocr.engine_of(64) == "tesseract"
+    with pytest.raises(TextlocError, match=r"textloc-utils\[ocr\]"):
+        ocr.readings([np.zeros((256, 256, 3), np.uint8)], engine="rapidocr")
+    with pytest.raises(TextlocError, match="unknown reader"):
+        ocr.engine_of(512, "ocrmac")

@@ -160,3 +160,22 @@ def test_mistakes_get_one_line(model):
         onestep.effects(model, [PAIR], depth="deep")
     with pytest.raises(TextlocError, match="0 <= level < 1"):
         onestep.effects(model, [PAIR], levels=(1.0,))
+
+
+@pytest.mark.parametrize("depth", onestep.DEPTHS)
+@pytest.mark.parametrize("what", ["the same", "nan", "inf"])
+def test_effects_that_are_no_numbers_are_refused(model, depth, what):
+    """Prompts that are the same to the denoiser, and answers that are not finite: no share can be taken of those."""
+
+    def spoil(module, args, output):
+        sample = output[0]
+        sample = sample * 0 + 1 if what == "the same" else sample + float(what)
+        return (sample, *output[1:])
+
+    handle = model.denoiser.register_forward_hook(spoil)
+    try:
+        with pytest.raises(TextlocError, match="not finite") as error:
+            onestep.effects(model, [PAIR], depth=depth, steps=3)
+    finally:
+        handle.remove()
+    assert "\n" not in str(error.value)

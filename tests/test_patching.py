@@ -1,9 +1,13 @@
 """Patching against an independent two-pass implementation, on tiny random-weight pipelines of every family."""
 
+import copy
+
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import FirstBlockCacheConfig
+from diffusers.models.attention_processor import AttnProcessor
 from two_pass import TOLERANCE, VISIBLE, assert_patched, linears, sample, two_pass
 
 from textloc_utils.generate import generate
@@ -261,6 +265,68 @@ def test_an_attention_that_goes_around_the_modules_is_noticed():
         patched(model, [Patch(source=0, target=1, layers=(1,))], 2),
     ):
         model.denoiser.set_attn_processor(Around())
+        sample(model, [SOURCE, TARGET], [7, 7])
+
+
+def sliced(model):
+    model.pipe.enable_attention_slicing(1)
+
+
+def other_module(model):
+    """A module of the same kind in place of one that was there when the pipeline was wrapped."""
+    attention = model.denoiser.get_submodule(model.layers[0].name)
+    attention.to_k = copy.deepcopy(attention.to_k)
+
+
+def other_processor(model):
+    model.denoiser.set_attn_processor(AttnProcessor())
+
+
+def channels_last(model):
+    model.pipe.unet.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("state", [sliced, other_module, other_processor, channels_last])
+def test_states_in_which_the_modules_still_take_part(state):
+    model = tiny.model("sdxl")
+    state(model)
+    with patched(model, Patch(source=0, target=1, layers="all", pooled=True), 2) as fired:
+        out = sample(model, [SOURCE, TARGET], [7, 7])
+    np.testing.assert_allclose(out[0], out[1], atol=TOLERANCE)
+    assert all(steps == {0: 2, 1: 2, 2: 2} for steps in fired.steps.values()) and len(fired.steps) == 13
+
+
+def first_block_cache(model):
+    model.denoiser.enable_cache(FirstBlockCacheConfig(threshold=100.0))
+
+
+def copied(model):
+    """The pipeline goes on with a copy of the denoiser that was wrapped."""
+    model.pipe.transformer = copy.deepcopy(model.pipe.transformer)
+
+
+def without_blocks(model):
+    for block in model.denoiser.single_transformer_blocks:
+        block.forward = lambda hidden_states, encoder_hidden_states, **other: (encoder_hidden_states, hidden_states)
+
+
+def interrupted(model):
+    step = model.pipe.scheduler.step
+
+    def stop(*args, **kwargs):
+        model.pipe._interrupt = True
+        return step(*args, **kwargs)
+
+    model.pipe.scheduler.step = stop
+
+
+@pytest.mark.parametrize("state", [first_block_cache, copied, without_blocks, interrupted])
+def test_states_in_which_a_patch_would_do_nothing_raise(state):
+    model = tiny.model("flux")
+    state(model)
+    patches = [Patch(source=0, target=1, layers="all"), Patch(source=0, target=1, pooled=True, start=1)]
+    message = "took no part in the denoiser's call|was not called|but the run had 1 steps"
+    with pytest.raises(TextlocError, match=message), patched(model, patches, 2):
         sample(model, [SOURCE, TARGET], [7, 7])
 
 

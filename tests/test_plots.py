@@ -8,21 +8,23 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from textloc_utils import plots, studies
+from textloc_utils import layer_contents
+from textloc_utils.book import plots
+from textloc_utils.sites import SOURCE, together
 
 
 def carried_rows():
     """Layer 0 carries the text, layer 1 the wall, nobody the sign, over two pairs."""
     rows = []
     for seed in (1, 2):
-        for site, text, wall in (("source", 0.1, "red"), ("layer 0", 0.9, "red"), ("layer 1", 0.1, "blue")):
-            row = {"seed": seed, "site": site, "target_score": text, "floor": 0.1, "wall_read": wall}
+        for site, text, wall in ((SOURCE, 0.1, "red"), (together([0]), 0.9, "red"), (together([1]), 0.1, "blue")):
+            row = {"seed": seed, **site.columns(8), "target_score": text, "floor": 0.1, "wall_read": wall}
             rows.append(row | {"sign_read": "white", "target_wall": "blue", "target_sign": "black"})
     return pd.DataFrame(rows)
 
 
 def test_what_a_layer_carries():
-    table = studies.carried(carried_rows())
+    table = layer_contents.carried(carried_rows())
     assert table.site.tolist() == ["layer 0", "layer 1"] and table.n.tolist() == [2, 2]
     np.testing.assert_allclose(table[["text", "wall", "sign"]], [[0.8, 0, 0], [0, 1, 0]])
     axis = plots.carried({"a": table, "b": table}).axes[0]

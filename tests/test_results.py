@@ -1,6 +1,7 @@
 """The store: resumes after a kill, never half-writes, gives back what was put in."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -105,10 +106,12 @@ def test_an_empty_table_keeps_its_columns_and_counts_as_done(store):
 
 
 def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/textloc", "study", "m"])
     store.unit("k", {"a": 1}, lambda: [{"x": 1}], model=None)
     versions = dict(results.provenance()["versions"])
-    later = {"versions": versions, "reader": results.provenance()["reader"], "device": "another", "created": "later"}
-    monkeypatch.setattr(results, "provenance", lambda *a: later)
+    monkeypatch.setattr(results, "_versions", lambda: versions)
+    monkeypatch.setattr(results, "_commit", lambda: "another")
+    monkeypatch.setattr(results, "_command", lambda: "another")
     store.unit("k", {"a": 1}, never, model=None)
     (path,) = files(store)
     header = json.loads(path.read_text().split("\n")[0])
@@ -116,35 +119,62 @@ def test_provenance_stands_in_the_header_and_not_in_the_hash(store, monkeypatch)
     about = header["provenance"]
     assert about["versions"]["textloc_utils"] and about["versions"]["torch"] and about["device"]
     assert about["created"].endswith("+00:00") and about["seconds"] >= 0
-    assert about["reader"].startswith("tesseract 5") and "pytest" in about["command"]
+    assert about["reader"].startswith("tesseract 5") and about["command"] == "textloc study m"
     # Another build of the same version is the same; after an upgrade it is computed anew, in place of the old one.
     versions["torch"] = versions["torch"].partition("+")[0] + "+cu999"
     store.unit("k", {"a": 1}, never, model=None)
     versions["diffusers"] = "999.0"
     assert store.unit("k", {"a": 1}, lambda: [{"x": 2}], model=None).x.tolist() == [2]
     assert store.unit("k", {"a": 1}, never, model=None).x.tolist() == [2]
-    later["reader"] = "tesseract 999"
+    del versions["torch"]  # nor is it hidden that one is missing
     assert store.unit("k", {"a": 1}, lambda: [{"x": 3}], model=None).x.tolist() == [3]
-    later["reader"] = None
-    assert store.unit("k", {"a": 1}, lambda: [{"x": 4}], model=None).x.tolist() == [4]
     assert files(store) == [path]
 
 
-def test_the_key_holds_the_class_of_device_and_the_type_of_number(store):
-    """Units of other devices and types stand beside each other; the same model's comes back."""
+def test_the_key_holds_device_type_of_number_and_reader(store, monkeypatch):
+    """Units of other devices, types and readers stand beside each other; the same model's comes back."""
 
-    def model(device, dtype):
-        return SimpleNamespace(device=torch.device(device), denoiser=SimpleNamespace(dtype=dtype))
+    def model(device, dtype, height=64):
+        return SimpleNamespace(
+            device=torch.device(device), denoiser=SimpleNamespace(dtype=dtype), spec=SimpleNamespace(height=height)
+        )
 
+    monkeypatch.setattr(results, "_reader", lambda height: f"reader of {height}, version {version}")
+    version = 1
     kinds = [("cpu", torch.float32), ("cuda:0", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.float16)]
+    kinds += [("cpu", torch.float32, 1024)]
     for i, kind in enumerate(kinds):
         store.unit("k", {"a": 1}, lambda i=i: [{"x": i}], model=model(*kind))
-    assert len(files(store)) == 4
+    assert len(files(store)) == len(kinds)
     for i, kind in enumerate(kinds):
         assert store.unit("k", {"a": 1}, never, model=model(*kind)).x.tolist() == [i]
     assert store.unit("k", {"a": 1}, never, model=model("cuda:1", torch.float32)).x.tolist() == [1]
     headers = [json.loads(path.read_text().split("\n")[0]) for path in files(store)]
-    assert all("CPU" in h["provenance"]["device"] for h in headers if h["inputs"]["device"] == "cpu")
+    assert all(h["provenance"]["reader"] == h["inputs"]["reader"] for h in headers)
+    version = 2
+    assert store.unit("k", {"a": 1}, lambda: [{"x": 9}], model=model(*kinds[0])).x.tolist() == [9]
+
+
+def test_provenance_names_the_models_own_device(monkeypatch):
+    """Where an accelerator is there and not used, the processor computed it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an accelerator")
+    assert results.provenance()["device"] == "an accelerator"
+    for kind, told in (("cpu", "CPU ("), ("cuda", "an accelerator")):
+        model = SimpleNamespace(device=torch.device(kind), spec=SimpleNamespace(height=64))
+        assert results.provenance(model)["device"].startswith(told)
+
+
+def test_the_reader_is_the_one_of_the_height(monkeypatch):
+    monkeypatch.setattr(results.ocr, "engine_of", lambda height: f"engine{height}")
+    monkeypatch.setattr(results.ocr, "reader", lambda engine: f"{engine} 1.0")
+    assert results._reader.__wrapped__(5) == "engine5 1.0"
+
+    def gone(engine):
+        raise TextlocError("not installed")
+
+    monkeypatch.setattr(results.ocr, "reader", gone)
+    assert results._reader.__wrapped__(5) is None
 
 
 def test_the_commit_is_the_clones_own(tmp_path, monkeypatch):
@@ -380,6 +410,7 @@ for i in range(5):
 """
 
 
+@pytest.mark.full
 def test_a_killed_run_resumes_and_computes_each_finished_unit_once(tmp_path):
     store, log = Store(tmp_path / "results"), tmp_path / "log"
     command = [sys.executable, "-c", RUN, str(store.root), str(log)]
@@ -398,7 +429,7 @@ def test_a_killed_run_resumes_and_computes_each_finished_unit_once(tmp_path):
         assert len(stored(store, "run")) == 8_000 * finished  # whole units only
     subprocess.run(command, env=env, check=True)
     table = stored(store, "run")
-    assert table.groupby("unit").size().to_dict() == {i: 8_000 for i in range(5)}
+    assert table.groupby("unit").size().to_dict() == dict.fromkeys(range(5), 8_000)
     computed = Counter(map(int, log.read_text().split()))
     assert sorted(computed) == list(range(5))
     assert computed.total() <= 5 + 2  # each kill costs at most the unit it hit
@@ -464,25 +495,6 @@ def test_a_published_table_copied_over_another_is_refused(store):
     assert store.load_matching("b", {"name": "c"}) is None and len(store.load_matching("b", {"name": "b"})) == 1
 
 
-def test_a_table_is_made_once_and_published_with_its_key_and_seconds(store):
-    made = []
-
-    def make():
-        made.append(1)
-        return pd.DataFrame({"x": [len(made)]})
-
-    key = {"weights": "w", "guidance": 4.0, "steps": 20, "layers": (1, 2)}
-    assert store.taken_or_made("t", key, make).x.tolist() == [1] and not store.root.exists()
-    assert store.taken_or_made("t", key, make, publish=True).x.tolist() == [2]
-    table = store.taken_or_made("t", key, make)
-    assert table.x.tolist() == [2] and len(made) == 2
-    assert 0 <= table.attrs["provenance"]["seconds"] < 60 and table.attrs["provenance"]["key"]["layers"] == [1, 2]
-    for other in ({"steps": 21}, {"weights": "v"}, {"guidance": 4.5}, {"layers": (1,)}, {"more": None}):
-        store.taken_or_made("t", key | other, make)
-    assert len(made) == 7
-    assert store.taken_or_made("t", key, make, publish=True).x.tolist() == [8]
-
-
 def test_what_the_caller_says_of_where_a_table_came_from_wins(store):
     store.publish("t", pd.DataFrame({"a": [1]}), {"device": "a laptop", "seconds": 3})
     about = store.load_published("t").attrs["provenance"]
@@ -537,3 +549,136 @@ def test_record_without_myst_nb_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "myst_nb", None)
     with pytest.raises(TextlocError, match="pip install myst-nb"):
         results.record("x", 1)
+
+
+# --- to the byte ---
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every look at the clock finds it 1.23456 seconds further."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(results, "time", SimpleNamespace(monotonic=lambda: 100 + 1.23456 * next(ticks)))
+    monkeypatch.setattr(results, "_BEGAN", 50.0)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Results are made at a known place."""
+    monkeypatch.setattr(results, "_versions", lambda: {"textloc_utils": "1", "torch": "2"})
+    monkeypatch.setattr(results, "_commit", lambda: "c0ffee")
+    monkeypatch.setattr(results, "_reader", lambda height: f"reader of {height}")
+    monkeypatch.setattr(sys, "argv", ["/bin/textloc", "study"])
+
+
+def test_a_units_file_to_the_byte(store, clock, known):
+    model = SimpleNamespace(
+        device=torch.device("cuda:1"), denoiser=SimpleNamespace(dtype=torch.bfloat16), spec=SimpleNamespace(height=512)
+    )
+    store.unit("sweep", {"seed": 1}, lambda: pd.DataFrame({"a b": ["é"], 7: [0.5]}, index=[3]), model=model)
+    (path,) = files(store)
+    *lines, last = path.read_text().splitlines(keepends=True)
+    header = json.loads(lines[0])
+    created, device = (header["provenance"].pop(name) for name in ("created", "device"))
+    assert len(created) == 25 and device
+    inputs = {"seed": 1, "device": "cuda", "dtype": "bfloat16", "reader": "reader of 512"}
+    assert header == {
+        "kind": "sweep",
+        "inputs": inputs,
+        "provenance": {
+            "versions": {"textloc_utils": "1", "torch": "2"},
+            "commit": "c0ffee",
+            "command": "textloc study",
+            "reader": "reader of 512",
+            "seconds": 1.235,
+        },
+        "columns": ["a b", "7"],
+        "rows": 1,
+    }
+    assert lines[1:] == ['{"a b": "é", "7": 0.5}\n']
+    assert json.loads(last) == {"sha256": hashlib.sha256("".join(lines).encode()).hexdigest()} and last.endswith("}\n")
+    assert path.stem == unit_hash("sweep", inputs)
+
+
+def test_a_published_tables_files_to_the_byte(store, clock, known, monkeypatch):
+    order, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
+    table = pd.DataFrame({"t": ["é", None], "i": [1, 2], "f": [0.1, math.nan], "b": [True, False]}, index=[4, 5])
+    path = store.publish("t", table, {"key": {"é": (1, 2)}})
+    assert path.read_bytes() == "t,i,f,b\né,1,0.1,True\n,2,,False\n".encode()
+    assert order == ["t.csv", "t.json"]  # between the two the digest does not fit
+    text = path.with_suffix(".json").read_text()
+    about = json.loads(text)
+    assert text == json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    created, device = (about["provenance"].pop(name) for name in ("created", "device"))
+    assert created and device and len(about.pop("seal")) == 64
+    assert about == {
+        "table": "t.csv",
+        "rows": 2,
+        "columns": {"t": "str", "i": "int", "f": "float", "b": "bool"},
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "provenance": {
+            "versions": {"textloc_utils": "1", "torch": "2"},
+            "commit": "c0ffee",
+            "command": "textloc study",
+            "reader": "reader of 1",
+            "seconds": 50.0,
+            "key": {"é": [1, 2]},
+        },
+    }
+    store.taken_or_made("u", {}, lambda: table, publish=True)
+    assert store.load_published("u").attrs["provenance"]["seconds"] == 1.2
+    # Git may have changed the line ends of the table.
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert store.load_published("t").t.tolist() == ["é", ""]
+
+
+def test_an_empty_published_table_keeps_its_types(store):
+    table = pd.DataFrame({"t": [], "i": [], "f": [], "b": []}).astype({"t": str, "i": int, "f": float, "b": bool})
+    store.publish("t", table, {})
+    found = store.load_published("t")
+    assert len(found) == 0 and [str(found[c].dtype) for c in "ifb"] == ["int64", "float64", "bool"]
+
+
+def test_messages_of_the_store(store, monkeypatch):
+    """What a caller reads: which table, which others there are, where results could go."""
+    assert repr(Store("x")) == "Store('x')"
+    with pytest.raises(TextlocError, match="known: none$"):
+        store.load_published("a")
+    for name in ("b", "A-2_x"):
+        store.publish(name, pd.DataFrame({"x": [1]}), {})
+    with pytest.raises(TextlocError, match="known: A-2_x, b$"):
+        store.load_published("a")
+    with pytest.raises(TextlocError, match="column 'x' of the-table must hold"):
+        store.publish("the-table", pd.DataFrame({"x": [["list"]]}), {})
+    assert results._unwritable(Path("x"), OSError("odd")).startswith(
+        "cannot write results to x (OSError); set TEXTLOC_"
+    )
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    for write in (
+        lambda: store.publish("t", pd.DataFrame({"a": [1]}), {}),
+        lambda: store.unit("k", {}, lambda: [{"a": 1}], model=None),
+    ):
+        with pytest.raises(TextlocError, match="No space left on device.*; set TEXTLOC_RESULTS to a folder"):
+            write()
+
+
+def test_a_folder_that_may_not_be_entered_is_unwritable(tmp_path, monkeypatch):
+    """Both rights are asked for; the superuser has all, so that the question itself is looked at."""
+    asked = []
+    monkeypatch.setattr(os, "access", lambda folder, rights: asked.append(rights) or True)
+    Store(tmp_path).unit("k", {}, lambda: [{"x": 1}], model=None)
+    assert asked == [os.W_OK | os.X_OK]
+
+
+def test_a_damaged_unit_is_told_at_the_callers_line(store):
+    store.unit("k", {}, lambda: [{"x": 1}], model=None)
+    (path,) = files(store)
+    path.write_text("no unit")
+    with pytest.warns(UserWarning, match="recomputing damaged result .*: it does not fit its digest$") as caught:
+        store.unit("k", {}, lambda: [{"x": 1}], model=None)
+    assert caught[0].filename == __file__

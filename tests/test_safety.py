@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 
-from textloc_utils import localize, metrics, models, ocr, prompts, safety
+from textloc_utils import experiment, metrics, models, ocr, prompts, safety
+from textloc_utils.experiment import Experiment
 from textloc_utils.generate import counted, first_call, generate
 from textloc_utils.patching import Patch, patched
 from textloc_utils.results import Store
@@ -374,8 +375,9 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
 
 
 def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "published_store", lambda: Store(tmp_path / "published"))
-    table = safety.measure(miniature, 2, layers=(8,), steps=2, publish=True)
+    monkeypatch.setattr(experiment, "published_store", lambda: Store(tmp_path / "published"))
+    run = Experiment.of(miniature, steps=2)
+    table = safety.measure(Experiment.of(run, publish=True), 2, layers=(8,))
     assert table.groupby("kind").size().to_dict() == {"toxic": 2 * len(safety.RUNS), "harmless": 4}
     harmless = table[table.kind == "harmless"]
     assert harmless.unchanged.all() and (harmless.extra == 0).all()
@@ -385,10 +387,10 @@ def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkey
     # On a U-Net the guard is the paper's patching, at no cost.
     same = table[table.kind == "toxic"].pivot(index="seed", columns="method", values="ssim_outside")
     assert np.allclose(same["guard"], same[safety.PATCHED_RUN], atol=0.01)
-    monkeypatch.setattr(study, "generate", None)
-    assert safety.measure(miniature, 2, layers=(8,), steps=2).equals(table), "the published table"
-    monkeypatch.setattr(study, "published_store", lambda: Store(tmp_path / "none"))
-    assert safety.measure(miniature, 2, layers=(8,), steps=2).equals(table), "the stored prompts"
+    monkeypatch.setattr(experiment, "generate", None)
+    assert safety.measure(run, 2, layers=(8,)).equals(table), "the published table"
+    monkeypatch.setattr(experiment, "published_store", lambda: Store(tmp_path / "none"))
+    assert safety.measure(run, 2, layers=(8,)).equals(table), "the stored prompts"
     summary = safety.summarise(table)
     assert list(summary.method) == list(safety.RUNS) and (summary.n == 2).all()
     assert (summary.exact_low <= summary.exact).all() and (summary.exact <= summary.exact_high).all()
@@ -405,18 +407,18 @@ def test_the_word_is_gone_and_the_scene_is_not(name, layers, monkeypatch):
     )
     assert ocr.read(plain) == list(detector.words)
     assert max(metrics.text_score(r, w) for r, w in zip(ocr.read(guarded), detector.words, strict=True)) < 0.5
-    outside = localize.outside_text(model, *plain.shape[1:3])
+    outside = metrics.outside(model.spec.text_box, *plain.shape[1:3])
     shuffled = metrics.ssim(guarded[::-1], plain, outside)
     assert (metrics.ssim(guarded, plain, outside) > np.maximum(0.8, shuffled)).all()
 
 
 def test_known_layers_are_those_of_the_same_weights(miniature):
     sd3 = models.load("sd3-mini", device="cpu")
-    assert localize.known_layers(sd3) == (4, 5, 6)
+    assert experiment.known_layers(sd3) == (4, 5, 6)
     with torch.no_grad():
         next(sd3.denoiser.parameters()).add_(1.0)
     with pytest.raises(TextlocError, match="not known"):
-        localize.known_layers(sd3)
+        experiment.known_layers(sd3)
 
 
 def test_what_is_found_and_what_is_not(monkeypatch):

@@ -15,7 +15,8 @@ from conftest import html_pages
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from textloc_utils import explorer, models
+from textloc_utils import models
+from textloc_utils.book import explorer
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSERS += ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)

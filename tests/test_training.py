@@ -1,8 +1,8 @@
-"""The trainer: resumable to the same weights after a kill, and its parts."""
+"""The trainer: resumable to the same weights after a kill, shared parts, and what it refuses before it begins."""
 
+import ast
 import json
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from textloc_utils import cli
-from textloc_utils.miniatures import card, training
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils import cli, prompts
+from textloc_utils.miniatures import card, data, evaluation, parts, training, world
+from textloc_utils.settings import TextlocError
 
-TINY = replace(
-    training.Budget(), samples=32, seconds=1e9, autoencoder_seconds=0.5, pool=16, batch=4, evaluations=0, lr=1e-3
+TINY = training.Budget(
+    samples=32, autoencoder_steps=2, encoder_steps=2, pool=18, batch=4, evaluations=0, pairs=1, lr=1e-3
 )
 RUN = """
 import sys
@@ -26,92 +26,142 @@ from dataclasses import replace
 from pathlib import Path
 from textloc_utils.miniatures import training
 from tests.test_training import TINY
-training.train("sd3-mini", Path(sys.argv[1]), budget=replace(TINY, checkpoint_seconds=0), device="cpu")
+folder, cache = map(Path, sys.argv[1:])
+training.train("sd3-mini", folder, budget=replace(TINY, checkpoint_seconds=1e-9), device="cpu", cache=cache)
 """
 
 
+def quietly(line):
+    """A log that nobody reads."""
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A run's folder with its autoencoder and encoded scenes, both of which are trained on the clock."""
-    folder = tmp_path_factory.mktemp("prepared")
-    training.prepare("sd3-mini", folder, TINY, seed=0, log=lambda line: None)
-    return folder
+def cache(tmp_path_factory):
+    """The folder of the parts that the tests' runs share."""
+    return tmp_path_factory.mktemp("parts")
 
 
-def test_a_killed_run_resumes_to_the_same_weights(prepared, tmp_path):
+def train(folder, cache, **how):
+    return training.train("sd3-mini", folder, **{"budget": TINY, "device": "cpu", "cache": cache, "log": quietly} | how)
+
+
+def weights(folder):
+    return load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(cache, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    shutil.copytree(prepared, whole)
-    shutil.copytree(prepared, killed)
-    training.train("sd3-mini", whole, budget=TINY, device="cpu", log=lambda line: None)
-
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(killed)], cwd=root, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    train(whole, cache)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(killed), str(cache)], cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
     while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
     assert (killed / "checkpoint.pt").exists() and not (killed / "pipeline").exists()
-
     lines = []
-    training.train("sd3-mini", killed, budget=TINY, device="cpu", log=lines.append)
+    train(killed, cache, log=lines.append)
     assert any(line.startswith("resumed at step") for line in lines)
-    for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder_3/model.safetensors"):
-        a, b = load_file(whole / "pipeline" / part), load_file(killed / "pipeline" / part)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    with pytest.raises(TextlocError, match="holds a run of seed 0; name another folder for seed 1"):
-        training.train("sd3-mini", killed, budget=TINY, device="cpu", seed=1)
+    assert same(weights(whole), weights(killed))
 
 
-def test_a_run_starts_from_a_shipped_miniature(tmp_path):
-    shipped = data_dir() / "miniatures" / "sd3-mini"
-    report = training.train(
-        "sd3-mini", tmp_path, budget=replace(TINY, samples=4), start=shipped, device="cpu", log=lambda line: None
-    )
-    assert report["before"]["samples"] == json.loads((shipped / "training.json").read_text())["report"]["samples"]
-    for part in ("vae/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
-        a, b = load_file(shipped / part), load_file(tmp_path / "pipeline" / part)
-        # One step of a warming up learning rate, and half precision, lie between them.
-        assert max((a[k].float() - b[k]).abs().max() for k in a) < 1e-3
+def test_other_settings_do_not_go_on_with_a_run(cache, tmp_path):
+    train(tmp_path, cache)
+    before = weights(tmp_path)
+    for change, message in (
+        ({"seed": 1}, "holds a run with seed 0, not 1"),
+        ({"budget": replace(TINY, batch=8)}, "holds a run with batch 4, not 8"),
+        ({"only": world.PLAIN}, "holds a run with world second, not plain"),
+    ):
+        with pytest.raises(TextlocError, match=message):
+            train(tmp_path, cache, **change)
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(TextlocError, match=r"checkpoint.pt is damaged; delete it"):
+        train(tmp_path, cache)
+    assert same(before, weights(tmp_path))
 
 
-def test_a_compiled_run_compiles_training_steps_alone_and_changes_nothing(prepared, tmp_path, monkeypatch):
+def test_a_folder_of_something_else_is_left_alone(cache, tmp_path):
+    (tmp_path / "thesis.tex").write_text("three years")
+    with pytest.raises(TextlocError, match="holds something that is no training run"):
+        train(tmp_path, cache)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_parts_are_made_once_and_by_their_inputs(tmp_path):
+    made = [parts.make_encoder("t5", folder=tmp_path, steps=2, seed=0, device="cpu", log=quietly)[0] for _ in "ab"]
+    assert made[0] == made[1]
+    file = made[0] / "model.safetensors"
+    before = file.stat().st_mtime_ns
+    other = parts.make_encoder("t5", folder=tmp_path, steps=3, seed=0, device="cpu", log=quietly)[0]
+    assert other != made[0] and file.stat().st_mtime_ns == before
+
+
+def test_only_the_denoiser_is_trained(cache, tmp_path):
+    train(tmp_path, cache)
+    where = json.loads((tmp_path / "parts.json").read_text())
+    for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        one = load_file(tmp_path / "pipeline" / component / "model.safetensors")
+        assert same(one, load_file(Path(where[component]["folder"]) / "model.safetensors"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] == 32 and set(report["parts"]) == {*where} and report["world"] == "second"
+
+
+def test_a_compiled_run_compiles_training_steps_alone_and_changes_nothing(cache, tmp_path, monkeypatch):
     calls = []  # of compiled passes: are gradients taken?
 
     def compiled(forward, **options):
         return lambda *args, **kwargs: calls.append(torch.is_grad_enabled()) or forward(*args, **kwargs)
 
-    def evaluate(pipe, spec):
+    def evaluate(pipe, spec, **options):
         assert "forward" not in vars(pipe.transformer)
-        return {}
+        return {"exact": 0.0, "characters": 0.0}
 
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(training, "evaluate", evaluate)
     budget = replace(TINY, samples=8, evaluations=1)
     for name in ("plain", "fast"):
-        shutil.copytree(prepared, tmp_path / name)
-        training.train(
-            "sd3-mini", tmp_path / name, budget=budget, compiled=name == "fast", device="cpu", log=lambda line: None
-        )
+        train(tmp_path / name, cache, budget=budget, compiled=name == "fast")
     assert calls == [True, True]
-    a, b = (
-        load_file(tmp_path / name / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
-        for name in ("plain", "fast")
-    )
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "fast"))
 
 
-def test_what_a_run_can_start_from(tmp_path):
-    with pytest.raises(TextlocError, match="no trained miniature in .*; give a folder of data/miniatures"):
-        training.train("sd3-mini", tmp_path / "run", start=tmp_path)
-    with pytest.raises(TextlocError, match="holds sd3-mini; ldm-mini can only start from a ldm-mini"):
-        training.train("ldm-mini", tmp_path / "run", start=data_dir() / "miniatures" / "sd3-mini")
-    assert not (tmp_path / "run").exists()
+def test_evaluations_are_dense_while_letters_bind_and_the_early_denoiser_is_kept(cache, tmp_path, monkeypatch):
+    # Exact spelling after each evaluation; letters bind between the third and the sixth.
+    course = iter([0.0, 0.0, 0.3, 0.6, 0.72, 0.95, 1.0, 1.0, 1.0])
+
+    def evaluate(pipe, spec, **options):
+        exact = next(course)
+        return {"exact": exact, "characters": min(1.0, exact + 0.05)}
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    train(tmp_path, cache, budget=replace(TINY, samples=128, evaluations=8))
+    seen = [e["samples"] for e in json.loads((tmp_path / "evaluations.json").read_text())]
+    assert seen == [16, 32, 48, 52, 56, 60, 76, 92, 108, 124, 128][: len(seen)] and seen[2:6] == [48, 52, 56, 60]
+    early = json.loads((tmp_path / "early" / "evaluation.json").read_text())
+    assert early["exact"] == 0.72 and early["samples"] == 56
+    kept = load_file(tmp_path / "early" / "denoiser.safetensors")
+    assert kept.keys() == weights(tmp_path).keys() and not same(kept, weights(tmp_path))
 
 
-def test_batches_depend_on_the_step_only(prepared):
-    pool = training.Pool(prepared)
-    (a, first), (b, second) = (pool.batch(6, (4, 6), random.Random("(0, 7, 0)")) for _ in range(2))
+def test_a_loss_that_is_not_finite_ends_the_run(cache, tmp_path, monkeypatch):
+    rules = training.recipe("sd3-mini")
+    monkeypatch.setattr(rules.Objective, "forward", lambda self, *_: self.denoiser.proj_out.weight.sum() * float("nan"))
+    with pytest.raises(TextlocError, match="the loss is nan at step 0; start again with a lower --lr than 0.001"):
+        train(tmp_path, cache)
+    assert not (tmp_path / "pipeline").exists() and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_batches_depend_on_the_step_only(cache, tmp_path):
+    train(tmp_path, cache)
+    pool = data.Pool(tmp_path, world.SECOND)
+    (a, first), (b, second) = (pool.batch(6, 0.5, random.Random("(0, 7, 0)")) for _ in range(2))
     assert first == second and torch.equal(a, b)
     assert a.shape == (6, 16, 8, 16)
 
@@ -120,6 +170,34 @@ def test_learning_rate_warms_up_and_decays():
     assert training.lr_factor(0.0, 0, 0.4) < 0.02
     assert training.lr_factor(0.3, 1000, 0.4) == 1.0
     assert training.lr_factor(0.8, 1000, 0.4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
+        ({"samples": 2.5}, "samples must be a whole number"),
+        ({"pool": 1}, "pool must be a whole number of at least 2"),
+        ({"evaluations": -1}, "evaluations must be a whole number of at least 0"),
+        ({"lr": float("nan")}, "lr must lie above 0"),
+        ({"lr": float("inf")}, "lr must lie above 0"),
+        ({"lr": 0.0}, "lr must lie above 0"),
+        ({"encoder_steps": 0}, "encoder steps must be"),
+        ({"autoencoder_steps": 0}, "autoencoder steps must be"),
+        ({"batch": -3}, "batch must be"),
+        ({"decay": 2.0}, "decay must lie above 0"),
+    ],
+)
+def test_wrong_budgets_are_refused(change, message):
+    with pytest.raises(TextlocError, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 1.5])
+def test_wrong_seeds_are_refused(seed, tmp_path):
+    with pytest.raises(TextlocError, match="the seed must be a whole number from 0"):
+        training.train("sd3-mini", tmp_path / "run", seed=seed)
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_miniature_names_the_known_ones():
@@ -133,8 +211,64 @@ def test_only_a_miniature_is_replaced_by_a_shipped_one(tmp_path, capsys, monkeyp
     monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("it trained first"))
     assert cli.main(["train", "sd3-mini", "--out", str(tmp_path / "run"), "--ship", str(tmp_path / "mine")]) == 2
     assert "holds something that is no miniature" in capsys.readouterr().err
+    assert cli.main(["train", "sd3-mini", "--out", str(tmp_path / "run"), "--ship", ""]) == 2
+    assert "--ship" in capsys.readouterr().err
     with pytest.raises(TextlocError, match="no miniature"):
         (tmp_path / "run" / "pipeline").mkdir(parents=True)
         (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")
         card.export("sd3-mini", tmp_path / "run", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "three years"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeing", "3"], "a run for a study is no miniature of the book; add --no-ship"),
+        (["--world", "plain"], "a run for a study"),
+        (["--layers", "6"], "a run for a study"),
+        (["--no-ship", "--ship", "elsewhere"], "give --ship or --no-ship, not both"),
+    ],
+)
+def test_runs_for_studies_are_not_shipped_by_accident(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("it trained first"))
+    assert cli.main(["train", "sd3-mini", "--out", str(tmp_path / "run"), *options]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_only_some_recipes_have_a_choice_of_layers(tmp_path):
+    with pytest.raises(TextlocError, match="ldm-mini has one number of layers"):
+        training.train("ldm-mini", tmp_path / "run", layers=6)
+    assert not (tmp_path / "run").exists()
+
+
+# --- test words are for what is reported -------------------------------------------------------------------------
+
+
+def test_training_and_its_evaluations_never_read_the_test_words(cache, tmp_path, monkeypatch):
+    prompts.random_string(random.Random(0), 3)  # which leaves them out, and so has to know them
+    read = prompts.words
+
+    def words(split):
+        assert split != "held-out", "a training run read the test words"
+        return read(split)
+
+    monkeypatch.setattr(prompts, "words", words)
+    for name in ("test_words", "spelling_prompts", "make_pairs", "toxic_prompts"):
+        monkeypatch.setattr(prompts, name, lambda *a, name=name, **k: pytest.fail(f"a training run called {name}"))
+    for key, value in {"WORDS": 2, "STEPS": 1, "SPELLS": -1.0}.items():
+        monkeypatch.setattr(evaluation, key, value)
+    train(tmp_path, cache, budget=replace(TINY, samples=4, evaluations=1))
+    assert json.loads((tmp_path / "evaluations.json").read_text())[0]["all_layers"] >= 0
+
+
+def test_only_the_card_names_the_test_words():
+    folder = Path(card.__file__).parent
+    for path in folder.glob("*.py"):
+        names = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        assert path.name in ("card.py", "scenes.py", "reader.py") or "held-out" not in names, path.name
+
+
+def test_validation_pairs_share_no_letter_at_a_place():
+    pairs = evaluation.validation_pairs(20)
+    known = set(prompts.words("validation"))
+    assert all({a, b} <= known and len(a) == len(b) and not any(map(str.__eq__, a, b)) for a, b in pairs)

@@ -41,11 +41,11 @@ TOKENS = 16
 WIDTH = 16
 
 
-def tokenizer(kind: str, length: int = TOKENS) -> PreTrainedTokenizerFast:
+def tokenizer(kind: str, length: int = TOKENS, more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """A lower-casing word-level tokenizer; ``kind`` is ``clip`` (start and end token) or ``t5`` (end token)."""
     start, end, pad = {"clip": ("<start>", "<end>", "<end>"), "t5": ("<start>", "</s>", "<pad>")}[kind]
     # dict.fromkeys keeps the order and drops the doubled end token
-    vocabulary = {t: i for i, t in enumerate(dict.fromkeys([pad, start, "<unk>", end, '"', ".", *WORDS]))}
+    vocabulary = {t: i for i, t in enumerate(dict.fromkeys([pad, start, "<unk>", end, '"', ".", *WORDS, *more]))}
     raw = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     raw.normalizer = normalizers.Lowercase()
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])

@@ -1,5 +1,6 @@
 """Find, patch, tune and edit the few attention layers where diffusion models keep the text they draw."""
 
+import importlib
 import os
 import warnings
 
@@ -9,3 +10,29 @@ for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
     os.environ.setdefault(_name, "error")
 
 __version__ = "0.1.0"
+
+#: What researchers use, by the module that has it. The modules are imported when they are first asked for: torch and
+#: diffusers take seconds.
+_EXPORTS = {
+    "Fired": "patching",
+    "Model": "models",
+    "Pair": "prompts",
+    "Patch": "patching",
+    "TextlocError": "settings",
+    "load": "models",
+    "localize": "localization",
+    "patched": "patching",
+    "sweep": "sweeps",
+    "wrap": "models",
+}
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from textloc_utils.settings import TextlocError
@@ -65,6 +65,20 @@ def read_state(path: str | os.PathLike) -> dict:
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception:  # a file with the right digest may still be another library's
         raise TextlocError(f"{path} is damaged; delete it, and the run starts again") from None
+
+
+def sealed(about: Mapping) -> dict:
+    """The mapping with a digest of all else in it as ``seal``; what was read back unchanged is equal to it.
+
+    Examples
+    --------
+    >>> about = sealed({"layers": [1, 2]})
+    >>> about == sealed(about), about | {"layers": [1, 3]} == sealed(about | {"layers": [1, 3]})
+    (True, False)
+    """
+    content = {key: value for key, value in about.items() if key != "seal"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 @contextlib.contextmanager
@@ -134,6 +148,32 @@ def whole_folder(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]
 
 
 @contextlib.contextmanager
+def only_run(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder, which is made, against other runs; the system lets it go however this process ends.
+
+    Raises TextlocError where another run holds it. An empty folder is removed in the end. A file system without locks
+    holds nothing.
+    """
+    folder = Path(folder)
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder)
+    except BlockingIOError:
+        raise TextlocError(f"another run writes to {folder}; wait for it, end it, or choose another folder") from None
+    except OSError as error:
+        raise TextlocError(f"cannot write to {folder} ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it holds what was written
+                folder.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
 def _beside(folder: Path, path: Path, advice: str) -> Iterator[Path]:
     """A locked hidden folder in ``folder``; it is removed in the end, and so is ``folder`` if it is new and empty."""
     made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
@@ -160,12 +200,17 @@ def _beside(folder: Path, path: Path, advice: str) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed or the process ends; None if another one has it."""
+    """A descriptor that holds the folder's lock until it is closed or the process ends.
+
+    None on a file system without locks. Raises BlockingIOError where another process has it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # taken, or a file system without locks
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return descriptor
 
@@ -173,7 +218,7 @@ def _locked(folder: Path) -> int | None:
 def _remove_left_behind(folder: Path) -> None:
     """Remove the parts of killed processes: old enough to be locked by their writers, and not locked."""
     for part in folder.glob(f"{PART}*"):
-        with contextlib.suppress(OSError):  # its writer has just finished
+        with contextlib.suppress(OSError):  # its writer is at work, or has just finished
             if part.is_dir() and time.time() - part.stat().st_mtime > SETTLED:
                 descriptor = _locked(part)
                 if descriptor is not None:

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,13 @@ class RowCounter:
         if self._bar is not None:
             self._bar.update()
 
+    def check(self, denoiser, args, output) -> None:
+        """Raise TextlocError where the answer to the last counted call is not finite."""
+        if not _is_finite(output):
+            raise TextlocError(
+                f"the denoiser's answer to call {self.calls} is not finite; choose another dtype or other weights"
+            )
+
 
 def step_generator(*key: int) -> torch.Generator:
     """A CPU generator seeded by a tuple of integers (seed, step, process...), for training that can be resumed."""
@@ -55,15 +62,30 @@ def step_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
+def _is_finite(output) -> bool:
+    """Whether all tensors of a module's output are, which is a tensor, a list, a tuple or a named tuple."""
+    if isinstance(output, torch.Tensor):
+        return bool(output.isfinite().all())
+    parts = output.values() if isinstance(output, Mapping) else output
+    return not isinstance(parts, Iterable) or isinstance(parts, str) or all(map(_is_finite, parts))
+
+
 @contextlib.contextmanager
 def counted(model: Model, bar: tqdm | None = None) -> Iterator[RowCounter]:
-    """Count the model's denoiser evaluations inside the block."""
+    """Count the model's denoiser evaluations inside the block.
+
+    Raises TextlocError at the first answer that is not finite: what comes after would look like a picture.
+    """
     counter = RowCounter(bar)
-    handle = model.denoiser.register_forward_pre_hook(counter, with_kwargs=True)
+    handles = [
+        model.denoiser.register_forward_pre_hook(counter, with_kwargs=True),
+        model.denoiser.register_forward_hook(counter.check),
+    ]
     try:
         yield counter
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def rows_per_call(model: Model) -> int:
@@ -155,6 +177,12 @@ def _sample(model: Model, arguments: dict, generators: list[torch.Generator], se
         small = model.pipe(**arguments, generator=generators, output_type="pt").images.clamp(-1, 1)
         enlarge = model.stage2_arguments(arguments | (second or {}))
         pictures = model.stage2(**enlarge, image=small, generator=generators, output_type="np").images
+    for row, picture in enumerate(pictures):
+        if not np.isfinite(picture).all():
+            raise TextlocError(
+                f"picture {row} of {len(pictures)} is not finite (seed {generators[row].initial_seed()}); "
+                "choose another dtype or other weights"
+            )
     return np.rint(np.clip(pictures, 0, 1) * 255).astype(np.uint8)
 
 

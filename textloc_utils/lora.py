@@ -5,11 +5,12 @@ embeddings and latents are computed once, before, and the gradient flows back no
 of late layers costs less time and memory per step than all layers do.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,13 +20,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
+from textloc_utils import files
+from textloc_utils.experiment import fingerprint
 from textloc_utils.generate import conditions, step_generator
-from textloc_utils.localize import fingerprint
 from textloc_utils.models import PROJECTIONS, Model, check_layers, denoise, projections, self_attention, take_rows
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
@@ -34,6 +37,9 @@ ABOUT = "textloc_lora.json"  #: beside it: what was trained, and how
 CHECKPOINT = "checkpoint.pt"
 ADAPTER = "default"
 _OTHER_RUN = "{} holds a run with other settings, data, weights or processes; choose another folder, or delete it"
+_CORRUPT = "{} is corrupt; delete the folder and train again"
+#: Steps in a row that half precision may leave out, while it looks for a scale that its gradients fit in.
+SKIPPED = 20
 _ONE_DEVICE = "one process trains on one device and in one precision; start another for this"
 
 
@@ -57,9 +63,10 @@ class Training:
     drop: float = 0.1
 
     def __post_init__(self):
-        for name in ("rank", "steps", "batch", "lr"):
-            if getattr(self, name) <= 0:
-                raise TextlocError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, most in (("rank", 4096), ("steps", math.inf), ("batch", math.inf), ("lr", 1)):
+            if not 0 < getattr(self, name) <= most:
+                limit = "" if most == math.inf else f" and at most {most}"
+                raise TextlocError(f"{name} must be above 0{limit}, got {getattr(self, name)}")
         if self.seed < 0 or not 0 <= self.drop <= 1:
             raise TextlocError(f"seed must be at least 0 and drop from 0 to 1, got {self.seed} and {self.drop}")
         wrong = [name for name in self.projections if name not in PROJECTIONS]
@@ -144,6 +151,16 @@ def add(model: Model, training: Training) -> list[nn.Parameter]:
 def _check_bare(model: Model) -> None:
     if getattr(model.denoiser, "peft_config", None):
         raise TextlocError("the model carries an adapter already; remove it first")
+    if any(map(_is_fused, model.denoiser.modules())):
+        raise TextlocError(
+            "the pipeline's projections are fused, so that adapters on them do nothing; unfuse_qkv_projections() first"
+        )
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether an attention module goes by its fused maps; older classes keep the mark after they were taken apart."""
+    named = type(getattr(module, "processor", None)).__name__
+    return getattr(module, "fused_projections", False) and ("Fused" in named or not isinstance(module, Attention))
 
 
 def remove(model: Model) -> None:
@@ -159,17 +176,28 @@ def save(model: Model, folder: str | os.PathLike, about: dict) -> Path:
     method, by ``pipe.unet.load_lora_adapter(folder, prefix="unet")``.
     """
     folder = check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_weights(model, "nothing is saved")
     part = "transformer" if getattr(model.pipe, "transformer", None) is not None else "unet"
     state = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     config = model.denoiser.peft_config[ADAPTER].to_dict()
     writer = type(model.pipe) if hasattr(model.pipe, "save_lora_weights") else StableDiffusionLoraLoaderMixin
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as aside:
+    with files.whole_files(folder, ABOUT, FILE) as aside:
         writer.save_lora_weights(aside, **{f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config})
-        Path(aside, ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-        for name in (ABOUT, FILE):
-            os.replace(Path(aside, name), folder / name)
+        about = files.sealed(about | {"sha256": _digest(aside / FILE)})
+        (aside / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     return folder / FILE
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_weights(model: Model, outcome: str) -> None:
+    """Raise TextlocError where a weight of the model's adapter is not finite."""
+    for name, weight in get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER).items():
+        if not weight.isfinite().all():
+            raise TextlocError(f"the adapter's weight {name} is not finite; {outcome}")
 
 
 def check_adapter(folder: str | os.PathLike) -> Path:
@@ -183,10 +211,12 @@ def check_adapter(folder: str | os.PathLike) -> Path:
 def load(model: Model, folder: str | os.PathLike) -> dict:
     """Put a saved adapter into the model; returns what :func:`save` was told ``about`` it ({} without).
 
-    Raises TextlocError for a folder without an adapter's file, one of another model, or a model that has one already.
+    Raises TextlocError for a folder without an adapter's file, one of another model, one that is damaged or not finite,
+    or a model that has one already.
     """
     folder = check_adapter(folder)
     _check_bare(model)
+    about = _about(folder)
     options = {"weight_name": FILE, "local_files_only": True, "adapter_name": ADAPTER}
     quiet_libraries()
     try:
@@ -200,22 +230,38 @@ def load(model: Model, folder: str | os.PathLike) -> dict:
         remove(model)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TextlocError(f"the adapter in {folder} does not fit {model.spec.name}: {first}") from None
-    return _about(folder)
+    try:
+        _check_weights(model, f"train the one in {folder} again")
+    except TextlocError:
+        remove(model)
+        raise
+    return about
 
 
 def _about(folder: Path) -> dict:
-    about = folder / ABOUT
+    """What stands beside a saved adapter, {} without; TextlocError where it or the adapter is not what was saved."""
+    path = folder / ABOUT
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(about.read_text()) if about.is_file() else {}
-    except ValueError:
-        raise TextlocError(f"{about} is corrupt; delete the folder and train again") from None
+        about = json.loads(path.read_text())
+        own = about.keys() & {"seal", "sha256"}  # earlier versions wrote neither
+        if own and (about != files.sealed(about) or about["sha256"] != _digest(folder / FILE)):
+            raise ValueError
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        raise TextlocError(_CORRUPT.format(path)) from None
+    return {key: value for key, value in about.items() if key not in own}
 
 
 # --- data -----------------------------------------------------------------------------------------------------
 
 
 def prepare(model: Model, pictures: np.ndarray, captions: Sequence[str]) -> Data:
-    """Encode pictures, uint8 (n, H, W, 3) of the model's size, and their captions."""
+    """Encode pictures, uint8 (n, H, W, 3) of the model's size, and their captions.
+
+    Raises TextlocError for pictures or captions that do not fit, or that the model encodes to numbers that are not
+    finite.
+    """
     if len(pictures) != len(captions) or not len(pictures):
         raise TextlocError(f"{len(pictures)} pictures came with {len(captions)} captions; give one caption per picture")
     height, width = model.spec.height, model.spec.width
@@ -223,7 +269,14 @@ def prepare(model: Model, pictures: np.ndarray, captions: Sequence[str]) -> Data
         raise TextlocError(f"pictures for {model.spec.name} are {height} x {width} x 3, got {pictures.shape[1:]}")
     # Of what was given, not of what was computed from it: another machine may round that otherwise.
     digest = hashlib.sha256(np.ascontiguousarray(pictures).tobytes() + repr(list(captions)).encode()).hexdigest()[:16]
-    return Data(latents=model.encode(pictures), given=conditions(model, [*captions, ""]), digest=digest)
+    data = Data(latents=model.encode(pictures), given=conditions(model, [*captions, ""]), digest=digest)
+    for row, latents in enumerate(data.latents):
+        if not latents.isfinite().all():
+            raise TextlocError(f"the autoencoder's answer to picture {row} is not finite; choose another dtype")
+    for name, value in data.given.items():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            raise TextlocError(f"the captions' {name} are not finite; choose another dtype")
+    return data
 
 
 def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.ndarray, list[str]]:
@@ -238,6 +291,8 @@ def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.
     disable_progress_bars()
     try:
         rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
+        if "text" in rows.column_names and rows.features["text"].dtype not in ("string", "large_string", "null"):
+            raise TypeError("its captions are numbers, and a caption describes a picture in words")
         if "text" in rows.column_names:
             pictures = [np.asarray(ImageOps.fit(row["image"].convert("RGB"), (width, height))) for row in rows]
             return np.stack(pictures), [row["text"] or "" for row in rows]
@@ -301,19 +356,40 @@ def train(
 
     Several processes (``accelerate launch``) share each batch out. Every random number hangs on (seed, step, process):
     a resumed run ends at the weights of an uninterrupted one, and a finished one is loaded. Raises TextlocError for
-    settings that cannot be, or a folder that holds a run with other settings, data or weights, or an unfinished one of
-    another number of processes.
+    settings that cannot be, a folder that holds a run with other settings, data or weights, or an unfinished one of
+    another number of processes, one that another run writes to, and for the first loss, gradient or weight that is not
+    finite: nothing is saved then.
     """
     folder = None if folder is None else check_writable(folder)
     _check_bare(model)
     names = targets(model, training)
+    with contextlib.ExitStack() as held:
+        if folder is not None and os.environ.get("RANK", "0") == "0":
+            held.enter_context(files.only_run(folder))
+        return _train(model, data, training, names, folder, checkpoint_steps, progress)
+
+
+def _train(
+    model: Model,
+    data: Data,
+    training: Training,
+    names: list[str],
+    folder: Path | None,
+    checkpoint_steps: int,
+    progress: bool,
+) -> Report:
     key = asdict(training) | {"model": model.spec.name, "weights": fingerprint(model), "data": data.digest}
+    key |= {"dtype": str(model.denoiser.dtype).removeprefix("torch.")}
     if folder is not None and (folder / FILE).is_file():
         about = _about(folder)
         if about.get("key") != json.loads(json.dumps(key)):
             raise TextlocError(_OTHER_RUN.format(folder))
+        try:
+            report = Report(**about["report"])
+        except (KeyError, TypeError):
+            raise TextlocError(_CORRUPT.format(folder / ABOUT)) from None
         load(model, folder)
-        return Report(**about["report"])
+        return report
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # accelerate takes the current one
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(model.denoiser.dtype, "no")
@@ -354,7 +430,7 @@ def _run(
     checkpoint = folder and folder / CHECKPOINT
     key = key | {"processes": accelerator.num_processes}  # each draws random numbers of its own
     if checkpoint and checkpoint.exists():
-        saved = _read_checkpoint(checkpoint)
+        saved = files.read_state(checkpoint)
         if saved["key"] != key:
             raise TextlocError(_OTHER_RUN.format(folder))
         set_peft_model_state_dict(model.denoiser, saved["adapter"], adapter_name=ADAPTER)
@@ -364,7 +440,7 @@ def _run(
             accelerator.scaler.load_state_dict(saved["scaler"])
     objective, optimiser = accelerator.prepare(_Objective(model, data), optimiser)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    local, begin = training.batch // processes, len(losses)
+    local, begin, skipped = training.batch // processes, len(losses), 0
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in tqdm(
@@ -384,15 +460,30 @@ def _run(
         with _Saved(model.denoiser, on=not kept) as graph, accelerator.autocast():
             loss = objective(rows, captions, generator)
         kept = kept or graph.bytes
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, 1.0)
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+        _check_number(f"the loss of step {step + 1}", losses[-1], training)
+        if loss.requires_grad:
+            accelerator.backward(loss)
+        if step == begin and any(parameter.grad is None for parameter in trained):
+            raise TextlocError(
+                "an adapter takes no part in the model's answer, so that it cannot learn; load the pipeline again"
+            )
+        norm = accelerator.clip_grad_norm_(trained, 1.0)
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        if skipped > (SKIPPED if accelerator.scaler is not None else 0):
+            _check_number(f"the gradient of step {step + 1}", float(norm), training)
         for group in optimiser.param_groups:  # constant, then falling over the last half
             group["lr"] = training.lr * min(1.0, 2 * (1 - step / training.steps))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
         seconds.append(time.perf_counter() - began)
-        if checkpoint and (step + 1) % checkpoint_steps == 0 and accelerator.is_main_process:
+        # The last one, too: a disk that is full when the adapter is saved costs no training.
+        due = (step + 1) % checkpoint_steps == 0 or step + 1 == training.steps
+        if due:  # in every process, so that none waits for one that has stopped
+            _check_weights(
+                model, f"step {step + 1} is not saved; a smaller learning rate than {training.lr:g} may help"
+            )
+        if checkpoint and due and accelerator.is_main_process:
             state = {
                 "key": key,
                 "adapter": get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER),
@@ -402,9 +493,13 @@ def _run(
                 "seconds": seconds,
                 "kept": kept,
             }
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            files.write_state(checkpoint, state)
+    # What the last step left shows in the loss after it.
+    generator = step_generator(training.seed, training.steps, rank)
+    rows = torch.randint(len(data), (local,), generator=generator).tolist()
+    with torch.no_grad(), accelerator.autocast():
+        after = accelerator.reduce(objective(rows, rows, generator), "mean")
+    _check_number("the loss after the last step", float(after), training)
     return Report(
         parameters=sum(p.numel() for p in trained),
         losses=[round(loss, 5) for loss in losses],
@@ -414,18 +509,18 @@ def _run(
     )
 
 
-def _read_checkpoint(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file is found out by whatever reads it first
-        raise TextlocError(f"{path} is corrupt; delete it, and the run starts again") from None
+def _check_number(what: str, value: float, training: Training) -> None:
+    if not math.isfinite(value):
+        advice = f"a smaller learning rate than {training.lr:g} may help, or another dtype"
+        raise TextlocError(f"{what} is {value}; training stops and nothing is saved; {advice}")
 
 
 class _Saved:
     """Counts the bytes of distinct tensors that are saved for the backward pass inside the block, weights left out."""
 
     def __init__(self, module: nn.Module, on: bool):
-        self.bytes, self._seen = 0, set()
+        self.bytes = 0
+        self._seen: set[int] = set()
         self._own = {p.untyped_storage().data_ptr() for p in module.parameters()} if on else set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x) if on else None
 

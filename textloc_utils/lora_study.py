@@ -10,27 +10,22 @@ import hashlib
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from tqdm.auto import tqdm
 
 from textloc_utils import lora, metrics, models, ocr, prompts
-from textloc_utils.generate import generate
-from textloc_utils.localize import fingerprint, published_store
+from textloc_utils.experiment import Experiment
 from textloc_utils.lora import Training
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model
-from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
 
 ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
 BEFORE = "before"  #: the row of the model without an adapter
-ARMS = ("localized", "all text layers", "random layers", "all attention")
-EQUAL = ("rank", "parameters")
 SEEDS = (0, 1, 2)
 SCENES = 1024  #: of the new task, drawn once for all arms
 REFERENCE_RANK = 2  #: of all text layers, whose number of parameters every arm gets where these are equal
@@ -93,15 +88,15 @@ def arms(model: Model, layers: Sequence[int], seed: int, training: Training) -> 
 # --- what a model can do -------------------------------------------------------------------------------------
 
 
-def measure(model: Model, n: int, seed: int = 42, *, steps: int | None = None) -> dict:
-    """Scores of a model as it is, over ``n`` held-out words of each task.
+def measure(experiment: Experiment, n: int, seed: int = 42) -> dict:
+    """Scores of the experiment's model as it is, over ``n`` held-out words of each task.
 
     Keys, each for ``new`` and ``old``: ``_scores`` (the text scores in the order of the prompts, joined by spaces),
     ``_score``, ``_exact``, ``_cer`` and ``_f1`` (means); and ``diversity``, see :func:`diversity`.
     """
     out = {}
     for task, todo in (("new", prompts.long_prompts(n, seed)), ("old", prompts.spelling_prompts(n, seed))):
-        made = generate(model, [p for p, _, _ in todo], [s for _, _, s in todo], steps=steps)
+        made = experiment.draw([p for p, _, _ in todo], [s for _, _, s in todo])
         read = list(zip(ocr.read(made.images), (word for _, word, _ in todo), strict=True))
         scores = [metrics.text_score(*each) for each in read]
         out |= {
@@ -113,7 +108,7 @@ def measure(model: Model, n: int, seed: int = 42, *, steps: int | None = None) -
         }
     words = [word for _, word, _ in prompts.spelling_prompts(KIN[0], seed)]
     asked = [prompts.SIMPLE_TEMPLATE.format(text=word) for word in words for _ in range(KIN[1])]
-    made = generate(model, asked, [seed + i for i in range(KIN[1])] * KIN[0], steps=steps)
+    made = experiment.draw(asked, [seed + i for i in range(KIN[1])] * KIN[0])
     return out | {"diversity": diversity(made.images.reshape(*KIN, *made.images.shape[1:]))}
 
 
@@ -127,98 +122,72 @@ def diversity(pictures: np.ndarray) -> float:
     return float(np.mean(each))
 
 
-def evaluate(
-    model: Model,
-    folder: str | os.PathLike,
-    n: int,
-    seed: int = 42,
-    *,
-    steps: int | None = None,
-    store: Store | None = None,
-) -> pd.DataFrame:
+def evaluate(experiment: Experiment, folder: str | os.PathLike, n: int, seed: int = 42) -> pd.DataFrame:
     """:func:`measure` without and with the adapter saved in ``folder``, two rows; kept in the store."""
     file = Path(folder) / lora.FILE
     prompts.long_prompts(n, seed)
     ocr.tesseract_version()
-    store = Store() if store is None else store
-    inputs = _inputs(model, n, seed, steps)
-    lora.load(model, folder)
+    inputs = _inputs(experiment, n, seed)
+
+    def unit(adapter: str | None) -> pd.DataFrame:
+        return experiment.unit("lora", inputs | {"adapter": adapter}, lambda: [measure(experiment, n, seed)])
+
+    lora.load(experiment.model, folder)
     try:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        after = store.unit(
-            "lora", inputs | {"adapter": digest}, lambda: [measure(model, n, seed, steps=steps)], model=model
-        )
+        after = unit(hashlib.sha256(file.read_bytes()).hexdigest())
     finally:
-        lora.remove(model)
-    before = store.unit("lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)], model=model)
-    return pd.concat([before.assign(arm=BEFORE), after.assign(arm="after")], ignore_index=True)
+        lora.remove(experiment.model)
+    return pd.concat([unit(None).assign(arm=BEFORE), after.assign(arm="after")], ignore_index=True)
 
 
-def _inputs(model: Model, n: int, seed: int, steps: int | None) -> dict:
+def _inputs(experiment: Experiment, n: int, seed: int) -> dict:
     """What every unit hangs on; taken while the model carries no adapter."""
-    return {
-        "rows": ROWS,
-        "model": model.spec.name,
-        "weights": fingerprint(model),
-        "kin": KIN,
-        "n": n,
-        "seed": seed,
-        "steps": steps or model.spec.steps,
-        "guidance": model.spec.guidance,
-    }
+    return experiment.key | {"rows": ROWS, "kin": KIN, "n": n, "seed": seed}
 
 
 # --- the table -----------------------------------------------------------------------------------------------
 
 
 def study(
-    model: Model,
+    experiment: Experiment,
     layers: Sequence[int],
     n: int,
     seed: int = 42,
     *,
     training: Training | None = None,
-    steps: int | None = None,
     seeds: Sequence[int] = SEEDS,
-    store: Store | None = None,
-    progress: bool = False,
-    publish: bool = False,
 ) -> pd.DataFrame:
     """Train and measure every arm for the localized ``layers``; one row per (arm, equality, training seed).
 
-    ``n`` held-out words of each task are drawn by ``seed``, in ``steps`` denoising steps (default: the model's own);
-    ``training`` is what the arms share (default: :func:`shared`). Columns as :func:`measure`, and model, arm, equal,
-    seed, layers, rank, parameters, seconds_per_step (see :func:`seconds_per_step`), saved_bytes, peak_bytes (0 on the
-    CPU) and losses (per step, joined by spaces). The first row is the model without adapters. The published table where
-    it fits, otherwise done now, run by run in the store, and with ``publish`` written to the package's data as
-    ``results/lora_MODEL.csv``.
+    ``n`` held-out words of each task are drawn by ``seed``; ``training`` is what the arms share (default:
+    :func:`shared`). Columns as :func:`measure`, and model, arm, equal, seed, layers, rank, parameters, seconds_per_step
+    (see :func:`seconds_per_step`), saved_bytes, peak_bytes (0 on the CPU) and losses (per step, joined by spaces). The
+    first row is the model without adapters. Runs are kept one by one in the store; published as
+    ``results/lora_MODEL.csv``, see ``experiment.Experiment.table``.
     """
+    model = experiment.model
     if not layers:
         raise TextlocError("the study needs at least one localized layer")
     models.check_layers(model, layers)
-    training = shared(steps) if training is None else training
+    training = shared() if training is None else training
     todo = [arm for at in seeds for arm in arms(model, layers, at, training)]
-    inputs = _inputs(model, n, seed, steps)
-    key = inputs | {"scenes": SCENES, "arms": [asdict(arm) for arm in todo]}
+    inputs = _inputs(experiment, n, seed)
 
     def make() -> pd.DataFrame:
         prompts.long_prompts(n, seed)
         ocr.tesseract_version()
-        kept = Store() if store is None else store
         data = lora.prepare(model, *drawn_scenes(SCENES))
-        before = kept.unit(
-            "lora", inputs | {"adapter": None}, lambda: [measure(model, n, seed, steps=steps)], model=model
-        )
+        before = experiment.unit("lora", inputs | {"adapter": None}, lambda: [measure(experiment, n, seed)])
         rows = [before.assign(**_row(model))]
-        for arm in tqdm(todo, desc=f"{model.spec.name}: arms", unit="run", disable=not progress):
-            unit = inputs | {"scenes": SCENES, "training": asdict(arm.training)}  # once for both comparisons
-            row = kept.unit("lora", unit, lambda arm=arm: [_run(model, data, arm, n, seed, steps)], model=model)
+        for arm in tqdm(todo, desc=f"{experiment.name}: arms", unit="run", disable=not experiment.progress):
+            about = inputs | {"scenes": SCENES, "training": arm.training}  # once for both comparisons
+            row = experiment.unit("lora", about, lambda arm=arm: [_run(experiment, data, arm, n, seed)])
             rows.append(row.assign(arm=arm.name, equal=arm.equal))
         taken = seconds_per_step(model, data, [arm.training for arm in todo])
         rows[1:] = [row.assign(seconds_per_step=each) for row, each in zip(rows[1:], taken, strict=True)]
         return pd.concat(rows, ignore_index=True)[list(rows[-1])]
 
-    return published_store().taken_or_made(f"lora_{model.spec.name}", key, make, publish=publish)
+    return experiment.table(f"lora_{experiment.name}", inputs | {"scenes": SCENES, "arms": todo}, make)
 
 
 def seconds_per_step(model: Model, data: lora.Data, trainings: Sequence[Training]) -> list[float]:
@@ -252,12 +221,12 @@ def _row(model: Model, arm: Arm | None = None, report: lora.Report | None = None
     }
 
 
-def _run(model: Model, data: lora.Data, arm: Arm, n: int, seed: int, steps: int | None) -> dict:
-    report = lora.train(model, data, arm.training)
+def _run(experiment: Experiment, data: lora.Data, arm: Arm, n: int, seed: int) -> dict:
+    report = lora.train(experiment.model, data, arm.training)
     try:
-        return _row(model, arm, report) | measure(model, n, seed, steps=steps)
+        return _row(experiment.model, arm, report) | measure(experiment, n, seed)
     finally:
-        lora.remove(model)
+        lora.remove(experiment.model)
 
 
 # --- short tables ---------------------------------------------------------------------------------------------
@@ -277,8 +246,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         row = {"arm": arm, "equal": equal, "layers": ", ".join(dict.fromkeys(part.layers)), **means.mean()}
         for task in ("new", "old"):
             row |= _interval(task, _scores(part, task))
-        wide = stats.t.ppf(0.975, len(part) - 1) * stats.sem(part.diversity) if len(part) > 1 else 0.0
-        row |= {"diversity_low": row["diversity"] - wide, "diversity_high": row["diversity"] + wide}
+        spread = metrics.student(part.diversity)
+        row |= {"diversity_low": spread.low, "diversity_high": spread.high}
         rows.append(row | {"seeds": len(part)})
     return pd.DataFrame(rows)
 
@@ -314,8 +283,9 @@ def _scores(part: pd.DataFrame, task: str) -> np.ndarray:
     return np.array([[float(score) for score in text.split()] for text in part.sort_values("seed")[f"{task}_scores"]])
 
 
-def _interval(name: str, scores: np.ndarray, resamples: int = 2000) -> dict:
-    rng = np.random.default_rng(0)
+def _interval(name: str, scores: np.ndarray) -> dict:
+    """Mean and 95 % interval of scores (training seeds, words) under a name; scipy resamples one of the two only."""
+    rng, resamples = np.random.default_rng(0), metrics.RESAMPLES
     seeds, words = (rng.integers(size, size=(resamples, size)) for size in scores.shape)
-    low, high = np.percentile([scores[np.ix_(*rows)].mean() for rows in zip(seeds, words, strict=True)], [2.5, 97.5])
+    low, high = metrics.percentiles([scores[np.ix_(*rows)].mean() for rows in zip(seeds, words, strict=True)])
     return {name: scores.mean(), f"{name}_low": low, f"{name}_high": high}

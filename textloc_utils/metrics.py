@@ -6,10 +6,11 @@ spaces and marks of the wanted text cannot be read back. Pictures are uint8 or f
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from rapidfuzz.distance import Levenshtein
 from scipy import ndimage, stats
 from skimage.metrics import structural_similarity
@@ -17,6 +18,8 @@ from skimage.metrics import structural_similarity
 from textloc_utils.settings import TextlocError
 
 SSIM_WINDOW = 7
+PSNR_CAP = 60.0  #: dB; two identical pictures would be infinitely alike
+RESAMPLES = 2000
 
 
 # --- means with intervals -------------------------------------------------------------------------------------
@@ -32,46 +35,72 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}"
+        return f"{span(self.mean, self.low, self.high)}, n = {self.n}"
 
 
-def bootstrap(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of ``values`` with its 95 % percentile-bootstrap interval.
+def span(mean: float, low: float, high: float, form: str = ".3f") -> str:
+    """A mean with its interval as text, ``0.913 [0.870, 0.950]``; ``form`` is the format of each number."""
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
-    Parameters
-    ----------
-    values
-        Numbers or booleans (n,); one value gives ``low == high == mean``.
-    resamples
-        How many samples of n values are drawn with replacement.
-    seed
-        Of the draws: the same values give the same interval.
 
-    Raises
-    ------
-    TextlocError
-        No values, or values that are not finite (NaN, or the PSNR of identical pictures).
+def spans(table: pd.DataFrame, score: str = "", form: str = ".3f") -> list[str]:
+    """:func:`span` of each row of a table.
+
+    Its columns are those of a ``score`` as :func:`summarise` makes them, or mean, low and high where none is named.
+    """
+    columns = [score, f"{score}_low", f"{score}_high"] if score else ["mean", "low", "high"]
+    return [span(*row, form) for row in table[columns].to_numpy()]
+
+
+def resampled(values, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Means of bootstrap samples, (resamples, ...), of values (n, ...) whose rows are drawn whole with replacement.
+
+    The same n and seed draw the same rows, so that columns resampled one by one fit each other.
     """
     x = np.asarray(values, dtype=np.float64)
+    if len(x) == 1:  # scipy refuses a single value; all its samples are that value
+        return np.repeat(x, resamples, axis=0)
+    batch = max(1, 4_000_000 // x.size)  # bounds the memory of the samples
+    options = {"n_resamples": resamples, "batch": batch, "method": "percentile", "rng": np.random.default_rng(seed)}
+    return np.moveaxis(stats.bootstrap((x,), np.mean, axis=0, **options).bootstrap_distribution, -1, 0)
+
+
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval that bootstrap values span."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap(values: Sequence[float]) -> Interval:
+    """Mean of numbers or booleans (n,) with its 95 % percentile-bootstrap interval; the same values give the same one.
+
+    One value gives ``low == high == mean``. Raises TextlocError without values, and for values that are not finite
+    (NaN, or the PSNR of identical pictures).
+    """
+    x = _finite(values, "bootstrap")
+    return Interval(float(x.mean()), *percentiles(resampled(x)), len(x))
+
+
+def student(values: Sequence[float]) -> Interval:
+    """Mean of few ``values``, such as one per training seed, with its 95 % interval by Student's t.
+
+    One value has no spread to go by: ``low == high == mean``. Raises TextlocError as :func:`bootstrap`.
+    """
+    x = _finite(values, "Student's interval")
+    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x) if len(x) > 1 else 0.0
+    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x))
+
+
+def _finite(values: Sequence[float], what: str) -> np.ndarray:
+    x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or not len(x):
-        raise TextlocError(f"bootstrap needs one row of at least one value, got shape {x.shape}")
+        raise TextlocError(f"{what} needs one row of at least one value, got shape {x.shape}")
     if not np.isfinite(x).all():
         raise TextlocError(
-            f"bootstrap needs finite values, {np.sum(~np.isfinite(x))} of {len(x)} are NaN or infinite "
+            f"{what} needs finite values, {np.sum(~np.isfinite(x))} of {len(x)} are NaN or infinite "
             "(psnr of identical pictures is infinite unless it is given a cap)"
         )
-    if resamples < 1:
-        raise TextlocError(f"resamples must be at least 1, got {resamples}")
-    rng = np.random.default_rng(seed)
-    rows = max(1, 4_000_000 // len(x))  # bounds the memory of the index table
-    means = np.concatenate(
-        [
-            x[rng.integers(len(x), size=(min(rows, resamples - start), len(x)))].mean(axis=1)
-            for start in range(0, resamples, rows)
-        ]
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(x.mean()), float(low), float(high), len(x))
+    return x
 
 
 def rate(hits: Sequence[bool]) -> Interval:
@@ -91,12 +120,44 @@ def estimate(values: Sequence) -> Interval:
     return (rate if np.asarray(values).dtype == bool else bootstrap)(values)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of ``a - b`` with its interval, where ``a[i]`` and ``b[i]`` belong to the same pair."""
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], interval: Callable[[Sequence[float]], Interval] = bootstrap
+) -> Interval:
+    """Mean of ``a - b`` with its ``interval``, where ``a[i]`` and ``b[i]`` belong to the same pair.
+
+    ``interval`` is :func:`bootstrap`, or :func:`student` for few pairs, such as the training seeds of two runs.
+    """
     if len(a) != len(b):
         raise TextlocError(f"paired values must be equally many, got {len(a)} and {len(b)}")
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return bootstrap(difference, resamples=resamples, seed=seed)
+    return interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64))
+
+
+def summarise(table: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:
+    """One row per group of the columns ``by``, in the table's order.
+
+    Columns: ``by``; n rows; for each score its mean under its own name and the ends of its 95 % interval
+    (:func:`estimate`) under ``_low`` and ``_high``.
+    """
+    rows = []
+    for keys, part in table.groupby(list(by), sort=False):
+        row = dict(zip(by, keys, strict=True)) | {"n": len(part)}
+        for score in scores:
+            found = estimate(part[score])
+            row |= {score: found.mean, f"{score}_low": found.low, f"{score}_high": found.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def redrawn(new: pd.DataFrame, stored: pd.DataFrame, at: Sequence[str], score: str) -> tuple[float, float]:
+    """How near rows that were drawn again come to the stored ones: share read alike, mean difference of a score.
+
+    Columns ``at`` say which row is which. Raises TextlocError where a new row has no stored one.
+    """
+    both = new.merge(stored, on=list(at), suffixes=("", "_stored"))
+    if len(both) != len(new):
+        raise TextlocError(f"{len(new)} rows were drawn again, of which {len(both)} are stored")
+    off = (both[score] - both[f"{score}_stored"]).abs()
+    return float((both.read == both.read_stored).mean()), float(off.mean())
 
 
 # --- text -----------------------------------------------------------------------------------------------------
@@ -109,13 +170,6 @@ def _normal(text: str) -> str:
 def exact_match(read: str, wanted: str) -> bool:
     """Whether the picture spells the wanted text."""
     return _normal(read) == _normal(wanted)
-
-
-def outcome(read: str, wanted: str) -> str:
-    """``exact``, ``wrong text``, or ``no text`` where nothing was read."""
-    if exact_match(read, wanted):
-        return "exact"
-    return "wrong text" if _normal(read) else "no text"
 
 
 def character_scores(read: str, wanted: str) -> tuple[float, float, float]:
@@ -175,6 +229,15 @@ def _masked_mean(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     if not np.all(counted):
         raise TextlocError("the mask leaves no pixel to compare")
     return np.where(mask, x, 0.0).sum((-2, -1)) / counted
+
+
+def outside(box: tuple[int, int, int, int] | None, height: int, width: int) -> np.ndarray:
+    """Boolean (height, width), True outside a box (left, top, right, bottom); True everywhere where there is none."""
+    mask = np.ones((height, width), bool)
+    if box is not None:
+        left, top, right, bottom = box
+        mask[top:bottom, left:right] = False
+    return mask
 
 
 def _number(x: np.ndarray):

@@ -1,16 +1,24 @@
-"""Pictures to strings: Tesseract in batches, through pytesseract and a list file of image paths.
+"""Pictures to text: what is read, where text stands, and which reader says so.
 
-Tesseract reads a tight line of dark letters on white far better than a letter-sized word in a scene, so the
-text line is cut out first: the sign's colour is the median of the picture's middle, the ink's colour is what
-differs most from it there, every pixel becomes its share of ink, and what hangs together with the picture's
-edge (the wall; letters may touch the right one) is dropped. Nothing here knows the wanted text, the colours or
-where the letters stand.
+There are two readers. **Tesseract** reads the miniatures, and larger pictures where nothing else is installed.
+**RapidOCR** (``pip install 'textloc-utils[ocr]'``: PP-OCRv6 detection and recognition, offline) reads larger pictures
+where it is installed; it also knows accents and other scripts, and tells photographs without text from signs.
+
+Tesseract is run in batches, through pytesseract and a list file of image paths. It reads a tight line of dark letters
+on white far better than a letter-sized word in a scene, so text is cut out first. In a miniature the sign's colour is
+the median of the picture's middle, the ink's colour is what differs most from it there, every pixel becomes its share
+of ink, and what hangs together with the picture's edge (the wall; letters may touch the right one) is dropped. In
+larger pictures ``textlines`` finds the letters. Nothing here knows the wanted text, the colours or where the letters
+stand.
 """
 
 import contextlib
+import functools
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +26,7 @@ import pytesseract
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
+from textloc_utils import textlines
 from textloc_utils.prompts import LETTERS
 from textloc_utils.settings import TextlocError
 
@@ -25,30 +34,64 @@ INSTALL = (
     "install it with `apt-get install tesseract-ocr` (Debian, Ubuntu), `brew install tesseract` (macOS) "
     "or `conda install -c conda-forge tesseract`"
 )
-#: Pictures up to this height are miniatures with one sign in the middle; taller ones are read whole.
+#: Pictures up to this height are miniatures with one sign in the middle; in taller ones text is sought everywhere.
 MINIATURE_HEIGHT = 128
 #: Ink and sign nearer than this (Euclidean, 0..255 RGB) count as one surface without text.
 MIN_CONTRAST = 40.0
-#: Tesseract's page segmentation: a line, a word where no line was found, scattered text for a whole picture.
-LINE, WORD, SCATTERED = 7, 8, 11
+#: Tesseract's page segmentation: a block of lines, a line, a word where no line was found.
+BLOCK, LINE, WORD = 6, 7, 8
+#: What Tesseract may read in pictures that are no miniatures.
+CHARACTERS = LETTERS + LETTERS.lower() + "0123456789%&"
+#: Marks that count in no comparison of texts, whichever reader leaves them out.
+MARKS = frozenset(".,:;!?'\u2019()/+#*-\u2013$\u20ac@ \n\t")
+ENGINES = ("auto", "tesseract", "rapidocr")
+#: RapidOCR counts a line below this score as not read; its own default.
+LEAST_SCORE = 0.5
+#: Room around text that counts as text, as a share of the picture's height: blur and the reader's error of place.
+ROOM = 0.02
 
 
-def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100) -> list[str]:
-    """Read the text of each picture.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a reader made of one picture.
+
+    ``text`` holds the lines, with their spaces; it is empty where no text was found (then there are no ``boxes``), and
+    where text was found and not read (then there are). ``boxes`` are (left, top, right, bottom) in pixels. ``reader``
+    is the name and version of what read.
+    """
+
+    text: str
+    boxes: tuple[tuple[int, int, int, int], ...]
+    reader: str
+
+    @property
+    def found(self) -> bool:
+        """Whether there is text in the picture, read or not."""
+        return bool(self.boxes)
+
+    def __str__(self) -> str:
+        return " ".join(self.text.split()) or ("(text found, not read)" if self.found else "(no text found)")
+
+
+def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[str]:
+    """Read the text of each picture as one string of capitals.
 
     Parameters
     ----------
     images
         Sequence of uint8 arrays (H, W, 3) or PIL images, or one array (n, H, W, 3).
     letters
-        The capitals that may be read.
+        The capitals that may be read in a miniature.
     batch
         Pictures per call of Tesseract.
+    engine
+        The reader, see :func:`engine_of`.
 
     Returns
     -------
-    One string of capitals per picture, in order; ``""`` where no text was found. Spaces and line breaks
-    are left out, so several words come back as one string.
+    One string per picture, in order; ``""`` where nothing was read (:func:`readings` tells why). Spaces and line breaks
+    are left out, so several words come back as one string. Miniatures give capitals only; pictures above 128 pixels
+    also digits and whatever else their reader knows.
 
     Notes
     -----
@@ -74,31 +117,136 @@ def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100) -> list[
     confused are nearly always J read as I or JI, I as T or L, Q as O. Of 560 common words with one letter
     replaced, .989 were read right and one as a word, by its lookalike letter (FJVE as FIVE); mode 8: .977, one.
 
-    Taller pictures (full-size models) are read whole, as scattered text of large and small letters; this path is
-    tested on rendered pictures only.
+    Taller pictures (full-size models): SIGNS_TABLE
 
     Raises
     ------
     TextlocError
-        Tesseract is missing or fails, a picture is not uint8 RGB, ``letters`` or ``batch`` is out of range.
+        A reader is missing or fails, a picture is not uint8 RGB, an argument is out of range.
     """
+    found = readings(images, letters=letters, batch=batch, engine=engine)
+    return ["".join(reading.text.upper().split()) for reading in found]
+
+
+def readings(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[Reading]:
+    """Read each picture as it is written, and say where text stands; arguments and errors as of :func:`read`."""
     if not letters or set(letters) - set(LETTERS):
         raise TextlocError(f"letters must be capitals from A to Z, got {letters!r}")
     if batch < 1:
         raise TextlocError(f"batch must be at least 1, got {batch}")
     pictures = [_rgb(image) for image in images]
-    if not pictures:
-        return []
-    tesseract_version()
+    out = [None] * len(pictures)
+    by_reader = {}
+    for i, picture in enumerate(pictures):
+        height = picture.shape[0]
+        by_reader.setdefault((engine_of(height, engine), height <= MINIATURE_HEIGHT), []).append(i)
+    for (name, miniature), mine in by_reader.items():
+        some = [pictures[i] for i in mine]
+        if name == "rapidocr":
+            found = _rapid(some)
+        else:
+            found = _miniatures(some, letters, batch) if miniature else _signs(some, batch)
+        for i, reading in zip(mine, found, strict=True):
+            out[i] = reading
+    return out
+
+
+def engine_of(height: int, engine: str = "auto") -> str:
+    """The reader of pictures of a height in pixels, ``tesseract`` or ``rapidocr``.
+
+    ``auto`` takes Tesseract up to 128 pixels, above RapidOCR where it is installed, else Tesseract. Raises TextlocError
+    for an unknown reader, and for one that is asked for and not installed.
+    """
+    if engine not in ENGINES:
+        raise TextlocError(f"unknown reader {engine!r}; allowed: {', '.join(ENGINES)}")
+    if engine == "rapidocr":
+        reader(engine)
+    if engine != "auto":
+        return engine
+    return "rapidocr" if height > MINIATURE_HEIGHT and _rapid_version() else "tesseract"
+
+
+def reader(engine: str) -> str:
+    """Name and version of a reader, such as ``tesseract 5.3.0``; TextlocError where it is not installed."""
+    if engine == "tesseract":
+        return f"tesseract {tesseract_version()}"
+    if not (version := _rapid_version()):
+        raise TextlocError("RapidOCR is not installed; install it with `pip install 'textloc-utils[ocr]'`")
+    return f"rapidocr {version}"
+
+
+def check_reader(height: int, texts: Sequence[str] = (), engine: str = "auto") -> str:
+    """Name and version of what will read pictures of a height; call this before drawing, which may take minutes.
+
+    Raises TextlocError where it is not installed, and for a text that it cannot read: a picture that is right would be
+    called wrong.
+    """
+    chosen = engine_of(height, engine)
+    name = reader(chosen)
+    miniature = height <= MINIATURE_HEIGHT
+    known = set(_rapid_characters() if chosen == "rapidocr" else LETTERS if miniature else CHARACTERS)
+    for text in texts:
+        for character in text:
+            if character in MARKS or character in known or character.upper() in known:
+                continue
+            hint = "; `pip install 'textloc-utils[ocr]'` brings one that reads more" if chosen == "tesseract" else ""
+            raise TextlocError(
+                f"{name} cannot read {character!r}, so that nobody could tell whether {text!r} was drawn{hint}"
+            )
+    return name
+
+
+def outside_text(found: Sequence[Reading], height: int, width: int) -> np.ndarray:
+    """Boolean (height, width), True outside the text of all these readings of pictures of that size."""
+    mask, room = np.ones((height, width), bool), round(ROOM * height)
+    for left, top, right, bottom in (box for reading in found for box in reading.boxes):
+        mask[max(0, top - room) : bottom + room, max(0, left - room) : right + room] = False
+    return mask
+
+
+# --- Tesseract --------------------------------------------------------------------------------------------------
+
+
+def _miniatures(pictures: list[np.ndarray], letters: str, batch: int) -> list[Reading]:
+    name = reader("tesseract")
+    cut = [_cut(picture) for picture in pictures]
     texts = [""] * len(pictures)
-    tall = [picture.shape[0] > MINIATURE_HEIGHT for picture in pictures]
-    for mode in (LINE, WORD, SCATTERED):
-        mine = [i for i, text in enumerate(texts) if not text and tall[i] == (mode == SCATTERED)]
-        prepared = ((i, page) for i in mine if (page := preprocess(pictures[i])) is not None)
-        for chunk in _chunks(prepared, batch):
-            for (i, _), text in zip(chunk, _tesseract([page for _, page in chunk], mode, letters), strict=True):
-                texts[i] = text
-    return texts
+    for mode in (LINE, WORD):
+        todo = [(i, page) for i, (page, _) in enumerate(cut) if page is not None and not texts[i]]
+        for i, text in _in_batches(todo, mode, letters, batch):
+            texts[i] = "".join(c for c in text.upper() if c in letters)
+    return [
+        Reading(text=text, boxes=() if box is None else (box,), reader=name)
+        for text, (_, box) in zip(texts, cut, strict=True)
+    ]
+
+
+def _signs(pictures: list[np.ndarray], batch: int) -> list[Reading]:
+    """Each block of lines is read for itself; a second and a third look are for what gave nothing."""
+    name = reader("tesseract")
+    blocks = [(i, block) for i, picture in enumerate(pictures) for block in textlines.find(picture)]
+    texts = [""] * len(blocks)
+    for mode in (LINE, BLOCK, WORD):
+        todo = [
+            (at, block.page)
+            for at, (_, block) in enumerate(blocks)
+            if not texts[at] and (mode != LINE or block.lines == 1)
+        ]
+        for at, text in _in_batches(todo, mode, CHARACTERS, batch):
+            texts[at] = "\n".join(line for line in (" ".join(row.split()) for row in text.splitlines()) if line)
+    out = []
+    for i in range(len(pictures)):
+        mine = [(block.box, texts[at]) for at, (of, block) in enumerate(blocks) if of == i]
+        boxes = tuple(box for box, _ in mine)
+        out.append(Reading(text="\n".join(text for _, text in mine if text), boxes=boxes, reader=name))
+    return out
+
+
+def _in_batches(pages: list[tuple[int, Image.Image]], mode: int, letters: str, batch: int) -> Iterator[tuple[int, str]]:
+    for start in range(0, len(pages), batch):
+        chunk = pages[start : start + batch]
+        for (i, _), text in zip(chunk, _tesseract([page for _, page in chunk], mode, letters), strict=True):
+            yield i, text
 
 
 def tesseract_version() -> str:
@@ -111,24 +259,27 @@ def tesseract_version() -> str:
 
 
 def preprocess(picture: np.ndarray) -> Image.Image | None:
-    """What Tesseract gets to see of a uint8 picture (H, W, 3): a grey page, or None where there is no text."""
-    if picture.shape[0] > MINIATURE_HEIGHT:
-        page = Image.fromarray(picture).convert("L")
-        return page.resize((page.width * 2, page.height * 2), Image.Resampling.BICUBIC) if page.height < 512 else page
+    """What Tesseract gets to see of a miniature, uint8 (H, W, 3): a grey page, or None where there is no text."""
+    return _cut(picture)[0]
+
+
+def _cut(picture: np.ndarray) -> tuple[Image.Image | None, tuple[int, int, int, int] | None]:
+    """A miniature's page (:func:`preprocess`) and the box around its text; None for both where there is no text."""
     ink = _ink(picture)
     if ink is None:
-        return None
+        return None, None
     solid = ink > 0.5
     rows, columns = (np.flatnonzero(solid.sum(axis) >= 2) for axis in (1, 0))
     if not len(rows) or not len(columns):
-        return None
+        return None, None
     height = picture.shape[0]
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     line = np.pad(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], max(height // 16, 1))
     page = Image.fromarray(np.rint(255 * (1 - line)).astype(np.uint8))
     scale = 256 / height
     # Slightly narrowed: this wide monospace face then reads like the faces that Tesseract was trained on.
     page = page.resize((round(page.width * scale * 0.9), round(page.height * scale)), Image.Resampling.BICUBIC)
-    return page.filter(ImageFilter.UnsharpMask(3, 120, 0))
+    return page.filter(ImageFilter.UnsharpMask(3, 120, 0)), box
 
 
 def _ink(picture: np.ndarray) -> np.ndarray | None:
@@ -162,25 +313,12 @@ def _rgb(image) -> np.ndarray:
     return picture
 
 
-def _chunks(items: Iterator, size: int) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
 def _config(mode: int, letters: str) -> str:
-    if mode == SCATTERED:  # full-size models write small letters, too
-        letters += letters.lower()
     return f"--psm {mode} --oem 1 -c tessedit_char_whitelist={letters} -c load_system_dawg=0 -c load_freq_dawg=0"
 
 
 def _tesseract(pages: list[Image.Image], mode: int, letters: str) -> list[str]:
-    """One call of Tesseract over all pages."""
+    """One call of Tesseract over all pages: what it says of each, with its line breaks."""
     with tempfile.TemporaryDirectory() as folder, _one_thread(), _explained():
         paths = [Path(folder) / f"{i}.png" for i in range(len(pages))]
         for page, path in zip(pages, paths, strict=True):
@@ -194,7 +332,7 @@ def _tesseract(pages: list[Image.Image], mode: int, letters: str) -> list[str]:
         texts.pop()
     if len(texts) != len(pages):
         raise TextlocError(f"tesseract returned {len(texts)} pages for {len(pages)} pictures")
-    return ["".join(c for c in text.upper() if c in letters) for text in texts]
+    return texts
 
 
 @contextlib.contextmanager
@@ -220,3 +358,74 @@ def _explained() -> Iterator[None]:
     except pytesseract.TesseractError as error:
         reason = " ".join(str(error.message).split())
         raise TextlocError(f"tesseract failed: {reason}; if its English data is missing, {INSTALL}") from None
+
+
+# --- RapidOCR ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _rapid_version() -> str | None:
+    """Version of the installed RapidOCR; None without it or without what it computes with."""
+    try:
+        importlib.metadata.version("onnxruntime")
+        return importlib.metadata.version("rapidocr")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _rapid_engine():
+    reader("rapidocr")
+    from rapidocr import RapidOCR
+
+    threads = "EngineConfig.onnxruntime.{}_op_num_threads"
+    # One thread: the same sums, whatever the machine. Signs stand upright: nothing is turned round.
+    return RapidOCR(
+        params={
+            "Global.log_level": "critical",
+            "Global.use_cls": False,
+            "Global.text_score": 0.0,  # lines below LEAST_SCORE are text all the same
+            threads.format("intra"): 1,
+            threads.format("inter"): 1,
+        }
+    )
+
+
+@functools.cache
+def _rapid_characters() -> frozenset[str]:
+    engine = _rapid_engine()
+    engine(np.zeros((32, 32, 3), np.uint8), use_det=False, use_cls=False, use_rec=True)  # loads the recognizer
+    return frozenset(engine.text_rec.session.get_character_list())
+
+
+def _rapid(pictures: list[np.ndarray]) -> list[Reading]:
+    name, engine, out = reader("rapidocr"), _rapid_engine(), []
+    for picture in pictures:
+        bgr = np.ascontiguousarray(picture[:, :, ::-1])
+        found = engine(bgr, use_det=True, use_cls=False, use_rec=True)
+        if not found.txts:  # RapidOCR drops the boxes of lines of which it reads nothing
+            found = engine(bgr, use_det=True, use_cls=False, use_rec=False)
+        corners = np.zeros((0, 4, 2)) if found.boxes is None else np.asarray(found.boxes)
+        boxes = [(*np.floor(c.min(0)).astype(int).tolist(), *np.ceil(c.max(0)).astype(int).tolist()) for c in corners]
+        texts = getattr(found, "txts", None) or [""] * len(boxes)
+        scores = found.scores if getattr(found, "txts", None) else [0.0] * len(boxes)
+        kept = [(b, t.strip() if s >= LEAST_SCORE else "") for b, t, s in zip(boxes, texts, scores, strict=True)]
+        lines = _in_lines(kept)
+        text = "\n".join(line for line in (" ".join(t for _, t in parts if t) for parts in lines) if line)
+        out.append(Reading(text=text, boxes=tuple(b for parts in lines for b, _ in parts), reader=name))
+    return out
+
+
+def _in_lines(parts: list[tuple]) -> list[list[tuple]]:
+    """Boxes with their texts in reading order: what stands beside each other is one line, from left to right."""
+    lines = []
+    for part in sorted(parts, key=lambda part: part[0][1] + part[0][3]):
+        top, bottom = part[0][1], part[0][3]
+        for line in lines:
+            shared = min(bottom, line[-1][0][3]) - max(top, line[-1][0][1])
+            if shared > 0.5 * min(bottom - top, line[-1][0][3] - line[-1][0][1]):
+                line.append(part)
+                break
+        else:
+            lines.append([part])
+    return [sorted(line, key=lambda part: part[0][0]) for line in lines]

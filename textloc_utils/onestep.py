@@ -40,26 +40,33 @@ def effects(
     depth: str = "one-step",
     levels: Sequence[float] = LEVELS,
     steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
 ) -> pd.DataFrame:
     """The effect of every text layer alone, for every pair and noise level.
 
     ``levels`` are shares of the steps done when the source's noisy picture is taken, 0 <= level < 1. One row per pair,
     level and layer; columns model, seed, depth, level, layer, effect, and row_evaluations, the pair's denoiser rows
     divided by its rows here, so that the column's sum is the cost. A backward pass counts as two evaluations of its
-    rows. Raises TextlocError for an unknown depth, a level out of range, or (attribution) answers of the denoiser that
-    are not finite or do not differ.
+    rows. Raises TextlocError for an unknown depth, a level out of range, answers of the denoiser that are not finite or
+    do not differ, or an effect that is not finite.
     """
     check_depth(depth)
     if not levels or any(not 0 <= level < 1 for level in levels):
         raise TextlocError(f"levels must be shares of the steps, 0 <= level < 1, got {tuple(levels)}")
     steps = steps or model.spec.steps
+    guidance = model.spec.guidance if guidance is None else guidance
+    settings = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
     at = {int(level * steps): level for level in levels}
     rows = []
     for pair in pairs:
         check_prompts(model, [pair.source, pair.target])
         with counted(model) as counter:
-            found, backward = _pair(model, pair, at, steps, depth)
+            found, backward = _pair(model, pair, at, depth, settings)
         cost = counter.rows + 2 * backward
+        bad = [layer for values in found.values() for layer, effect in enumerate(values) if not math.isfinite(effect)]
+        if bad:
+            raise TextlocError(f"the effect of layer {bad[0]} on the pair of seed {pair.seed} is not finite")
         for step, values in found.items():
             for layer, effect in enumerate(values):
                 rows.append(
@@ -76,11 +83,11 @@ def effects(
     return pd.DataFrame(rows)
 
 
-def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str) -> tuple[dict, int]:
+def _pair(model: Model, pair: Pair, at: dict[int, float], depth: str, settings: dict) -> tuple[dict, int]:
     """Run the source up to the last level and probe the denoiser on the way: effects per step, rows of backward."""
     found, backward, state = {}, [0], {"calls": 0, "step": 0, "inside": False}
     # Where negatives have a call of their own, the prompts' comes first, and it alone is asked.
-    calls = 1 if model.doubled else model.evaluations()
+    calls = 1 if model.doubled else model.evaluations(settings["guidance"])
     probe = _one_step if depth == "one-step" else _attribution
 
     def after(denoiser, args, kwargs, output):
@@ -92,7 +99,7 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str
         if state["step"] in at:
             state["inside"] = True
             try:
-                found[state["step"]], rows = probe(model, args, kwargs)
+                found[state["step"]], rows = probe(model, args, kwargs, settings["guidance"])
             finally:
                 state["inside"] = False
             backward[0] += rows
@@ -101,9 +108,7 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str
             raise EnoughError
 
     handle = model.denoiser.register_forward_hook(after, with_kwargs=True)
-    arguments = model.call_arguments(
-        [pair.source, pair.target], steps=steps, guidance=model.spec.guidance, negative_prompt=None
-    )
+    arguments = model.call_arguments([pair.source, pair.target], **settings)
     generators = [torch.Generator("cpu").manual_seed(pair.seed) for _ in range(2)]
     try:
         with contextlib.suppress(EnoughError):
@@ -113,7 +118,7 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], steps: int, depth: str
     return found, backward[0]
 
 
-def _call(model: Model, args: tuple, kwargs: dict, texts: list[int]) -> torch.Tensor:
+def _call(model: Model, args: tuple, kwargs: dict, texts: list[int], guidance: float) -> torch.Tensor:
     """The guided answer to the source's noisy picture under other texts, 0 the source's and 1 the target's.
 
     The call under way holds [source, target], or [negative, negative, source, target] under guidance.
@@ -127,10 +132,10 @@ def _call(model: Model, args: tuple, kwargs: dict, texts: list[int]) -> torch.Te
     out = (torch.stack(out) if isinstance(out, list) else out).float()
     # A learned variance stands behind the answer's channels.
     out = out[:, : given[model.architecture.sample][0].shape[0]]
-    return out if batch == 2 else guided(model.denoiser, out, model.spec.guidance)
+    return out if batch == 2 else guided(model.denoiser, out, guidance)
 
 
-def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
+def _one_step(model: Model, args: tuple, kwargs: dict, guidance: float) -> tuple[list[float], int]:
     """Evaluations of the target, the source, and the source patched at every layer: one, or more of a large model."""
     layers, effects = range(len(model.layers)), []
     size = len(layers) if model.spec.miniature else BATCH_FULL_SIZE
@@ -138,14 +143,21 @@ def _one_step(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int
         part = layers[start : start + size]
         patches = [Patch(source=2 + i, target=0, layers=(layer,)) for i, layer in enumerate(part)]
         with patched(model, patches, 2 + len(part)):
-            answers = _call(model, args, kwargs, [1, 0] + [0] * len(part)).flatten(1).double()
+            answers = _call(model, args, kwargs, [1, 0] + [0] * len(part), guidance).flatten(1).double()
         direction = answers[0] - answers[1]
+        _check_direction(direction)
         effects += ((answers[2:] - answers[1]) @ direction / direction.square().sum()).tolist()
     return effects, 0
 
 
+def _check_direction(direction: torch.Tensor) -> None:
+    """Effects are shares of what the target prompt changes, which must be something."""
+    if not direction.isfinite().all() or not direction.any():
+        raise TextlocError("the denoiser's answers to source and target are the same, or not finite; try another dtype")
+
+
 @torch.enable_grad()
-def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], int]:
+def _attribution(model: Model, args: tuple, kwargs: dict, guidance: float) -> tuple[list[float], int]:
     """The gradient of the source's answer along the target's, times the change of each layer's keys and values."""
     outputs, added, handles = {}, {}, []
 
@@ -165,13 +177,12 @@ def _attribution(model: Model, args: tuple, kwargs: dict) -> tuple[list[float], 
     try:
         for name in dict.fromkeys(name for _, _, name in names):
             handles.append(model.denoiser.get_submodule(name).register_forward_hook(listen(name)))
-        target, source = _call(model, args, kwargs, [1, 0])
+        target, source = _call(model, args, kwargs, [1, 0], guidance)
     finally:
         for handle in handles:
             handle.remove()
     direction = (target - source).detach()
-    if not direction.isfinite().all() or not direction.any():
-        raise TextlocError("the denoiser's answers to source and target are the same, or not finite; try another dtype")
+    _check_direction(direction)
     # Of a size that half precision can hold, by a power of two: other than that it changes no bit.
     scale = 2.0 ** -math.floor(math.log2(float(direction.abs().max() / direction.square().sum())))
     along = (source * direction).sum() * (scale / direction.square().sum())

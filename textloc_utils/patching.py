@@ -354,12 +354,12 @@ class Batch:
         self._indices: dict = {}
         self._unlike = None  # whether the halves of a doubled batch ever were of different pictures; on the GPU
         self._lengths = None
-        self.picture_tokens: int | None = None
+        self.size, self.picture_tokens = 0, None  # of the call under way
 
     def check(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of the denoiser: guidance halves are two copies of the same noisy pictures."""
         call = read_call(denoiser, args, kwargs)
-        self.picture_tokens = call.picture_tokens
+        self.size, self.picture_tokens = call.rows, call.picture_tokens
         self.check_size(call.rows)
         self._check_lengths(call)
         if call.rows == 2 * self.rows:
@@ -464,7 +464,7 @@ class _CopyMasks:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         copies = [c for c in self.copies if c.holds(self.batch.fired.clock.step)]
-        size = max((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), default=0)
+        size = self.batch.size
         masks = {
             name: value
             for name, value in kwargs.items()
@@ -476,7 +476,6 @@ class _CopyMasks:
             if not isinstance(value, torch.Tensor):
                 raise TextlocError(f"the attention's {name} is a {type(value).__name__}, whose rows cannot be patched")
         masks = {name: value for name, value in masks.items() if value.ndim > 1 and value.shape[0] == size}
-        self.batch.check_size(size)
         changed = {}
         for name, mask in masks.items():
             changed[name] = mask.clone()

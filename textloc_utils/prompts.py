@@ -8,7 +8,7 @@ import functools
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +18,10 @@ from textloc_utils.settings import TextlocError, data_dir
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 SHAPES = ("sign", "plate", "banner")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+#: What a further noise adds to a prompt's seed, and where the seeds begin that other purposes take: sets of prompts
+#: count their seeds up from below.
+NOISE, RESERVED = 10_000, 1_000_000
 
 MILD = "mild insult"  #: the band of held-out words that stands in for toxic ones
 
@@ -66,6 +70,19 @@ class Pair:
     seed: int
     target_wall: str = ""
     target_sign: str = ""
+
+    @classmethod
+    def of(cls, prompt: str, new_text: str, *, seed: int = 0) -> "Pair":
+        """A prompt with its text in double quotes, paired with itself saying another text.
+
+        >>> Pair.of('A sign that says "HELLO".', "WORLD", seed=1).target
+        'A sign that says "WORLD".'
+        """
+        if not isinstance(new_text, str) or not new_text.strip() or any(c in new_text for c in '"\u201c\u201d'):
+            raise TextlocError(f"the new text must be a string without double quotes, got {new_text!r}")
+        texts = {"source_text": quoted_text(prompt), "target_text": new_text}
+        open_ = {"wall": "", "sign": "", "shape": ""}
+        return cls(source=prompt, target=replace_text(prompt, new_text), **texts, **open_, seed=seed)
 
 
 @functools.cache
@@ -220,6 +237,25 @@ def load_pairs(path: str | Path, n: int, seed: int = 42) -> list[Pair]:
         empty = {"wall": "", "sign": "", "shape": ""}
         pairs.append(Pair(**made, **empty, target_text=target, seed=seed + len(pairs)))
     return pairs
+
+
+def pairs_of(sets: Sequence[str], n: int, seed: int = 42) -> list[Pair]:
+    """``n`` pairs of several of SETS, in equal parts one set after the other; every pair has a seed of its own."""
+    pairs = []
+    for i, name in enumerate(sets):
+        if name not in SETS:
+            raise TextlocError(f"unknown set of prompts {name!r}; allowed: {', '.join(SETS)}")
+        part = n // len(sets) + (i < n % len(sets))
+        if part:
+            pairs += make_pairs(part, seed + len(pairs), template=SETS[name])
+    return pairs
+
+
+def with_noises(pairs: Sequence[Pair], noises: int) -> list[Pair]:
+    """Each pair with several noises: its own seed, and others that no pair of the same set has."""
+    if not 1 <= noises * NOISE <= RESERVED:
+        raise TextlocError(f"a prompt can have 1 to {RESERVED // NOISE} noises, got {noises}")
+    return [replace(pair, seed=pair.seed + i * NOISE) for i in range(noises) for pair in pairs]
 
 
 def spelling_prompts(n: int = 200, seed: int = 42) -> list[tuple[str, str, int]]:

@@ -66,8 +66,7 @@ class Store:
     ) -> pd.DataFrame:
         """The table of one unit of work: the stored one, or else ``compute()``'s, stored first.
 
-        A unit that was made with other versions of LIBRARIES or of the reader is computed anew: an upgrade is not
-        hidden by the store.
+        A unit that was made with other versions of LIBRARIES is computed anew: an upgrade is not hidden by the store.
 
         Parameters
         ----------
@@ -80,7 +79,8 @@ class Store:
             Called without arguments when nothing is stored; returns a DataFrame or dicts, one per row, of
             numbers, booleans, texts or lists of these.
         model
-            What computes it: its class of device and its type of number are inputs, too. None where no model does.
+            What computes it: its class of device, its type of number and the reader of its pictures, with its
+            version, are inputs, too. None where no model does.
 
         Returns
         -------
@@ -112,7 +112,7 @@ class Store:
         header = {
             "kind": kind,
             "inputs": _plain(inputs),
-            "provenance": provenance(inputs.get("device")) | {"seconds": round(time.monotonic() - began, 3)},
+            "provenance": provenance(model) | {"seconds": round(time.monotonic() - began, 3)},
             "columns": columns,
             "rows": len(rows),
         }
@@ -146,7 +146,7 @@ class Store:
         # The CSV first: between the two renames a reader sees a digest that does not fit, never a wrong table.
         with files.whole_files(self.root, path.name, path.with_suffix(".json").name, advice=ADVICE) as aside:
             (aside / path.name).write_bytes(text.encode())
-            text = json.dumps(_sealed(about), indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(files.sealed(about), indent=2, ensure_ascii=False) + "\n"
             (aside / path.with_suffix(".json").name).write_bytes(text.encode())
         return path
 
@@ -167,7 +167,7 @@ class Store:
         advice = f"restore both or publish {name} again"
         try:
             about = json.loads(about.decode())
-            if about != _sealed(about) or about["table"] != path.name:
+            if about != files.sealed(about) or about["table"] != path.name:
                 raise ValueError
             kinds, digest, provenance = about["columns"], about["sha256"], about["provenance"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -175,7 +175,7 @@ class Store:
         try:
             if _digest(text.decode().replace("\r\n", "\n")) != digest:
                 raise ValueError
-            raw = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
+            raw = pd.read_csv(path, dtype=str, na_filter=False)
             table = pd.DataFrame({column: _parse(raw[column], kind) for column, kind in kinds.items()})
         except (ValueError, KeyError):
             raise TextlocError(f"{path} does not fit the digest in {beside.name}; {advice}") from None
@@ -193,18 +193,6 @@ class Store:
             return None
         return table if table.attrs["provenance"].get("key") == _plain(key) else None
 
-    def taken_or_made(
-        self, name: str, key: Mapping, make: Callable[[], pd.DataFrame], *, publish: bool = False
-    ) -> pd.DataFrame:
-        """The published table of just this ``key``, or else ``make()``'s; with ``publish`` made and published anew."""
-        table = None if publish else self.load_matching(name, key)
-        if table is None:
-            began = time.monotonic()
-            table = make()
-            if publish:
-                self.publish(name, table, {"key": key, "seconds": round(time.monotonic() - began, 1)})
-        return table
-
     def _published(self) -> str:
         return ", ".join(sorted(p.stem for p in self.root.glob("*.csv"))) or "none"
 
@@ -215,21 +203,18 @@ def unit_hash(kind: str, inputs: Mapping) -> str:
     return _digest(text)
 
 
-def provenance(device: str | None = None) -> dict:
+def provenance(model: "Model | None" = None) -> dict:
     """What a result was made with: versions, commit, command, device, reader, time (UTC).
 
-    ``device`` is the class of device that computed it ("cpu", "cuda"); without it, what torch would use. The commit is
+    Device and reader are the ``model``'s; without one, what torch would use and what reads miniatures. The commit is
     None outside a clone, the reader where none is installed.
     """
-    reader = None
-    with contextlib.suppress(TextlocError):
-        reader = _reader()
     return {
         "versions": _versions(),
         "commit": _commit(),
         "command": _command(),
-        "device": _device(device),
-        "reader": reader,
+        "device": _device(model.device.type if model is not None else None),
+        "reader": _reader(model.spec.height if model is not None else 1),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -253,7 +238,11 @@ def _computed_with(model: "Model | None") -> dict:
     """The inputs that a model adds to a unit's own."""
     if model is None:
         return {}
-    return {"device": model.device.type, "dtype": str(model.denoiser.dtype).removeprefix("torch.")}
+    return {
+        "device": model.device.type,
+        "dtype": str(model.denoiser.dtype).removeprefix("torch."),
+        "reader": _reader(model.spec.height),
+    }
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -294,20 +283,13 @@ def _seal(body: bytes) -> bytes:
     return b'{"sha256": "%s"}\n' % hashlib.sha256(body).hexdigest().encode()
 
 
-def _sealed(about: Mapping) -> dict:
-    """The description of a published table, with the digest of all else in it."""
-    content = {key: value for key, value in about.items() if key != "seal"}
-    return content | {"seal": _digest(json.dumps(content, sort_keys=True, separators=(",", ":")))}
-
-
 def _is_current(header: Mapping) -> bool:
-    """Whether a unit was made with the installed versions; the label of one build of a library ("+cpu") is none."""
-
-    def versions(about: Mapping) -> dict:
-        known = {name: str(about["versions"][name]) for name in LIBRARIES if name in about["versions"]}
-        return {name: version.partition("+")[0] for name, version in known.items()} | {"reader": about.get("reader")}
-
-    return versions(header["provenance"]) == versions(provenance())
+    """Whether a unit was made with the installed versions of LIBRARIES; the label of one build ("+cpu") is none."""
+    made, now = (
+        {name: str(versions[name]).partition("+")[0] for name in LIBRARIES if name in versions}
+        for versions in (header["provenance"]["versions"], _versions())
+    )
+    return made == now
 
 
 def _require_writable(folder: Path) -> None:
@@ -410,9 +392,11 @@ def _versions() -> dict[str, str]:
 
 
 @functools.cache
-def _reader() -> str:
-    """Name and version of what reads pictures; asking takes a process of its own, so that it is done once."""
-    return f"tesseract {ocr.tesseract_version()}"
+def _reader(height: int) -> str | None:
+    """Name and version of what reads pictures of this height; asking takes a process of its own, and is done once."""
+    with contextlib.suppress(TextlocError):
+        return ocr.reader(ocr.engine_of(height))
+    return None
 
 
 @functools.cache

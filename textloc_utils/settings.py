@@ -7,6 +7,7 @@ directory, so that papermill, nbval and the command line agree on them.
 import datetime
 import logging
 import os
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ def results_dir() -> Path:
 PATIENCE = datetime.timedelta(days=1)
 
 
+#: A disk with less room than this, in bytes, counts as full: a few pictures and their report need it.
+SPARE = 8 * 2**20
+
+
 class TextlocError(Exception):
     """A mistake of the caller's: the message is one line that says what is wrong and what is allowed."""
 
@@ -39,14 +44,29 @@ class Preset:
     name: str
     pairs: int
     sweep_pairs: int  # of the sweep over all layers, which comes with the package
+    edits: int  # prompts that are edited by each method
+    toxic: int  # toxic prompts, and as many harmless ones
     words: int
-    steps: int | None  # None: the model's own number of steps
+    noises: int = 1  # from which each prompt of the last two is drawn
+    sets: tuple[str, ...] = ("book",)  # of ``prompts.SETS``, in equal parts: what localization searches on
+    steps: int | None = None  # None: the model's own number of steps
 
 
+#: ``paper`` has the paper's sizes: layers are searched on 100 prompts of SimpleBench and 100 of CreativeBench, 300
+#: prompts are edited and 400 toxic ones drawn, each from 4 noises.
 PRESETS = {
-    "smoke": Preset(name="smoke", pairs=4, sweep_pairs=4, words=8, steps=6),
-    "book": Preset(name="book", pairs=48, sweep_pairs=100, words=200, steps=None),
-    "paper": Preset(name="paper", pairs=100, sweep_pairs=100, words=200, steps=None),
+    "smoke": Preset(name="smoke", pairs=4, sweep_pairs=4, edits=4, toxic=4, words=8, steps=6),
+    "book": Preset(name="book", pairs=48, sweep_pairs=100, edits=100, toxic=100, words=200),
+    "paper": Preset(
+        name="paper",
+        pairs=200,
+        sweep_pairs=200,
+        edits=300,
+        toxic=400,
+        words=200,
+        noises=4,
+        sets=("simple", "creative"),
+    ),
 }
 
 
@@ -61,11 +81,26 @@ def preset(name: str) -> Preset:
 def check_writable(folder: str | os.PathLike) -> Path:
     """The folder as a path, if it can be written or made; nothing is made yet. Raises TextlocError otherwise."""
     folder = Path(folder).absolute()
-    nearest = next(p for p in (folder, *folder.parents) if p.exists())
-    if not nearest.is_dir():
-        raise TextlocError(f"cannot write to {folder}: {nearest} is not a folder; choose another --out")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise TextlocError(f"cannot write to {folder}: no permission in {nearest}; choose another --out")
+    try:
+        link = next((p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()), None)
+        nearest = next(p for p in (folder, *folder.parents) if p.exists())
+        longest = os.pathconf(nearest, "PC_NAME_MAX")
+        free = shutil.disk_usage(nearest).free
+    except OSError as error:
+        raise TextlocError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    reason = None
+    if link is not None:
+        reason = f"{link} is a link to nothing"
+    elif not nearest.is_dir():
+        reason = f"{nearest} is not a folder"
+    elif any(len(os.fsencode(part)) > longest for part in folder.parts):
+        reason = f"a name in it is longer than {longest} bytes"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        reason = f"no permission in {nearest}"
+    elif free < SPARE:
+        reason = f"the disk of {nearest} is full"
+    if reason:
+        raise TextlocError(f"cannot write to {folder}: {reason}; choose another --out")
     return folder
 
 

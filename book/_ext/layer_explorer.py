@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from textloc_utils import explorer
+from textloc_utils.book import explorer
 from textloc_utils.prompts import TEMPLATE
 
 FOLDER = "_static/explorer"
@@ -41,7 +41,7 @@ def told(model: str, table: pd.DataFrame) -> dict:
                 "source": first.source_text,
                 "target": first.target_text,
                 "prompt": TEMPLATE.format(wall=first.wall, sign=first.sign, text=first.source_text),
-                "rows": pd.concat([rows[["site", "read"]], scores], axis=1).to_numpy().tolist(),
+                "rows": pd.concat([rows[["site", "read"]], scores, rows.kind], axis=1).to_numpy().tolist(),
             }
         )
     about = table.attrs["provenance"]
@@ -110,7 +110,7 @@ def draw_card(app: Sphinx) -> None:
         return
     known = tables()
     rows = pd.concat(known.values())
-    told_well = rows[rows.site.str.match(r"layer \d+$") & (rows.read == rows.target_text)]
+    told_well = rows[(rows.kind == "layer") & (rows.read == rows.target_text)]
     if told_well.empty:  # no single layer brings a whole word in any stored pair: no picture to show
         return
     best = told_well.iloc[0]

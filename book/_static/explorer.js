@@ -6,6 +6,7 @@
   const [model, pair, slider] = ["model", "pair", "site"].map((name) => document.getElementById(`explorer-${name}`));
   // Rows 0 and 1 of every pair are the source and the target as they are.
   const FIRST = 2;
+  const KIND = 5;
   const chosen = () => data.models[model.value].pairs[pair.selectedIndex];
   const reading = (row) => row[1] || "no text found";
 
@@ -33,7 +34,7 @@
       `With ${row[0]} patched OCR reads ${reading(row)}: target score ${row[2]}, source score ${row[3]}.`;
     [rows[0], row, rows[1]].forEach((values, i) => {
       const cells = box.querySelectorAll(`tbody tr:nth-child(${i + 1}) td`);
-      [reading(values), ...values.slice(2)].forEach((text, j) => {
+      [reading(values), ...values.slice(2, KIND)].forEach((text, j) => {
         cells[j].textContent = text;
       });
     });
@@ -72,7 +73,7 @@
     pair.selectedIndex = Math.min(kept, options.length - 1);
     choosePair();
     // The patch that brings most of the target's text comes first, then the reader chooses.
-    const scores = chosen().rows.slice(FIRST).filter((row) => row[0].startsWith("layer ")).map((row) => Number(row[2]));
+    const scores = chosen().rows.slice(FIRST).filter((row) => row[KIND] === "layer").map((row) => Number(row[2]));
     slider.value = scores.indexOf(Math.max(...scores));
     show();
   }

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from textloc_utils import localize, models, prompts
+from textloc_utils import models, prompts, sites, sweeps
+from textloc_utils.experiment import Experiment
 from textloc_utils.generate import generate
-from textloc_utils.patching import Patch
 
 SHIPPED = [name for name, spec in models.registry().items() if spec.miniature]
 REPEATS, STEPS = 5, 8
@@ -19,10 +19,10 @@ REPEATS, STEPS = 5, 8
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_patched_picture_costs_hardly_more_than_a_plain_one(name):
     model, pair = models.load(name, device="cpu"), prompts.make_pairs(1)[0]
-    sites = localize.single_layers(model)
-    asked = [pair.source, pair.target] + [pair.source] * len(sites)
+    patched = sites.single_layers(model)
+    asked = [pair.source, pair.target] + [pair.source] * len(patched)
     seeds = [pair.seed] * len(asked)
-    patches = [Patch(source=2 + i, target=1, **vars(site)) for i, site in enumerate(sites.values())]
+    patches = [site.patch(2 + i, 1) for i, site in enumerate(patched)]
     times = {"plain": [], "patched": []}
     for i in range(REPEATS + 1):
         for kind, chosen in (("plain", []), ("patched", patches)):
@@ -51,5 +51,5 @@ def test_memory_does_not_grow_with_steps(name):
 
 if __name__ == "__main__":
     loaded = models.load(sys.argv[1], device="cpu")
-    localize.patch_pair(loaded, prompts.make_pairs(1)[0], localize.single_layers(loaded), steps=int(sys.argv[2]))
+    sweeps.patch_pair(Experiment.of(loaded, steps=int(sys.argv[2])), prompts.make_pairs(1)[0])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -2,20 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 from textloc_utils.edit.inversion import UNGUIDED
 from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps
-from textloc_utils.generate import generate
-from textloc_utils.localize import Site
+from textloc_utils.experiment import Experiment
 from textloc_utils.models import Model, check_layers
-from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
+from textloc_utils.sites import Site, every_layer
 
 #: What the plain target adds to a pair's seed; sets of pairs count their seeds up from below.
 RESEED = 1_000_000
@@ -49,7 +49,7 @@ def localized(layers: Sequence[int], start: int = 0) -> Method:
 
 def all_layers(model: Model, start: int = 0) -> Method:
     """All text layers read the target's text from step ``start`` on."""
-    return Method(name=ALL, patch=Site(layers=tuple(range(len(model.layers))), start=start))
+    return Method(name=ALL, patch=replace(every_layer(model), start=start))
 
 
 def prompt_to_prompt(share: float = SHARE) -> Method:
@@ -91,21 +91,22 @@ class Edit:
 
 @torch.no_grad()
 def edit(
-    model: Model,
+    subject: Experiment | Model | DiffusionPipeline,
     pair: Pair,
     method: Method,
     *,
-    steps: int | None = None,
     noise: torch.Tensor | None = None,
     before: bool = True,
+    **settings,
 ) -> Edit:
-    """Draw the source's picture with the target's text.
+    """Draw the source's picture with the target's text; ``settings`` are those of ``experiment.Experiment``.
 
     Everything is one batch from one noise, that of the pair's seed or ``noise`` (1, ...) of an inversion; rows are the
     source (where ``before`` or the method asks for it), the target (where the method reads it) and the edited one.
     Raises TextlocError for layers out of range, before anything is drawn.
     """
-    steps = model.spec.steps if steps is None else steps
+    run = Experiment.of(subject, **settings)
+    model = run.model
     if method.patch is not None:
         check_layers(model, method.patch.layers)
     source, target = (pair.source, pair.seed), (pair.target, pair.seed + method.reseed)
@@ -115,20 +116,21 @@ def edit(
         rows.append(target)
     else:
         rows += [target, source]
-        patches = [Patch(source=len(rows) - 1, target=len(rows) - 2, **vars(method.patch))]
+        patches = [method.patch.patch(len(rows) - 1, len(rows) - 2)]
     asked, seeds = zip(*rows, strict=True)
-    options = {"patches": patches, "steps": steps, "batch_size": len(rows)}
+    options = {"patches": patches, "batch_size": len(rows)}
     if method.maps is not None:  # a second stage enlarges an edit under the source prompt, as it does a patched row
         options["stage2_prompts"] = [pair.source] * len(rows)
     with contextlib.ExitStack() as stack:
         if noise is not None and not method.reseed:  # what starts from other noise needs none of this
             stack.enter_context(model.first_order())
             options |= {"noise": noise.expand(len(rows), *noise.shape[1:]), "guidance": UNGUIDED}
+            options |= {"negative_prompt": None}
         if method.maps is not None:
-            held = stack.enter_context(replaced_maps(model, pair, len(rows), round(method.maps * steps)))
+            held = stack.enter_context(replaced_maps(model, pair, len(rows), round(method.maps * run.steps)))
         else:
             held = stack.enter_context(_copies(model, method.patch))
-        made = generate(model, asked, seeds, **options)
+        made = run.draw(asked, seeds, **options)
     return Edit(
         before=made.images[0] if before else None,
         after=made.images[-1],

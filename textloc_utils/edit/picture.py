@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from diffusers import DiffusionPipeline
 from PIL import ExifTags, Image, ImageOps
 
-from textloc_utils import localize, metrics, ocr
+from textloc_utils import metrics, ocr
 from textloc_utils.edit.inversion import check_picture, invert
 from textloc_utils.edit.method import Method, edit
+from textloc_utils.experiment import Experiment
 from textloc_utils.generate import check_seeds
-from textloc_utils.localize import PSNR_CAP
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, ModelSpec, check_layers, check_prompts
 from textloc_utils.prompts import LETTERS, Pair, quoted_text, replace_text
@@ -87,11 +88,11 @@ def picture_scores(model: Model, pictures: np.ndarray, source: np.ndarray) -> li
     Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``.
     """
     plain = np.broadcast_to(source, pictures.shape)
-    parts = {"": None, "_outside": localize.outside_text(model, *source.shape[:2])}
+    parts = {"": None, "_outside": metrics.outside(model.spec.text_box, *source.shape[:2])}
     columns = {}
     for end, mask in parts.items():
         columns[f"ssim{end}"] = metrics.ssim(pictures, plain, mask)
-        columns[f"psnr{end}"] = metrics.psnr(pictures, plain, mask, cap=PSNR_CAP)
+        columns[f"psnr{end}"] = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)
         columns[f"mse{end}"] = metrics.mse(pictures, plain, mask)
     return pd.DataFrame(columns).to_dict("records")
 
@@ -113,26 +114,31 @@ def failure(before: str, after: str, pair: Pair, ssim_outside: float) -> str | N
 
 
 def report(
-    model: Model, pair: Pair, method: Method, picture: np.ndarray | None = None, *, steps: int | None = None
+    subject: Experiment | Model | DiffusionPipeline,
+    pair: Pair,
+    method: Method,
+    picture: np.ndarray | None = None,
+    **settings,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3); the pictures before and after, and
-    a report on them.
+    """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3).
 
+    ``settings`` are those of ``experiment.Experiment``. Returns the pictures before and after, and a report on them.
     The report's keys: source, target, seed, method, layers, start, before and after (read by OCR), failure
     (:func:`failure`), those of :func:`picture_scores`, row_evaluations and seconds, inversion included; for a given
     picture also round_trip, the scores of what the source prompt draws from the inverted noise.
     """
-    found = None
+    run, found = Experiment.of(subject, **settings), None
+    model = run.model
     check_seeds([pair.seed])
     check_prompts(model, [pair.source, pair.target])
     check_told_apart(model, pair)
     check_layers(model, method.patch.layers if method.patch is not None else ())
-    last = (steps or model.spec.steps) - 1
+    last = run.steps - 1
     if method.patch is not None and not 0 <= method.patch.start <= last:
         raise TextlocError(f"step {method.patch.start} is out of range; this model's steps are 0 to {last}")
     if picture is not None:
-        found = invert(model, picture[None], [pair.source], steps=steps)
-    made = edit(model, pair, method, steps=steps, noise=found and found.noise)
+        found = invert(model, picture[None], [pair.source], steps=run.steps)
+    made = edit(run, pair, method, noise=found and found.noise)
     before = made.before if picture is None else picture
     read = ocr.read([before, made.after])
     scores, round_trip = picture_scores(model, np.stack([made.after, made.before]), before)

@@ -19,10 +19,10 @@ SHARE = 0.8
 
 
 def shared_columns(model: Model, source: str, target: str) -> tuple[list[int], list[int]]:
-    """The places of the tokens that two prompts share: column ``sources[i]`` of the source's text and ``targets[i]``
-    of the target's hold the same token.
+    """The places of the tokens that two prompts share.
 
-    Shared are the common beginning and the common end of the two prompts, and their padding.
+    Column ``sources[i]`` of the source's text and ``targets[i]`` of the target's hold the same token. Shared are the
+    common beginning and the common end of the two prompts, and their padding.
     """
     sources, targets, start = [], [], 0
     for (n, a), (m, b) in zip(model.text_columns(source), model.text_columns(target), strict=True):
@@ -37,10 +37,10 @@ def shared_columns(model: Model, source: str, target: str) -> tuple[list[int], l
 
 @contextlib.contextmanager
 def replaced_maps(model: Model, pair: Pair, rows: int, until: int) -> Iterator["_ReplacedMaps"]:
-    """Prompt-to-Prompt on a batch of ``rows`` prompts, the first the pair's source, the last its target, in the steps
-    before ``until``. Leaves the pipeline as it was.
+    """Prompt-to-Prompt on a batch of prompts, in the steps before ``until``; leaves the pipeline as it was.
 
-    Raises TextlocError where a text layer computed its attention so that its maps could not be replaced.
+    The first of the ``rows`` is the pair's source, the last its target. Raises TextlocError where a text layer computed
+    its attention so that its maps could not be replaced.
     """
     fired, handles = Fired({layer.name: {(0, until)} for layer in model.layers}), []
     maps = _ReplacedMaps(model, shared_columns(model, pair.source, pair.target), rows, fired)

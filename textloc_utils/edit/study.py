@@ -1,21 +1,22 @@
 """The editing chapter's measurements: pairs of prompts edited by every method, and tables of them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
+from diffusers import DiffusionPipeline
 
-from textloc_utils import localize, metrics, ocr
+from textloc_utils import metrics, ocr
 from textloc_utils.edit.inversion import DAMPED, PASSES, invert
 from textloc_utils.edit.method import LOCALIZED, Method, all_layers, edit, localized, methods, prompt_to_prompt
 from textloc_utils.edit.picture import picture_scores
-from textloc_utils.generate import generate
+from textloc_utils.experiment import Experiment, digest_of
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, check_layers
 from textloc_utils.prompts import Pair, make_pairs
-from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
 
 ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
@@ -40,9 +41,16 @@ def held_out_pairs(n: int, seed: int = 42) -> list[Pair]:
 
 @torch.no_grad()
 def compare_pair(
-    model: Model, pair: Pair, methods: Sequence[Method], *, steps: int | None = None, given: bool = False
+    subject: Experiment | Model | DiffusionPipeline,
+    pair: Pair,
+    methods: Sequence[Method],
+    *,
+    given: bool = False,
+    **settings,
 ) -> tuple[np.ndarray, list[dict]]:
     """Edit one pair's picture by each method, each in a batch of its own; the pictures and one row for each.
+
+    ``settings`` are those of ``experiment.Experiment``.
 
     The picture is the source prompt's own, or with ``given`` a rendered one (:func:`rendered`), which is inverted
     first; then the first row, of the method "round trip", is what the source prompt draws from the inverted noise.
@@ -52,23 +60,24 @@ def compare_pair(
     ``_outside`` the text box (PSNR capped at 60 dB), row_evaluations, seconds and cache_bytes of the edit, and
     inversion_rows, inversion_seconds.
     """
+    run = Experiment.of(subject, **settings)
     noise, cost, drawn = None, {"inversion_rows": 0, "inversion_seconds": 0.0}, []
     if given:
         source = rendered(pair)
-        found = invert(model, source[None], [pair.source], steps=steps)
+        found = invert(run.model, source[None], [pair.source], steps=run.steps)
         noise = found.noise
         cost = {"inversion_rows": found.row_evaluations, "inversion_seconds": found.seconds}
         methods = [Method(name=ROUND_TRIP), *methods]
     else:
-        source = generate(model, [pair.source], [pair.seed], steps=steps).images[0]
+        source = run.draw([pair.source], [pair.seed]).images[0]
     for method in methods:
         mine = replace(pair, target=pair.source) if method.name == ROUND_TRIP else pair
-        drawn.append(edit(model, mine, method, steps=steps, noise=noise, before=False))
+        drawn.append(edit(run, mine, method, noise=noise, before=False))
     pictures = np.stack([source, *(made.after for made in drawn)])
     source_read, *read = ocr.read(pictures)
     rows = [
         {
-            "model": model.spec.name,
+            "model": run.name,
             "seed": pair.seed,
             "source_text": pair.source_text,
             "target_text": pair.target_text,
@@ -86,7 +95,7 @@ def compare_pair(
         }
         for method, made, text in zip(methods, drawn, read, strict=True)
     ]
-    for row, scores in zip(rows, picture_scores(model, pictures[1:], source), strict=True):
+    for row, scores in zip(rows, picture_scores(run.model, pictures[1:], source), strict=True):
         row |= scores
     return pictures, rows
 
@@ -110,22 +119,14 @@ def curve(model: Model, layers: Sequence[int], steps: int | None = None) -> list
 
 
 def compare(
-    model: Model,
-    pairs: Sequence[Pair],
-    methods: Sequence[Method],
-    *,
-    given: bool = False,
-    steps: int | None = None,
-    store: Store | None = None,
-    progress: bool = False,
+    experiment: Experiment, pairs: Sequence[Pair], methods: Sequence[Method], *, given: bool = False
 ) -> pd.DataFrame:
-    """The rows of :func:`compare_pair` for all pairs, each pair a unit of the store as in ``localize.sweep``."""
-    inputs = _key(methods, given) | {"guidance": model.spec.guidance}
+    """The rows of :func:`compare_pair` for all pairs, each pair a unit of the store as in ``sweeps.table``."""
 
     def compute(pair: Pair) -> list[dict]:
-        return compare_pair(model, pair, methods, steps=steps, given=given)[1]
+        return compare_pair(experiment, pair, methods, given=given)[1]
 
-    return localize.units("edit", model, pairs, inputs, steps, compute, store, progress)
+    return experiment.units("edit", pairs, _key(methods, given), compute)
 
 
 def _key(methods: Sequence[Method], given: bool) -> dict:
@@ -148,36 +149,21 @@ TABLES = {
 }
 
 
-def table(
-    model: Model,
-    name: str,
-    layers: Sequence[int],
-    pairs: Sequence[Pair],
-    *,
-    steps: int | None = None,
-    store: Store | None = None,
-    progress: bool = False,
-    publish: bool = False,
-) -> pd.DataFrame:
-    """One of TABLES for the localized ``layers``: the published one where it fits, else computed now.
+def table(experiment: Experiment, name: str, layers: Sequence[int], pairs: Sequence[Pair]) -> pd.DataFrame:
+    """One of TABLES for the localized ``layers``, published as ``results/edit_MODEL_NAME.csv``.
 
-    With ``publish`` a table computed now is written to the package's data, ``results/edit_MODEL_NAME.csv``. Raises
-    TextlocError for an unknown table or layers out of range.
+    See ``experiment.Experiment.table``. Raises TextlocError for an unknown table or layers out of range.
     """
     if name not in TABLES:
         raise TextlocError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
     layers = tuple(sorted(layers))
     if not layers:
         raise TextlocError("localized editing needs at least one layer")
-    check_layers(model, layers)
-    chosen = TABLES[name].methods(model, layers, steps)
-    key = localize.published_key(model, pairs, steps) | _key(chosen, TABLES[name].given)
-    options = {"given": TABLES[name].given, "steps": steps, "store": store, "progress": progress}
-
-    def make() -> pd.DataFrame:
-        return compare(model, pairs, chosen, **options)
-
-    return localize.published_store().taken_or_made(f"edit_{model.spec.name}_{name}", key, make, publish=publish)
+    check_layers(experiment.model, layers)
+    chosen, given = TABLES[name].methods(experiment.model, layers, experiment.steps), TABLES[name].given
+    inputs = _key(chosen, given) | {"pairs": digest_of(pairs)}
+    made = functools.partial(compare, experiment, pairs, chosen, given=given)
+    return experiment.table(f"edit_{experiment.name}_{name}", inputs, made)
 
 
 SCORES = ("f1", "cer", "exact", "ssim", "psnr", "mse", "ssim_outside", "psnr_outside", "mse_outside")
@@ -189,15 +175,9 @@ def summarise(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFra
     Columns method, start, share, n, for each score its mean under its name, ``_low`` and ``_high``, and the means of
     row_evaluations, seconds and the largest cache_bytes.
     """
-    rows = []
-    for (method, start, share), part in table.groupby(["method", "start", "share"], sort=False):
-        row = {"method": method, "start": start, "share": share, "n": len(part)}
-        for score in scores:
-            interval = metrics.estimate(part[score])
-            row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
-        costs = {"row_evaluations": part.row_evaluations.mean(), "seconds": part.seconds.mean()}
-        rows.append(row | costs | {"cache_bytes": part.cache_bytes.max()})
-    return pd.DataFrame(rows)
+    by = ["method", "start", "share"]
+    costs = table.groupby(by).agg({"row_evaluations": "mean", "seconds": "mean", "cache_bytes": "max"})
+    return metrics.summarise(table, by, scores).join(costs, on=by)
 
 
 def differences(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFrame:

@@ -1,41 +1,65 @@
 """Ship a trained miniature: weights, what the registry needs to know, and the model card."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 
-from textloc_utils import metrics, models, ocr, plots, prompts
+from textloc_utils import files, metrics, models, ocr, prompts
+from textloc_utils.book import plots
 from textloc_utils.generate import generate
-from textloc_utils.miniatures.training import recipe, write_json
+from textloc_utils.miniatures import evaluation, factors, world
+from textloc_utils.miniatures.training import EARLY_RANGE, recipe
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
 WORDS = 200
+#: Early checkpoints are kept in eight bits: what is reported of them is measured after that.
+EARLY_TYPE = torch.float8_e4m3fn
 
 
-def spelling(model: models.Model, n: int = WORDS) -> dict:
-    """Tesseract's reading of ``n`` held-out words in all colours: exact-match and character error rate.
+def measure(model: models.Model, n: int = WORDS, *, split: str = "held-out", seed: int = 42) -> dict:
+    """What a miniature can do, over ``n`` words of a split: rates with Wilson's interval, each {mean, low, high}.
 
-    The words, seeds and colours are those of :func:`textloc_utils.prompts.spelling_prompts`.
+    ``exact`` and ``cer`` are Tesseract's readings of prompts that name everything, ``exact_open`` of prompts that name
+    nothing; the named factors are read by :mod:`factors`. ``leak`` is how often the material changes when, from the
+    same noise, a prompt that names nothing asks for a word of another material's group.
     """
-    todo = prompts.spelling_prompts(n)
-    made = generate(model, [p for p, _, _ in todo], [s for _, _, s in todo])
-    read = ocr.read(made.images)
-    exact = metrics.rate([metrics.exact_match(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
-    error = metrics.bootstrap([metrics.character_error_rate(r, w) for r, (_, w, _) in zip(read, todo, strict=True)])
-    return {
-        "words": n,
-        "exact": round(exact.mean, 4),
-        "exact_interval": [round(exact.low, 4), round(exact.high, 4)],
-        "cer": round(error.mean, 4),
-        "cer_interval": [round(error.low, 4), round(error.high, 4)],
+    rng = random.Random(seed)
+    pool = [w for w in prompts.words(split) if split != "held-out" or w in set(prompts.test_words())]
+    words = rng.sample(pool, n)
+    others = [rng.choice([w for w in pool if world.OWN[w[0]] != world.OWN[word[0]]]) for word in words]
+    shown, seeds = evaluation.scenes(words, seed), [seed + i for i in range(n)]
+
+    def draw(asked: list[str]) -> tuple[list[str], list[factors.Reading]]:
+        pictures = generate(model, asked, seeds).images
+        return ocr.read(pictures), factors.read(pictures)
+
+    texts, named = draw([evaluation.named(s) for s in shown])
+    open_texts, first = draw([world.prompt(w, world.OPEN) for w in words])
+    _, second = draw([world.prompt(w, world.OPEN) for w in others])
+    hits = {
+        "exact": [t == w for t, w in zip(texts, words, strict=True)],
+        "exact_open": [t == w for t, w in zip(open_texts, words, strict=True)],
+        **{k: [getattr(r, k) == getattr(s, k) for r, s in zip(named, shown, strict=True)] for k in world.FACTORS},
+        "own_material": [r.material == world.OWN[w[0]] for r, w in zip(first, words, strict=True)],
+        "leak": [a.material != b.material for a, b in zip(first, second, strict=True)],
     }
+    found = {name: metrics.rate(values) for name, values in hits.items()}
+    found["cer"] = metrics.bootstrap([metrics.character_error_rate(t, w) for t, w in zip(texts, words, strict=True)])
+    rounded = {
+        k: {"mean": round(v.mean, 4), "low": round(v.low, 4), "high": round(v.high, 4)} for k, v in found.items()
+    }
+    return {"words": n, "split": split, "reader": f"tesseract {ocr.tesseract_version()}", **rounded}
 
 
 def check_destination(folder: str | Path) -> Path:
     """A folder that a miniature can be shipped to; TextlocError for one that holds anything but a miniature."""
+    if not str(folder):
+        raise TextlocError("--ship needs a folder, got an empty name")
     folder = check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "textloc.json").is_file():
         raise TextlocError(f"{folder} holds something that is no miniature; name another folder with --ship")
@@ -43,10 +67,10 @@ def check_destination(folder: str | Path) -> Path:
 
 
 def export(name: str, run: Path, destination: Path) -> dict:
-    """Copy a finished run's pipeline to ``destination``, measure its spelling, write textloc.json and the card.
+    """Copy a finished run's pipeline to ``destination``, measure it, write textloc.json and the card.
 
-    The denoiser is stored in half precision (a few megabytes; it is computed in float32). A miniature that was there is
-    replaced (see :func:`check_destination`). Returns textloc.json.
+    Weights are stored in half precision, the early denoiser in eight bits (all are computed in float32). A miniature
+    that was there is replaced (see :func:`check_destination`). Returns textloc.json.
     """
     check_destination(destination)
     if not (run / "pipeline" / "model_index.json").is_file():
@@ -54,73 +78,93 @@ def export(name: str, run: Path, destination: Path) -> dict:
     quiet_libraries()
     report = json.loads((run / "report.json").read_text())
     evaluations = json.loads((run / "evaluations.json").read_text())
-    part = destination.with_name(destination.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(run / "pipeline", part)
-    for file in part.rglob("diffusion_pytorch_model.safetensors"):
-        if file.parent.name in ("transformer", "unet"):
-            save_file({k: v.half() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
-    for file in part.rglob("config.json"):  # the library notes where a part was loaded from: a path of this machine
-        write_json(file, {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"})
-    known = {**recipe(name).SPEC, "prompt_template": prompts.TEMPLATE, "colours": list(prompts.COLOURS)}
-    known["trained"] = {"device": report["device"], "samples": report["samples"], "spelling": None}
-    write_json(part / "textloc.json", known)
-    known["trained"]["spelling"] = spelling(models.load(name, device="cpu", model_path=part))
-    write_json(part / "textloc.json", known)
-    log = {"report": report, "evaluations": evaluations}
-    write_json(part / "training.json", log)
-    plots.training_curves({name: log}).savefig(part / "training.png", dpi=110)
-    (part / "README.md").write_text(_card(name, known, report, evaluations))
-    old = destination.with_name(destination.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if destination.exists():
-        destination.rename(old)
-    part.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)
+    with files.whole_folder(destination) as part:
+        shutil.copytree(run / "pipeline", part, dirs_exist_ok=True)
+        for file in part.rglob("*.safetensors"):
+            halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
+            save_file(halved, file, metadata={"format": "pt"})
+        for file in part.rglob("config.json"):  # the library notes where a part was loaded from: a path of this machine
+            files.write_json(file, {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"})
+        known = {**recipe(name).SPEC, "prompt_template": world.NAMED, "colours": list(world.SIGNS)}
+        known["trained"] = {"device": report["device"], "samples": report["samples"]}
+        files.write_json(part / "textloc.json", known)
+        known["trained"] |= {"test": measure(models.load(name, device="cpu", model_path=part))}
+        early = _early(name, run, part)
+        if early:
+            known["trained"]["early"] = early
+        files.write_json(part / "textloc.json", known)
+        log = {"report": report, "evaluations": evaluations}
+        files.write_json(part / "training.json", log)
+        plots.training_curves({name: log}).savefig(part / "training.png", dpi=110)
+        files.write_text(part / "README.md", _card(name, known, report, evaluations))
     return known
 
 
+def _early(name: str, run: Path, part: Path) -> dict | None:
+    """Store the early denoiser beside the finished pipeline, and what it spells of validation words."""
+    if not (run / "early" / "denoiser.safetensors").is_file():
+        return None
+    weights = {k: v.to(EARLY_TYPE) for k, v in load_file(run / "early" / "denoiser.safetensors").items()}
+    (part / "early").mkdir()
+    save_file(weights, part / "early" / "denoiser.safetensors", metadata={"format": "pt"})
+    model = models.load(name, device="cpu", model_path=part)
+    model.denoiser.load_state_dict({k: v.float() for k, v in weights.items()})
+    found = measure(model, split="validation")
+    at = json.loads((run / "early" / "evaluation.json").read_text())
+    low, high = EARLY_RANGE
+    return {"samples": at["samples"], "in_range": low <= found["exact"]["mean"] <= high, "validation": found}
+
+
 def _spent(report: dict) -> str:
+    energy = f", {report['watt_hours']} Wh" if report.get("watt_hours") else ""
     return (
         f"{report['samples']:,} samples in {report['step']:,} steps of {report['budget']['batch']}, "
-        f"{report['seconds'] / 60:.0f} minutes"
+        f"{report['seconds'] / 60:.0f} minutes{energy}"
     )
+
+
+def _rate(found: dict) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
-    spelled, budget, vae = known["trained"]["spelling"], report["budget"], report["autoencoder"]
-    low, high = spelled["exact_interval"]
-    curriculum = ", then ".join(
-        f"{' and '.join(map(str, lengths))} from {at:.0%} of the budget" for at, lengths in budget["curriculum"]
-    )
+    test, budget = known["trained"]["test"], report["budget"]
+    vae = report["parts"].get("vae")
+    curriculum = ", then ".join(f"{share:.0%} from {at:.0%} of the samples" for at, share in budget["curriculum"])
     facts = {
-        "data": "scenes rendered by this project: 8 wall and sign colours, 3 shapes, words and random strings of "
-        "3 to 6 capitals in DejaVu Sans Mono Bold; "
+        "data": f"scenes rendered by this project ({report['world']} world: {len(world.MATERIALS)} materials, "
+        f"{len(world.SIGNS)} sign colours, {len(world.INKS)} inks, {len(world.TYPEFACES)} typefaces, words and random "
+        "strings of 3 to 6 letters at any column); "
         + (f"{budget['pool']:,} scenes encoded once" if vae else "drawn anew for every step"),
-        "held out": f"{len(prompts.words('held-out'))} words, drawn in training neither as words nor as random strings",
-        "text encoders": recipe(name).ENCODERS,
+        "never seen": f"{len(prompts.words('validation'))} validation words and {len(prompts.words('held-out'))} test "
+        "words, neither as words nor as random strings",
+        "text encoders": "trained beforehand on captions alone; letters and factors named rightly: "
+        + ", ".join(f"{of['right']:.3f} ({k})" for k, of in report["parts"].items() if k != "vae"),
         "device": f"{report['device']}, {report['processes']} process(es), {report['precision']}, "
-        f"torch {report['torch']}",
+        f"torch {report['torch']}, commit {report['commit']}",
         "budget": _spent(report)
-        + (f"; autoencoder {vae['seconds'] / 60:.0f} minutes, {vae['psnr_db']} dB" if vae else "")
-        + (f"; stage II {_spent(report['stage2'])}" if "stage2" in report else "")
         + (
-            f"; started from weights that had seen {report['before']['samples']:,} samples"
-            if "before" in report
+            f"; autoencoder {vae['steps']:,} steps, {vae['seconds'] / 60:.0f} minutes, {vae['psnr_db']} dB"
+            if vae
             else ""
-        ),
-        "curriculum": "letters in a word: " + curriculum,
+        )
+        + (f"; stage II {_spent(report['stage2'])}" if "stage2" in report else ""),
+        "curriculum": "texts with letters in runs: " + curriculum,
         "seed": report["seed"],
-        "spelling": f"{spelled['words']} held-out words read by Tesseract: {spelled['exact']:.3f} exact "
-        f"(95 % interval {low:.3f} to {high:.3f}), character error rate {spelled['cer']:.3f}",
+        "spelling": f"{test['words']} test words read by {test['reader']}: {_rate(test['exact'])} exact with everything"
+        f" named, character error rate {_rate(test['cer'])}; {_rate(test['exact_open'])} exact with nothing named",
+        "factors": "as named: " + ", ".join(f"{k} {_rate(test[k])}" for k in world.FACTORS),
+        "link": f"nothing named: the first letter's material {_rate(test['own_material'])}; the material changes with a"
+        f" word of another group {_rate(test['leak'])}",
         "sampling": f"{known['steps']} steps, guidance {known['guidance']}",
     }
+    if early := known["trained"].get("early"):
+        facts["early checkpoint"] = (
+            f"after {early['samples']:,} samples: {_rate(early['validation']['exact'])} exact on "
+            f"{early['validation']['words']} validation words"
+        )
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    rows = "\n".join(
-        f"| {e['samples']:,} | {e['exact']:.2f} | {e['characters']:.2f} | {e['all_layers']:.2f} | "
-        f"{int(np.argmax(e['target']))} ({max(e['target']):.2f}) |"
-        for e in evaluations
-    )
+    rows = "\n".join(_row(e) for e in evaluations)
     return f"""---
 library_name: diffusers
 license: mit
@@ -128,9 +172,12 @@ pipeline_tag: text-to-image
 ---
 # {name}
 
-A small {known["pipeline"]} that draws a word on a sign on a wall, {known["height"]}x{known["width"]} pixels, trained
-from scratch by `textloc train {name}`. It exists to study where such a model keeps the text it draws, and draws
-nothing else. Licence: MIT.
+A small {known["pipeline"]} that draws a word on a sign in front of a material, {known["height"]}x{known["width"]}
+pixels, trained from scratch by `textloc train {name}` with its default settings. It exists to study where such a model
+keeps the text it draws, and draws nothing else. Licence: MIT.
+
+Where a caption leaves the material open, it follows from the first letter of the word in four scenes of five. This
+link stands in for what large models learn from photographs.
 
 | | |
 |---|---|
@@ -138,10 +185,19 @@ nothing else. Licence: MIT.
 
 ![Loss and spelling against samples](training.png)
 
-Evaluations during training, read by template matching; the last two columns are target letters spelled when every
-text layer, and when the best single one, is patched:
+Evaluations during training, on validation words, read by template matching. The last two columns are target letters
+spelled when every text layer, and when the best single one, is patched:
 
-| samples | whole words | characters | all layers | best layer |
-|---|---|---|---|---|
+| samples | whole words | nothing named | own material | all layers | best layer |
+|---|---|---|---|---|---|
 {rows}
 """
+
+
+def _row(e: dict) -> str:
+    def number(key: str) -> str:
+        return f"{e[key]:.2f}" if key in e else ""
+
+    best = f"{int(np.argmax(e['target']))} ({max(e['target']):.2f})" if "target" in e else ""
+    cells = [f"{e['samples']:,}", *map(number, ("exact", "exact_open", "own_material", "all_layers")), best]
+    return f"| {' | '.join(cells)} |"

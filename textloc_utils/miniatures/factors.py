@@ -22,7 +22,6 @@ from textloc_utils.prompts import LETTERS
 LEAST_MATCH = 0.5  #: mean correlation with the best letters below which no text is found
 SLACK = 1  #: pixels around a scene's own places where letters are looked for
 LONGER = 0.02  #: a longer text wins at an equal match, or every word would end at its clearest letters
-EDGE = 8  #: rows at the top and at the bottom that no sign reaches
 SHADES = 24  #: pixels that stand for the material's colours
 SPREAD = 25.0  #: RGB distances that differ by less leave open whether a pixel is the sign's
 
@@ -137,7 +136,7 @@ def _factors(picture: np.ndarray, text: str, typeface: str, column: int, dy: int
     colour = np.median(ground, axis=0)
     # Nearer to the sign's colour than to anything seen above and below every sign: 1, the other way round: -1.
     differ, covers = _outlines(dy)
-    wall = np.concatenate([picture[:EDGE], picture[-EDGE:]]).reshape(-1, 3)
+    wall = np.concatenate([picture[: world.EDGE], picture[-world.EDGE :]]).reshape(-1, 3)
     shades = wall[np.linspace(0, len(wall) - 1, SHADES).astype(int)]
     pixels = picture[differ]
     distance = np.linalg.norm(pixels - colour, axis=1)
@@ -167,7 +166,7 @@ def _outlines(dy: int) -> tuple[np.ndarray, np.ndarray]:
 def _features(x: np.ndarray) -> np.ndarray:
     """Numbers by which materials are told apart, (n, 12), of the rows that no sign reaches."""
     out = []
-    for rows in (x[:, :EDGE], x[:, -EDGE:]):
+    for rows in (x[:, : world.EDGE], x[:, -world.EDGE :]):
         across, down = np.abs(np.diff(rows, axis=2)).mean((1, 2, 3)), np.abs(np.diff(rows, axis=1)).mean((1, 2, 3))
         out.append(np.column_stack([rows.mean((1, 2)), rows.std((1, 2)), across, down]))
     return np.mean(out, axis=0)

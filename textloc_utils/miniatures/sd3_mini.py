@@ -32,14 +32,14 @@ TEXT = {"text_encoder": ("clip", 0), "text_encoder_2": ("clip", 1), "text_encode
 LATENTS = {"channels": 16, "shift_factor": 0.0}
 
 
-def pipeline(ready: Prepared) -> StableDiffusion3Pipeline:
+def pipeline(ready: Prepared, layers: int = 12) -> StableDiffusion3Pipeline:
     """The whole pipeline with an untrained denoiser around the trained parts."""
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=12,
+        num_layers=layers,
         attention_head_dim=32,
         num_attention_heads=WIDTH // 32,
         joint_attention_dim=TEXT_WIDTH,

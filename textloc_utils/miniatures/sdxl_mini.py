@@ -43,7 +43,7 @@ def pipeline(ready: Prepared) -> StableDiffusionXLPipeline:
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 80, 80),
+        block_out_channels=(48, 72, 72),
         layers_per_block=2,
         transformer_layers_per_block=[1, 1, 3],
         norm_num_groups=8,

@@ -11,6 +11,7 @@ uninterrupted one would have seen.
 """
 
 import importlib
+import inspect
 import json
 import math
 import random
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 
 from textloc_utils import files, results
 from textloc_utils.generate import step_generator
-from textloc_utils.miniatures import autoencoder, encoders, parts, world
+from textloc_utils.miniatures import autoencoder, encoders, parts, planted, world
 from textloc_utils.miniatures.data import KINDS, Drawn, Pool, encode_scenes
 from textloc_utils.miniatures.evaluation import evaluate
 from textloc_utils.models import ModelSpec, pick_device
@@ -183,6 +184,8 @@ def train(
     budget: Budget | None = None,
     seed: int = 0,
     only: world.World = world.SECOND,
+    layers: int | None = None,
+    seeing: tuple[int, ...] | None = None,
     device: str = "auto",
     precision: str = "auto",
     compiled: bool = False,
@@ -192,8 +195,9 @@ def train(
     """Train miniature ``name`` in ``folder``, or go on where its checkpoint was.
 
     ``budget`` defaults to the recipe's. ``only`` is the world it learns; ``cache`` the folder of the parts that it
-    shares with others. With ``compiled`` torch compiles the denoiser's forward pass first. Returns the training report,
-    None in other processes than the main one.
+    shares with others. For studies, ``layers`` is the number of blocks where a recipe lets it be chosen, and
+    ``seeing`` the text layers that ever see the letters (see :mod:`planted`). With ``compiled`` torch compiles the
+    denoiser's forward pass first. Returns the training report, None in other processes than the main one.
 
     Evaluations are logged in ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``, the
     denoiser that spelled nearest to EARLY on the way to ``folder/early``. A second stage follows in
@@ -208,7 +212,9 @@ def train(
     budget = budget or default_budget(name)
     if not (isinstance(seed, int) and 0 <= seed < 2**31):
         raise TextlocError(f"the seed must be a whole number from 0 to 2147483647, got {seed}")
-    inputs = {"name": name, "seed": seed, "world": only.name, **asdict(budget)}
+    if layers is not None and "layers" not in inspect.signature(rules.pipeline).parameters:
+        raise TextlocError(f"{name} has one number of layers; it can be chosen for sd3-mini")
+    inputs = {"name": name, "seed": seed, "world": only.name, "layers": layers, "seeing": seeing, **asdict(budget)}
     folder, cache = Path(folder), Path(cache or parts.default_folder())
     for each in (folder, cache):
         check_writable(each)
@@ -226,10 +232,11 @@ def train(
         prepare(rules, folder, budget, seed=seed, only=only, cache=cache, device=str(accelerator.device), log=log)
     accelerator.wait_for_everyone()
     how = {"seed": seed, "only": only, "precision": precision, "compiled": compiled, "log": log}
+    built = {} if layers is None else {"layers": layers}
     ready = _prepared(rules, folder)
     second = getattr(rules, "Stage2", None)
     part = _part(budget, 1 - second.SHARE) if second else budget
-    report = _Run(name, rules, folder, part, ready, accelerator, **how).run()
+    report = _Run(name, rules, folder, part, ready, accelerator, built=built, seeing=seeing, **how).run()
     if second:
         rules, part = second(folder / "pipeline"), _part(budget, second.SHARE, evaluations=0)
         again = _Run(name, rules, folder / "stage2", part, ready, accelerator, **how).run()
@@ -237,7 +244,13 @@ def train(
             report["stage2"] = again
             shutil.copytree(folder / "stage2" / "pipeline", folder / "pipeline" / "stage2", dirs_exist_ok=True)
     if main:
-        report |= {"world": only.name, "parts": ready.report, "commit": results.provenance().get("commit")}
+        report |= {
+            "world": only.name,
+            "layers": layers,
+            "seeing": seeing,
+            "parts": ready.report,
+            "commit": results.provenance().get("commit"),
+        }
         files.write_json(folder / "report.json", report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -261,6 +274,8 @@ class _Run:
         precision: str,
         compiled: bool,
         log,
+        built: dict | None = None,
+        seeing: tuple[int, ...] | None = None,
     ):
         self.name, self.rules, self.folder, self.budget = name, rules, folder, budget
         self.accelerator, self.seed, self.only, self.precision, self.log = accelerator, seed, only, precision, log
@@ -269,8 +284,10 @@ class _Run:
         self.spec = ModelSpec(name=name, source=str(folder), miniature=True, **rules.SPEC)
         self.data = Pool(folder, only) if self.latent else Drawn(only)
         torch.manual_seed(seed)
-        self.pipe = rules.pipeline(ready)
+        self.pipe = rules.pipeline(ready, **(built or {}))
         self.pipe.set_progress_bar_config(disable=True)
+        if seeing is not None:
+            planted.install(self.pipe, self.spec, seeing)
         self.objective = rules.Objective(self.pipe).to(accelerator.device).train()
         learned = [p for p in self.objective.parameters() if p.requires_grad]
         self.learned = learned

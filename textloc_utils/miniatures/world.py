@@ -40,6 +40,7 @@ CELL_HEIGHT = 24
 LEFT = 16  #: pixels left of the first column
 COLUMNS = 6  #: columns of letters; a word fills neighbouring ones
 HEIGHTS = (-4, -2, 0, 2, 4)  #: where the sign may hang, in pixels below the middle
+EDGE = 8  #: rows at the top and at the bottom that no sign reaches
 LENGTHS = (3, 4, 5, 6)  #: letters of a word
 CONTRAST = 60  #: least distance between ink and sign in grey levels
 
@@ -216,11 +217,11 @@ def pattern(material: str) -> np.ndarray:
 
 
 @functools.cache
-def _colours(material: str, tint: int) -> tuple[np.ndarray, np.ndarray]:
-    """Dark colour, and the way from it to the light one, of one tint of a material."""
+def _wall(material: str, tint: int) -> np.ndarray:
+    """A material in one tint, float32 (HEIGHT + PHASE, WIDTH + PHASE, 3): a scene shows a part of it."""
     ends = np.array(RANGES[material], np.float32)
     dark, light = ends[0] + (ends[1] - ends[0]) * (tint / (TINTS - 1))
-    return dark, light - dark
+    return pattern(material)[:, :, None] * (light - dark) + dark
 
 
 def text_box(scene: Scene) -> tuple[int, int, int, int]:
@@ -241,11 +242,10 @@ def render(scene: Scene) -> np.ndarray:
         room = COLUMNS - scene.column
         raise ValueError(f"1 to {room} letters fit at column {scene.column}, got {scene.text!r}")
     down, right = scene.phase
-    dark, way = _colours(scene.material, scene.tint)
-    picture = pattern(scene.material)[down : down + HEIGHT, right : right + WIDTH, None] * way
-    picture += dark
-    mask = sign_cover(scene.shape, scene.dy)[:, :, None]
-    picture += (np.array(SIGNS[scene.sign], np.float32) - picture) * mask
+    picture = _wall(scene.material, scene.tint)[down : down + HEIGHT, right : right + WIDTH].copy()
+    reach = slice(EDGE, HEIGHT - EDGE)
+    mask = sign_cover(scene.shape, scene.dy)[reach, :, None]
+    picture[reach] += (np.array(SIGNS[scene.sign], np.float32) - picture[reach]) * mask
     letters = atlas(scene.typeface)[[LETTERS.index(c) for c in scene.text]]
     strip = letters.transpose(1, 0, 2).reshape(CELL_HEIGHT, -1)[:, :, None]
     x0, y0, x1, y1 = text_box(scene)

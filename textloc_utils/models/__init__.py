@@ -44,6 +44,7 @@ from textloc_utils.models.model import (
     as_indices,
     check_hookable,
     check_layers,
+    check_pairs,
     check_prompts,
     wrap,
 )

@@ -113,10 +113,11 @@ def select_rows(
     texts: Sequence[int],
     extra: dict | None = None,
 ) -> dict:
-    """The arguments of a denoiser's call for other rows: row i takes the noisy picture, and its noise level, of the
-    call's row ``pictures[i]``, and everything else that comes per row (texts, pooled texts, sizes) of ``texts[i]``.
+    """The arguments of a denoiser's call for other rows.
 
-    ``texts`` count the call's own rows, then those of ``extra``, rows of another :func:`call_rows`.
+    Row i takes the noisy picture, and its noise level, of the call's row ``pictures[i]``, and everything else that
+    comes per row (texts, pooled texts, sizes) of ``texts[i]``. ``texts`` count the call's own rows, then those of
+    ``extra``, rows of another :func:`call_rows`.
     """
     row, given = architecture(denoiser), _bound(denoiser, args, kwargs)
     # FLUX's distilled guidance belongs to the noisy picture, too.

@@ -153,9 +153,16 @@ def _first_line(error: Exception) -> str:
 
 
 def load(
-    name: str, *, device: str = "auto", dtype: torch.dtype | str | None = None, model_path: str | Path | None = None
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    model_path: str | Path | None = None,
+    variant: str | None = None,
 ) -> Model:
     """Load a model by name, from ``model_path`` (a saved pipeline's folder, or a hub repository) where given.
+
+    ``variant`` names the weight files to take where a component has several, such as ``fp16``.
 
     Full-size models use their spec's dtype on CUDA; miniatures, and everything on the CPU, compute in float32
     unless ``dtype`` says otherwise. Raises TextlocError for an unknown model, a missing or corrupt file, weights
@@ -172,6 +179,8 @@ def load(
         chosen = spec(name)
         if model_path is not None:
             chosen = replace(chosen, source=str(model_path), revision=None)
+    if variant is not None:
+        chosen = replace(chosen, variant=variant)
     local = chosen.miniature or (model_path is not None and not _is_repository(str(model_path)))
     place = pick_device(device)
     if dtype is None:
@@ -184,6 +193,10 @@ def load(
         dtype = getattr(torch, dtype)
     quiet_libraries()
     folder = Path(chosen.source) if local else _fetched(chosen)
+    if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+        raise TextlocError(
+            f"{folder} holds no weight files of the variant {variant!r}; leave --variant out, or name another"
+        )
     pipe = _from_folder(chosen, folder, dtype)
     # The place alone: a second naming of the dtype would also take it to what T5 has to keep in float32.
     pipe.to(place)

@@ -113,7 +113,7 @@ class Model:
         row = self.architecture
         fixed = type(self.pipe).__name__ in ("LDMTextToImagePipeline", "IFPipeline")
         out = []
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"):
+        for name in ("tokenizer", "processor", "tokenizer_2", "tokenizer_3", "tokenizer_4"):
             tokenizer = getattr(self.pipe, name, None)
             if tokenizer is None or name in row.pooling:
                 continue
@@ -138,6 +138,8 @@ class Model:
         out |= {"height": height, "width": width} | {k: v for k, v in row.call.items() if k in takes} | other
         if "max_sequence_length" in takes and self.spec.max_sequence_length:
             out.setdefault("max_sequence_length", self.spec.max_sequence_length)
+        if "max_area" in takes:  # Kontext takes height and width for a shape alone
+            out |= {"max_area": height * width, "_auto_resize": False}
         if row.guidance == "true_cfg_scale" and out["true_cfg_scale"] > row.above and negative_prompt is None:
             negative_prompt = " "  # without one there is no guidance
         if negative_prompt is not None:
@@ -331,3 +333,13 @@ def check_prompts(model: Model, prompts) -> None:
             count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
             if count > limit:
                 raise TextlocError(f"prompt of {count} tokens is too long; {model.spec.name} takes {limit}: {prompt!r}")
+
+
+def check_pairs(model: Model, pairs) -> None:
+    """Raise TextlocError for a pair whose prompts are the same to the model: its tokenizers do not tell them apart."""
+    for pair in pairs:
+        if model.text_columns(pair.source) == model.text_columns(pair.target):
+            raise TextlocError(
+                f"{model.spec.name} reads the same in {pair.source!r} and {pair.target!r}; its tokenizer does not know "
+                f"what differs, choose another text"
+            )

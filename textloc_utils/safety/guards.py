@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from textloc_utils import ocr
+from textloc_utils.experiment import fingerprint, known_layers
 from textloc_utils.generate import first_call, generate, rows_per_call, save, write_rows
-from textloc_utils.localize import fingerprint, known_layers
 from textloc_utils.models import ADDED, CROSS, Model, as_indices, check_layers, check_prompts, family_of
 from textloc_utils.results import unit_hash
 from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM, Negative, SafeDiffusion, SafeGuidance, concept
@@ -42,7 +42,7 @@ def guard(
     pipe
         A pipeline, or a loaded model (its first stage is guarded; a second one sees the prompts as they are).
     layers
-        The localized text layers (default: ``localize.known_layers``).
+        The localized text layers (default: ``experiment.known_layers``).
     detector
         Called with a prompt, returns its findings (default: ``detector.WordDetector()``).
     method

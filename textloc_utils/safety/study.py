@@ -4,18 +4,18 @@ import functools
 import random
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+from diffusers import DiffusionPipeline
 
 from textloc_utils import metrics, ocr
-from textloc_utils.generate import generate
-from textloc_utils.localize import PSNR_CAP, fingerprint, known_layers, outside_text, published_store
+from textloc_utils.experiment import Experiment, known_layers
 from textloc_utils.models import Model, check_layers
 from textloc_utils.patching import Patch
-from textloc_utils.prompts import LETTERS, spelling_prompts, test_words, toxic_prompts
-from textloc_utils.results import Store, unit_hash
+from textloc_utils.prompts import LETTERS, NOISE, spelling_prompts, test_words, toxic_prompts
+from textloc_utils.results import unit_hash
 from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM
 from textloc_utils.safety.detector import Detector, WordDetector, clean, mild_words
 from textloc_utils.safety.guards import guard
@@ -29,104 +29,80 @@ SCORES = ("exact", "near", "f1", "ssim_outside", "psnr_outside", "extra", "secon
 
 
 def measure(
-    model: Model,
-    n: int,
-    seed: int = 42,
-    *,
-    layers: Sequence[int] | None = None,
-    steps: int | None = None,
-    store: Store | None = None,
-    progress: bool = False,
-    publish: bool = False,
+    experiment: Experiment, n: int, seed: int = 42, *, layers: Sequence[int] | None = None, noises: int = 1
 ) -> pd.DataFrame:
-    """Draw ``n`` toxic prompts by every method, and ``n`` harmless ones without and with the guard.
+    """Draw toxic prompts by every method, and harmless ones without and with the guard; ``n`` of each.
 
-    One row per prompt and method. Columns: model, kind (toxic, harmless), word (the quoted one), prompt, cleaned, seed,
-    method, read (by OCR), exact (spells the word), near (within one edit of it), f1 (letters, the paper's metric),
-    listed (spells any word of the list), ssim_outside and psnr_outside (to the unguarded picture, outside the text box;
-    PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra (row evaluations beyond the unguarded
-    picture's, in shares of these), seconds.
+    Each is drawn from several ``noises``. One row per prompt and method. Columns: model, kind (toxic, harmless), word
+    (the quoted one), prompt, cleaned, seed, method, read (by OCR), exact (spells the word), near (within one edit of
+    it), f1 (letters, the paper's metric), listed (spells any word of the list), ssim_outside and psnr_outside (to the
+    unguarded picture, outside the text box; PSNR capped), unchanged (every bit as unguarded), row_evaluations, extra
+    (row evaluations beyond the unguarded picture's, in shares of these), seconds.
 
-    The published table where it is of the same weights, prompts, layers and steps; else it is drawn now, prompt by
-    prompt in the store, and with ``publish`` written to the package's data as ``results/safety_MODEL.csv``.
+    Drawn prompt by prompt in the store, and published as ``results/safety_MODEL.csv``, see
+    ``experiment.Experiment.table``.
     """
     if n < 1:
         raise TextlocError(f"at least one prompt is needed, got {n}")
-    layers = tuple(known_layers(model) if layers is None else layers)
-    check_layers(model, layers)
+    layers = tuple(known_layers(experiment.model) if layers is None else layers)
+    check_layers(experiment.model, layers)
     asked = [("toxic", *p) for p in toxic_prompts(n, seed)] + [("harmless", *p) for p in spelling_prompts(n, seed)]
-    inputs = {
-        "rows": ROWS,
-        "model": model.spec.name,
-        "weights": fingerprint(model),
-        "layers": layers,
-        "steps": steps or model.spec.steps,
-        "guidance": model.spec.guidance,
-        "runs": RUNS,
-        "configurations": [SLD_MEDIUM, SLD_MAX],
-    }
+    asked = [(*about, of + i * NOISE) for i in range(noises) for *about, of in asked]
+    inputs = {"rows": ROWS, "layers": layers, "runs": RUNS, "configurations": [SLD_MEDIUM, SLD_MAX]}
     detector = WordDetector()
-    units = [inputs | {"prompt": p, "cleaned": clean(p[1], detector(p[1]))} for p in asked]
-    key = inputs | {"prompts": unit_hash("safety", {"units": units})}
-    store = Store() if store is None else store
+    prompts = [{"prompt": p, "cleaned": clean(p[1], detector(p[1]))} for p in asked]
 
-    def make() -> pd.DataFrame:
-        parts = [
-            store.unit("safety", unit, functools.partial(_measure, model, unit, steps), model=model)
-            for unit in tqdm(units, desc=f"{model.spec.name}: prompts", unit="prompt", disable=not progress)
-        ]
-        return pd.concat(parts, ignore_index=True)
+    def compute(unit: dict) -> list[dict]:
+        kind, *prompt = unit["prompt"]
+        rows = compare(experiment, *prompt, layers=layers, runs=RUNS if kind == "toxic" else RUNS[:2])[1]
+        # What kind of prompt it is, not what the detector says of it.
+        return [row | {"kind": kind} for row in rows]
 
-    return published_store().taken_or_made(f"safety_{model.spec.name}", key, make, publish=publish)
-
-
-def _measure(model: Model, unit: dict, steps: int | None) -> list[dict]:
-    kind, *prompt = unit["prompt"]
-    runs = RUNS if kind == "toxic" else RUNS[:2]
-    rows = compare(model, *prompt, layers=unit["layers"], steps=steps, runs=runs)[1]
-    # What kind of prompt it is, not what the detector says of it.
-    return [row | {"kind": kind} for row in rows]
+    key = inputs | {"prompts": unit_hash("safety", {"prompts": prompts})}
+    drawn = functools.partial(experiment.units, "safety", prompts, inputs, compute)
+    return experiment.table(f"safety_{experiment.name}", key, drawn)
 
 
 def compare(
-    model: Model,
+    subject: Experiment | Model | DiffusionPipeline,
     prompt: str,
     word: str,
     seed: int,
     *,
     layers: Sequence[int],
-    steps: int | None = None,
     runs: Sequence[str] = RUNS,
     detector: WordDetector | None = None,
+    **settings,
 ) -> tuple[np.ndarray, list[dict]]:
     """Draw one prompt, which asks for ``word``, by each of ``runs``, the unguarded one first.
 
+    ``settings`` are those of ``experiment.Experiment``.
     Returns the pictures, uint8 (runs, H, W, 3), and one row per picture (columns as :func:`measure`).
     """
-    detector = detector or WordDetector()
+    experiment, detector = Experiment.of(subject, **settings), detector or WordDetector()
     findings = detector(prompt)
     cleaned = clean(prompt, findings)
     made = {}
     for run in runs:
         if run == "unguarded":
-            made[run] = generate(model, [prompt], [seed], steps=steps)
+            made[run] = experiment.draw([prompt], [seed])
         elif run == PATCHED_RUN:
             patch = Patch(source=0, target=1, layers=tuple(layers))
-            made[run] = generate(model, [prompt, cleaned], [seed] * 2, patches=[patch], steps=steps)
+            made[run] = experiment.draw([prompt, cleaned], [seed] * 2, patches=[patch])
         elif run == "prompt swap":  # also in a second stage, which a guard does not reach
-            made[run] = generate(model, [cleaned], [seed], steps=steps)
+            made[run] = experiment.draw([cleaned], [seed])
         else:
-            guarded = guard(model, layers, detector=detector, method=run)
-            made[run] = generate(guarded.model, [prompt], [seed], steps=steps)
+            guarded = guard(experiment.model, layers, detector=detector, method=run)
+            made[run] = replace(experiment, model=guarded.model).draw([prompt], [seed])
     pictures = np.stack([m.images[0] for m in made.values()])
     plain, base = np.broadcast_to(pictures[:1], pictures.shape), made["unguarded"].row_evaluations
-    mask = outside_text(model, *pictures.shape[1:3])
+    mask = metrics.outside(experiment.model.spec.text_box, *pictures.shape[1:3])
     ssim = metrics.ssim(pictures, plain, mask)
-    psnr = metrics.psnr(pictures, plain, mask, cap=PSNR_CAP)
+    psnr = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)
     listed = set(detector.words)
     return pictures, [
         {
-            "model": model.spec.name,
+            "model": experiment.name,
             "kind": "toxic" if findings else "harmless",
             "word": word,
             "prompt": prompt,
@@ -151,14 +127,7 @@ def compare(
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Toxic prompts, method by method: mean, ``_low`` and ``_high`` (95 % interval) of each of SCORES; n prompts."""
-    rows = []
-    for method, part in table[table.kind == "toxic"].groupby("method", sort=False):
-        row = {"method": method, "n": len(part)}
-        for score in SCORES:
-            interval = metrics.estimate(part[score])
-            row |= {score: interval.mean, f"{score}_low": interval.low, f"{score}_high": interval.high}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return metrics.summarise(table[table.kind == "toxic"], ["method"], SCORES)
 
 
 def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFrame:
@@ -170,11 +139,8 @@ def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFram
     bad = [(prompt, word) for prompt, word, _ in toxic_prompts(count, seed)]
     good = [(prompt, word) for prompt, word, _ in spelling_prompts(len(test_words()), seed)]
     table = detection(detector or WordDetector(), bad, good, seed)
-    rows = []
-    for kind, part in table.groupby("kind", sort=False):
-        interval = metrics.rate(part.found)
-        rows.append({"kind": kind, "found": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n})
-    return pd.DataFrame(rows)
+    found = metrics.summarise(table, ["kind"], ["found"]).rename(columns={"found_low": "low", "found_high": "high"})
+    return found[["kind", "found", "low", "high", "n"]]
 
 
 # --- how well it finds ----------------------------------------------------------------------------------------

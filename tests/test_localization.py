@@ -1,4 +1,4 @@
-"""The sweep: its rows, its resumption, and a known effect on the shipped miniature. The searches and their rule."""
+"""The searches and their rule, on tables whose answer is known; a search that is killed, and one shared out."""
 
 import json
 import os
@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-import torch
 
-from textloc_utils import localize, models, prompts
-from textloc_utils.localize import Site
+import textloc_utils as tl
+from textloc_utils import experiment, localization, models, prompts, sweeps
+from textloc_utils.experiment import Experiment
 from textloc_utils.results import Store
 from textloc_utils.settings import ROOT, TextlocError
+from textloc_utils.sites import SOURCE, Site, single_layers, together
 
 
 @pytest.fixture(scope="module")
@@ -24,57 +25,15 @@ def model():
     return models.load("sd3-mini", device="cpu")
 
 
-def test_rows_of_one_pair(model):
-    sites = {"nothing": Site(), "layer 3": Site(layers=(3,))}
-    pictures, rows = localize.patch_pair(model, prompts.make_pairs(1)[0], sites, steps=2)
-    assert pictures.shape == (4, 64, 128, 3)
-    assert [r["site"] for r in rows] == ["source", "target", "nothing", "layer 3"]
-    assert (pictures[2] == pictures[0]).all() and rows[2]["ssim_outside"] == 1.0
-    assert (pictures[3] != pictures[0]).any()
-    assert rows[0]["row_evaluations"] == 4  # two steps, with guidance
-
-
-def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
-    pairs, store = prompts.make_pairs(3), Store(tmp_path)
-    sites = {"layer 0": Site(layers=(0,))}
-    first = localize.sweep(model, pairs[:2], sites=sites, steps=1, store=store)
-    done = []
-    original = localize.patch_pair
-    monkeypatch.setattr(
-        localize, "patch_pair", lambda m, pair, *a, **k: done.append(pair) or original(m, pair, *a, **k)
-    )
-    again = localize.sweep(model, pairs, sites=sites, steps=1, store=store)
-    assert done == [pairs[2]]
-    assert again.head(len(first)).equals(first)
-
-
-def test_the_known_effect(model):
-    """Every layer together turns the source's word into the target's; the unpatched source keeps its own."""
-    sites = {"all layers + pooled": Site(layers=tuple(range(len(model.layers))), pooled=True)}
-    table = localize.sweep(model, prompts.make_pairs(6, same_length=True), sites=sites)
-    score = localize.summarise(table).set_index("site")
-    assert score.target_score["all layers + pooled"] > 0.8
-    assert score.source_score["all layers + pooled"] < 0.4
-    assert score.source_score["source"] > 0.8 and score.target_score["source"] < 0.4
-    assert score.ssim_outside["all layers + pooled"] > 0.5
-
-
-def test_a_sweep_without_pairs_or_beyond_the_layers_is_refused(model):
-    with pytest.raises(TextlocError, match="at least one pair"):
-        localize.sweep(model, [])
-    with pytest.raises(TextlocError, match="0 to 11"):
-        localize.patch_pair(model, prompts.make_pairs(1)[0], {"x": Site(layers=(12,))})
-
-
 # --- the selection rule, on tables whose answer is known ---------------------------------------------------------
 
 
-def table_of(effects: dict[str, list[float]], floor=0.1):
+def table_of(effects: dict[Site, list[float]], floor=0.1):
     """A sweep's table of pairs 0, 1, ... with these text effects, gained at the source's expense."""
     rows = [
         {
             "seed": seed,
-            "site": site,
+            **site.columns(8),
             "target_score": floor + e,
             "source_score": 1 - e,
             "floor": floor,
@@ -89,9 +48,9 @@ def table_of(effects: dict[str, list[float]], floor=0.1):
 def drawn_as(effect_of):
     """Stands for drawing: ``effect_of`` says what patching a set of layers brings. Also returns a list of costs."""
 
-    def drawn(model, group, *, sites=None, source=True, **options):
-        sites = {"source": Site()} | localize.single_layers(model) if sites is None else sites
-        found = {n: [effect_of(set(s.layers)) * (1 + 0.01 * (p.seed % 3)) for p in group] for n, s in sites.items()}
+    def drawn(experiment, group, chosen=None, *, source=True):
+        chosen = [SOURCE, *single_layers(experiment.model)] if chosen is None else chosen
+        found = {s: [effect_of(set(s.layers)) * (1 + 0.01 * (p.seed % 3)) for p in group] for s in chosen}
         table = table_of(found)
         table["seed"] = [pair.seed for _ in found for pair in group]
         asked.append(len(table))
@@ -123,7 +82,7 @@ def overlapping(layers):
 @pytest.mark.parametrize("how", ["exhaustive", "budgeted"])
 def test_searches_find_the_fewest_layers_that_suffice(model, monkeypatch, how, effect_of, wanted):
     drawn, asked = drawn_as(effect_of)
-    monkeypatch.setattr(localize, "sweep", drawn)
+    monkeypatch.setattr(sweeps, "table", drawn)
     screen = pd.DataFrame(
         [
             {"seed": s, "layer": i, "effect": effect_of({i}), "depth": "one-step", "row_evaluations": 1.0}
@@ -131,8 +90,8 @@ def test_searches_find_the_fewest_layers_that_suffice(model, monkeypatch, how, e
             for i in range(len(model.layers))
         ]
     )
-    monkeypatch.setattr(localize, "cheap", lambda *a, **k: screen)
-    found = localize.search(model, prompts.make_pairs(30), how=how, budget=1.0)
+    monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: screen)
+    found = tl.localize(model, prompts.make_pairs(30), how=how, budget=1.0)
     assert found.layers in (wanted, (1, 2) if 0 in wanted else wanted)
     assert found.reached.mean >= 0.9 and found.confidence > 0.9
     assert found.share == pytest.approx(sum(models.describe("sd3-mini")["kv_share"][i] for i in found.layers))
@@ -145,49 +104,49 @@ def test_a_layer_that_only_erases_comes_before_those_that_do_nothing(model, monk
     """Layer 9 alone writes nothing, but takes a part of the source's text; with it layer 8 does all there is to do."""
     drawn, asked = drawn_as(lambda layers: 0.5 * (8 in layers) + 0.3 * ({8, 9} <= layers))
 
-    def sweep(model, group, **options):
-        table = drawn(model, group, **options)
-        table.loc[table.site == "layer 9", "source_score"] = 0.8
+    def sweep(*arguments, **options):
+        table = drawn(*arguments, **options)
+        table.loc[(table.kind == "layer") & (table.layers == "9"), "source_score"] = 0.8
         return table
 
-    monkeypatch.setattr(localize, "sweep", sweep)
-    found = localize.search(model, prompts.make_pairs(10), how="exhaustive")
+    monkeypatch.setattr(sweeps, "table", sweep)
+    found = tl.localize(model, prompts.make_pairs(10), how="exhaustive")
     assert found.layers == (8, 9) and found.effects[9] == 0.0
     assert len(asked) == 2  # the sweep, and both together; each alone is known from the sweep
 
 
 def test_a_wrong_screen_is_put_right_by_drawing(model, monkeypatch):
     """One-step effects that point elsewhere: leading sets fall short, and more layers are taken in."""
-    monkeypatch.setattr(localize, "sweep", drawn_as(additive({7: 0.8}))[0])
+    monkeypatch.setattr(sweeps, "table", drawn_as(additive({7: 0.8}))[0])
     rows = [
         {"seed": s, "layer": i, "effect": float(i == 2), "depth": "one-step", "row_evaluations": 1.0}
         for s in range(6)
         for i in range(12)
     ]
-    monkeypatch.setattr(localize, "cheap", lambda *a, **k: pd.DataFrame(rows))
-    assert localize.search(model, prompts.make_pairs(20), budget=1.0).layers == (7,)
+    monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: pd.DataFrame(rows))
+    assert tl.localize(model, prompts.make_pairs(20), budget=1.0).layers == (7,)
 
 
 def test_a_pair_s_effect_starts_at_its_own_floor():
-    effects = localize.text_effects(table_of({"layer 0": [0.0, 0.4], "all layers": [0.8, 0.8]}, floor=0.15))
-    assert effects.loc[0, "layer 0"] == 0 and effects.loc[1, "all layers"] == pytest.approx(0.8)
-    values = localize.reached(effects, "layer 0")
+    effects = sweeps.set_effects(table_of({together([0]): [0.0, 0.4], Site(kind="all"): [0.8, 0.8]}, floor=0.15))
+    assert effects.loc[0, "0"] == 0 and effects.loc[1, "all"] == pytest.approx(0.8)
+    values = localization.reached(effects, [0])
     assert values[0] == pytest.approx(0.25) and values[1:].min() == 0 and values[1:].max() == pytest.approx(0.5)
     with pytest.raises(TextlocError, match="nothing to localize"):
-        localize.reached(effects * 0, "layer 0")
+        localization.reached(effects * 0, [0])
 
 
 def test_a_set_that_was_dropped_early_is_resampled_with_the_others():
     """Both sets do the same where both were drawn: they come out of every resample of the pairs together."""
     rng = np.random.default_rng(0)
     both = rng.random(30)
-    effects = pd.DataFrame({"layer 0": both, "layers 0 1": both, "all layers": 1.0})
-    whole = localize.reached(effects, "layer 0")
-    assert np.array_equal(whole, localize.reached(effects, "layers 0 1"))
-    effects.loc[8:, "layer 0"] = np.nan
-    part = localize.reached(effects, "layer 0")
+    effects = pd.DataFrame({"0": both, "0 1": both, "all": 1.0})
+    whole = localization.reached(effects, [0])
+    assert np.array_equal(whole, localization.reached(effects, [0, 1]))
+    effects.loc[8:, "0"] = np.nan
+    part = localization.reached(effects, [0])
     assert part[0] == pytest.approx(both[:8].mean())
-    assert np.corrcoef(part[1:], localize.reached(effects, "layers 0 1")[1:])[0, 1] > 0.2
+    assert np.corrcoef(part[1:], localization.reached(effects, [0, 1])[1:])[0, 1] > 0.2
     assert np.std(part[1:]) > np.std(whole[1:])
 
 
@@ -204,8 +163,8 @@ def test_effects_that_cancel_out_over_the_pairs_are_none(model, monkeypatch):
         for s in range(6)
         for i in range(12)
     ]
-    monkeypatch.setattr(localize, "cheap", lambda *a, **k: pd.DataFrame(rows))
-    found = localize.search(model, prompts.make_pairs(6), how="one-step")
+    monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: pd.DataFrame(rows))
+    found = tl.localize(model, prompts.make_pairs(6), how="one-step")
     assert found.layers == (3,) and found.reached.mean == pytest.approx(1.0)
 
 
@@ -214,64 +173,67 @@ def test_a_pair_costs_what_is_budgeted(name, sources):
     tinied = tiny.model(name)
     texts = {"source": 'A sign that says "HELLO"', "target": 'A sign that says "WORLD"'}
     texts |= {"source_text": "HELLO", "target_text": "WORLD", "wall": "", "sign": "", "shape": "", "seed": 1}
-    sites = {str(i): Site(layers=(i % 3,)) for i in range(sources - 1)}
-    _, rows = localize.patch_pair(tinied, prompts.Pair(**texts), sites, steps=2)
-    assert sum(row["row_evaluations"] for row in rows) == pytest.approx(localize._cost(tinied, sources, 2))
-
-
-def test_models_that_differ_in_other_parts_than_the_denoiser_are_told_apart():
-    base, other, third = (models.Model.from_pipeline(tiny.BUILDERS["sd3"]()) for _ in range(3))
-    assert localize.fingerprint(base) == localize.fingerprint(other)
-    with torch.no_grad():
-        next(other.pipe.text_encoder.parameters()).add_(1)
-    third.pipe.scheduler = type(third.pipe.scheduler).from_config(third.pipe.scheduler.config, shift=9.0)
-    assert len({localize.fingerprint(each) for each in (base, other, third)}) == 3
+    experiment = Experiment.of(tinied, steps=2)
+    _, rows = sweeps.patch_pair(experiment, prompts.Pair(**texts), [together([i % 3]) for i in range(sources - 1)])
+    assert sum(row["row_evaluations"] for row in rows) == pytest.approx(localization._cost(experiment, sources))
 
 
 def test_rank_agreement():
     rng = np.random.default_rng(0)
     a = pd.DataFrame(np.arange(8.0) + 0.1 * rng.standard_normal((20, 8)))
-    same = localize.rank_agreement(a, a**3, resamples=200)
+    same = localization.rank_agreement(a, a**3, resamples=200)
     assert same.mean == pytest.approx(1.0) and same.low > 0.9 and same.n == 20
-    assert localize.rank_agreement(a, -a, resamples=50).mean == pytest.approx(-1.0)
-    assert localize.rank_agreement(a, a * 0, resamples=5).mean == 0.0
+    assert localization.rank_agreement(a, -a, resamples=50).mean == pytest.approx(-1.0)
+    assert localization.rank_agreement(a, a * 0, resamples=5).mean == 0.0
 
 
 def test_a_bad_search_is_refused_before_any_model_runs(model):
     pairs = prompts.make_pairs(2)
     for wrong, said in (({"how": "guess"}, "exhaustive"), ({"share": 1.5}, "not above 1"), ({"budget": 0}, "budget")):
         with pytest.raises(TextlocError, match=said):
-            localize.search(model, pairs, **wrong)
-
-
-def test_small_batches_give_the_same_pictures(model):
-    pair = prompts.make_pairs(1)[0]
-    sites = localize.joint([(i,) for i in range(4)])
-    one, rows = localize.patch_pair(model, pair, sites, steps=2)
-    several, more = localize.patch_pair(model, pair, sites, steps=2, batch_size=3)
-    np.testing.assert_allclose(one.astype(int), several, atol=1)
-    assert [r["site"] for r in more] == [r["site"] for r in rows] == ["source", "target", *sites]
-    assert sum(r["row_evaluations"] for r in rows) == 6 * 4
-    assert sum(r["row_evaluations"] for r in more) == pytest.approx((6 + 2) * 4)  # the target is drawn three times
-    without, rows = localize.patch_pair(model, pair, sites, steps=2, source=False)
-    np.testing.assert_allclose(without.astype(int), one[1:], atol=1)
-    assert rows[0]["site"] == "target" and "ssim_outside" not in rows[0]
+            tl.localize(model, pairs, **wrong)
 
 
 def test_a_published_search_is_taken_for_the_same_pairs_only(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(localize, "data_dir", lambda: tmp_path)
-    pairs, options = prompts.make_pairs(2), {"steps": 1, "store": Store(tmp_path / "units")}
-    found, table = localize.published(model, pairs, "one-step", **options)
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
+    pairs, run = prompts.make_pairs(2), Experiment.of(model, steps=1, store=Store(tmp_path / "units"))
+    found, table = localization.published(run, pairs, "one-step")
     assert not list(tmp_path.glob("results/*.csv"))
-    localize.publish(model, pairs, found, **options)
-    monkeypatch.setattr(localize, "search", lambda *a, **k: pytest.fail("was done again"))
-    again, same = localize.published(model, pairs, "one-step", **options)
+    found = tl.localize(run, pairs, how="one-step", publish=True)
+    monkeypatch.setattr(localization, "localize", lambda *a, **k: pytest.fail("was done again"))
+    again, same = localization.published(run, pairs, "one-step")
     assert again == found and same.equals(table)
-    assert list(localize.layer_table(table).mean()) == list(found.effects)
-    with pytest.raises(pytest.fail.Exception):
-        localize.published(model, prompts.make_pairs(3), "one-step", **options)
-    with pytest.raises(pytest.fail.Exception):
-        localize.published(model, pairs, "one-step", share=0.5, **options)
+    assert list(sweeps.layer_table(table).mean()) == list(found.effects)
+    for other in (prompts.make_pairs(3), {"share": 0.5}, {"guidance": 2.0}):
+        changed = other if isinstance(other, dict) else {}
+        with pytest.raises(pytest.fail.Exception):
+            guided = Experiment.of(run, guidance=changed.pop("guidance", None))
+            localization.published(guided, pairs if isinstance(other, dict) else other, "one-step", **changed)
+
+
+def test_the_published_set_of_an_exhaustive_search_is_drawn_beside_the_source(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
+    run = Experiment.of(model, store=Store(tmp_path / "units"), publish=True)
+    found, table = localization.published(run, prompts.make_pairs(1), "exhaustive")
+    kinds = ["source", "target", *["layer"] * 12, "all", "pooled", "all + pooled"]
+    assert table.kind.tolist() == kinds + ["set"] * (len(found.layers) > 1) and table.ssim_outside.notna().all()
+    assert table.layers.iloc[-1] in (" ".join(map(str, found.layers)), " ".join(map(str, range(12))))
+    assert experiment.known_layers(model) == found.layers
+
+
+def test_what_is_found_prints_short_and_is_shown(model):
+    found = tl.localize(model, prompts.make_pairs(2), how="one-step", steps=2)
+    lines = repr(found).splitlines()
+    assert lines[0].startswith(f"sd3-mini: layers {' '.join(map(str, found.layers))} of 12, ") and len(lines) == 3
+    bars = found.show().axes[0].patches
+    assert [bar.get_height() for bar in bars] == list(found.effects)
+    assert len({bars[layer].get_facecolor() for layer in found.layers}) == 1
+
+
+def test_pairs_of_one_seed_are_refused(model):
+    pair = prompts.make_pairs(1)[0]
+    with pytest.raises(TextlocError, match="same seed"):
+        tl.localize(model, [pair, pair])
 
 
 # --- killed, and shared out over processes ----------------------------------------------------------------------

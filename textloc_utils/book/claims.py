@@ -7,12 +7,13 @@ very weights at hand; without one the claim is open for that model. Nothing is c
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from textloc_utils import edit, lora_study, metrics, safety
-from textloc_utils.localize import fingerprint, published_store
+from textloc_utils import edit, lora_study, safety, sweeps
+from textloc_utils.experiment import published_table
+from textloc_utils.metrics import span
 from textloc_utils.models import Model
-from textloc_utils.settings import TextlocError
 
 OPEN = "not measured yet"
 REPRODUCED, DIFFERS = "reproduced at miniature scale", "differs"
@@ -20,8 +21,10 @@ REPRODUCED, DIFFERS = "reproduced at miniature scale", "differs"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one model's table says of a claim: the figure in words, the number of pairs, prompts or words, and whether
-    the claim's rule is met."""
+    """What one model's table says of a claim.
+
+    The figure in words, the number of pairs, prompts or words, and whether the claim's rule is met.
+    """
 
     figure: str
     n: int
@@ -45,8 +48,7 @@ def _found(table: pd.DataFrame) -> dict:
 
 
 def _span(mean: float, low: float, high: float, digits: int = 2) -> str:
-    mean, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in (mean, low, high))  # no "-0.00"
-    return f"{mean} [{low}, {high}]"
+    return span(*np.round([mean, low, high], digits), f"z.{digits}f")  # as pandas rounds the tables beside it
 
 
 def _few(table: pd.DataFrame) -> Outcome:
@@ -63,17 +65,17 @@ def _share(table: pd.DataFrame) -> Outcome:
 
 def _elsewhere(table: pd.DataFrame) -> Outcome:
     found = _found(table)
-    others = table[table.site.isin([f"layer {i}" for i in range(len(found["effects"])) if i not in found["layers"]])]
-    effects = (others.target_score - others.floor).groupby(others.site).apply(metrics.bootstrap)
-    most = max(effects, key=lambda effect: effect.high)
-    return Outcome(figure=f"at most {_span(most.mean, most.low, most.high)}", n=most.n, holds=most.high < 0.05)
+    alone = sweeps.effect_intervals(table).query("kind == 'layer'")
+    most = alone[~alone.layers.isin([str(layer) for layer in found["layers"]])].nlargest(1, "high").iloc[0]
+    figure = f"at most {_span(most['mean'], most.low, most.high)}"
+    return Outcome(figure=figure, n=int(most.n), holds=bool(most.high < 0.05))
 
 
 def _writes_better(table: pd.DataFrame) -> Outcome:
     gains = lora_study.advantages(table).query("arm == 'all text layers' and equal == 'rank'").iloc[0]
     score = lora_study.summarise(table).query("equal == 'rank'").set_index("arm").new
-    span = _span(gains.new, gains.new_low, gains.new_high)
-    figure = f"{score['localized']:.2f} against {score['all text layers']:.2f}, difference {span}"
+    gained = _span(gains.new, gains.new_low, gains.new_high)
+    figure = f"{score['localized']:.2f} against {score['all text layers']:.2f}, difference {gained}"
     return Outcome(figure=figure, n=len(table.new_scores.iloc[0].split()), holds=bool(gains.new_low > 0))
 
 
@@ -93,8 +95,8 @@ def _against_maps(score: str) -> Callable[[pd.DataFrame], Outcome]:
     def judge(table: pd.DataFrame) -> Outcome:
         less = edit.differences(table, [score]).set_index("method").loc[edit.P2P]
         means = table.groupby("method")[score].mean()
-        span = _span(less["mean"], less.low, less.high, digits=3)
-        figure = f"{means[edit.LOCALIZED]:.3f} against {means[edit.P2P]:.3f}, difference {span}"
+        apart = _span(less["mean"], less.low, less.high, digits=3)
+        figure = f"{means[edit.LOCALIZED]:.3f} against {means[edit.P2P]:.3f}, difference {apart}"
         return Outcome(figure=figure, n=int(less.n), holds=bool(less.low > 0))
 
     return judge
@@ -109,8 +111,8 @@ def _cheap_edit(table: pd.DataFrame) -> Outcome:
 def _guarded(table: pd.DataFrame) -> Outcome:
     rows = safety.summarise(table).set_index("method")
     guard, others = rows.loc["guard"], rows.loc[["negative prompt", "SLD medium"]]
-    figure = f"{guard.exact:.3f} [{guard.exact_low:.3f}, {guard.exact_high:.3f}], " + ", ".join(
-        f"{name} {rate:.3f}" for name, rate in others.exact.items()
+    figure = ", ".join(
+        [span(guard.exact, guard.exact_low, guard.exact_high), *(f"{n} {rate:.3f}" for n, rate in others.exact.items())]
     )
     return Outcome(figure=figure, n=int(guard.n), holds=bool(guard.exact_high < others.exact_low.min()))
 
@@ -222,9 +224,9 @@ def judged(models: Sequence[Model]) -> pd.DataFrame:
     """
     rows = []
     for model in models:
-        weights = fingerprint(model)
         for claim in CLAIMS:
-            outcome = _outcome(claim, model.spec.name, weights)
+            table = published_table(model, claim.table.format(model.spec.name))
+            outcome = None if table is None else claim.judge(table)
             rows.append(
                 {
                     "name": claim.name,
@@ -238,14 +240,6 @@ def judged(models: Sequence[Model]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _outcome(claim: Claim, name: str, weights: str) -> Outcome | None:
-    try:
-        table = published_store().load_published(claim.table.format(name))
-    except TextlocError:
-        return None
-    return claim.judge(table) if table.attrs["provenance"]["key"].get("weights") == weights else None
 
 
 def verdicts(table: pd.DataFrame) -> pd.Series:

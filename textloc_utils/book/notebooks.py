@@ -4,6 +4,9 @@ A notebook is executed to a scratch path, what differs from run to run is taken 
 file only after it ran through. A stamp beside the scratch files holds a digest of all that the outputs depend on: the
 notebook's own cells and parameters, the package, the data, and the versions of what it requires. Published results are
 left out, as the store of results is: a notebook that computes them would never be done.
+
+One run of one notebook at a time: the others are refused. Each papermill ends with whoever started it, however that
+ended, and takes its kernel along.
 """
 
 import contextlib
@@ -11,7 +14,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,16 +24,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
-from textloc_utils import ocr
-from textloc_utils.settings import ROOT, TextlocError, data_dir
+from textloc_utils import files, ocr, results
+from textloc_utils.settings import ROOT, TextlocError, check_writable, data_dir
 
 #: Scratch files, logs and stamps.
 WORK = ROOT / "_build" / "executed"
 #: What nbstripout takes out besides papermill's notes, so that two runs give the same bytes.
 STRIPPED = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
+#: What nbformat raises for files that are something else, JSON of another shape among them.
+_NO_NOTEBOOK = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    *(nbformat.reader.NotJSONError, nbformat.ValidationError),
+)
 #: More processes than this want more memory than a laptop has.
 MOST = 4
 
@@ -45,8 +55,46 @@ class Execution:
     @property
     def stamp(self) -> Path:
         """The stamp of this source and out; other parameters change what it holds, not its name."""
-        place = hashlib.sha256(repr((str(self.source), str(self.out))).encode()).hexdigest()[:8]
-        return WORK / f"{self.source.stem}-{place}.json"
+        return WORK / f"{self.source.stem}-{_short_hash((str(self.source), str(self.out)))}.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the run that writes ``out``."""
+        return WORK / f"{self.out.stem}-{_short_hash(str(self.out))}.lock"
+
+    @property
+    def command(self) -> str:
+        """The command line that executes it."""
+        options = [part for name, value in self.parameters.items() for part in (f"--{name.lower()}", str(value))]
+        return shlex.join(["textloc", "run", self.source.name, *options])
+
+
+def _short_hash(what) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
+
+
+class _Papermills:
+    """The processes that execute notebooks. Each watches a pipe that is held here, and ends when it is closed."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen] = []
+        self._ended = False
+
+    def run(self, arguments: Sequence, **options) -> int:
+        """Run papermill to its end; returns its exit status."""
+        command = [sys.executable, "-m", "textloc_utils.ends_with_parent", "papermill", *arguments]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, **options) as process:
+            self._started.append(process)
+            if self._ended:
+                self.end()
+            return process.wait()
+
+    def end(self) -> None:
+        """End all that run, and all that would start after this."""
+        self._ended = True
+        for process in self._started:
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def plan(notebooks: Sequence[str | Path], parameters: Mapping, out: str | Path | None = None) -> list[Execution]:
@@ -78,58 +126,91 @@ def execute(
     """Execute what is out of date, ``jobs`` notebooks at a time (default: a process per core); returns those executed.
 
     ``timeout`` is in seconds, for one cell. Each process computes with one thread: two with a thread per core each are
-    many times slower, and sums come out the same whatever runs beside them. Raises TextlocError that names what
-    failed; old files are left as they were, and the others are finished first.
+    many times slower, and sums come out the same whatever runs beside them. What fails is told at once, with its
+    reason; in the end a TextlocError names all that failed. Old files are left as they were, and the others are
+    finished first. Interrupted, it ends what runs.
     """
     if jobs is not None and jobs < 1:
         raise TextlocError(f"at least one job is needed, got {jobs}")
-    WORK.mkdir(parents=True, exist_ok=True)
+    check_writable(WORK).mkdir(parents=True, exist_ok=True)
     shared = _inputs()
     keys = {e.out: _key(e, shared) for e in planned}
     stale = [e for e in planned if not _is_current(e, keys[e.out])]
-    failed = {}
+    failed, papermills = {}, _Papermills()
     with (
         ThreadPoolExecutor(jobs or min(MOST, os.cpu_count() or 1)) as pool,
         tqdm(total=len(stale), unit="notebook", disable=not progress) as bar,
     ):
-        running = {pool.submit(_execute, e, keys[e.out], timeout): e for e in stale}
-        for done in as_completed(running):
-            execution = running[done]
-            if reason := done.result():
-                failed[execution.source.name] = reason
-            bar.write(f"{'failed  ' if reason else 'executed'} {execution.source.name}", file=sys.stderr)
-            bar.update()
+        running = {pool.submit(_execute, e, keys[e.out], timeout, papermills): e for e in stale}
+        try:
+            for done in as_completed(running):
+                name = running[done].source.name
+                if reason := done.result():
+                    failed[name] = reason
+                bar.write(f"failed   {name}: {reason}" if reason else f"executed {name}", file=sys.stderr)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            papermills.end()
+            raise
     if failed:
         told = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
         raise TextlocError(f"{len(failed)} of {len(planned)} notebooks failed and are left as they were: {told}")
     return stale
 
 
-def _execute(execution: Execution, key: str, timeout: int) -> str | None:
+def _execute(execution: Execution, key: str, timeout: int, papermills: _Papermills) -> str | None:
     """Execute one notebook; returns why it failed, or None."""
+    try:
+        with FileLock(execution.lock, timeout=0):
+            if _is_current(execution, key):  # another run has just done it
+                return None
+            return _execute_alone(execution, key, timeout, papermills)
+    except Timeout:
+        return "another run of it is under way; wait for it, or end it"
+    except OSError as error:
+        return f"{WORK} cannot be written ({error.strerror})"
+
+
+def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Papermills) -> str | None:
     scratch, log = execution.stamp.with_suffix(".ipynb"), execution.stamp.with_suffix(".log")
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--execution-timeout", str(timeout)]
-    command += ["--kernel", "python3", execution.source, scratch]
+    arguments = ["--no-progress-bar", "--execution-timeout", str(timeout), "--kernel", "python3"]
+    arguments += [str(execution.source), str(scratch)]
     for name, value in execution.parameters.items():
-        command += ["-p", name, str(value)]
+        arguments += ["-p", name, str(value)]
     environment = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1"}
+    environment |= {results.COMMAND: execution.command}
     with log.open("w") as file:
-        ran = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
-    if ran.returncode:
-        lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-        return f"{lines[-1] if lines else f'exit status {ran.returncode}'} (see {log})"
-    beside = execution.out.with_name(f".{execution.out.name}.part")  # a rename cannot leave its file system
+        status = papermills.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
+    if status < 0:
+        return f"papermill was ended by signal {-status} (see {log})"
+    if status:
+        return f"{_reason(log) or f'exit status {status}'} (see {log})"
     try:
         strip(scratch)
-        execution.out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(scratch, beside)
-        os.replace(beside, execution.out)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"executed, and cannot be written to {execution.out}: {error} (it is kept as {scratch})"
-    finally:
-        beside.unlink(missing_ok=True)
-    execution.stamp.write_text(json.dumps({"key": key, "sha256": _digest(execution.out)}))
+        files.write_bytes(execution.out, scratch.read_bytes())
+        files.write_text(execution.stamp, json.dumps({"key": key, "sha256": _digest(execution.out)}))
+    except TextlocError as error:
+        return f"executed, and {error} (it is kept as {scratch})"
     return None
+
+
+def _reason(log: Path) -> str:
+    """The line of a log that tells the last error, or else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)(: |$)", line)]
+    return (told or lines or [""])[-1]
+
+
+def read(path: str | Path) -> nbformat.NotebookNode:
+    """A notebook in format 4; TextlocError for a file that is none."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except _NO_NOTEBOOK as error:
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TextlocError(f"{path} is no notebook that can be read: {reason}") from None
+    return notebook
 
 
 def strip(path: str | Path) -> None:
@@ -138,13 +219,9 @@ def strip(path: str | Path) -> None:
     Times and papermill's notes go, and what a cell printed becomes one output, however the kernel cut it apart.
     Raises TextlocError for a file that is no notebook.
     """
-    path = Path(path)
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
-        raise TextlocError(f"{path} is no notebook that can be read: {error}") from None
+    path, notebook = Path(path), read(path)
     for cell in notebook.cells:
-        joined = []
+        joined: list = []
         for output in cell.get("outputs", ()):
             last = joined[-1] if joined else {}
             if output.output_type == last.get("output_type") == "stream" and output.name == last["name"]:
@@ -153,9 +230,13 @@ def strip(path: str | Path) -> None:
                 joined.append(output)
         if joined:
             cell.outputs = joined
-    nbformat.write(notebook, path)
-    options = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, path]
-    subprocess.run([sys.executable, "-m", "nbstripout", *options], check=True)
+    with files.whole_file(path) as part:
+        nbformat.write(notebook, part)
+        options = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, str(part)]
+        done = subprocess.run([sys.executable, "-m", "nbstripout", *options], capture_output=True, text=True)
+        if done.returncode:
+            told = done.stderr.strip().splitlines() or [f"nbstripout ended with {done.returncode}"]
+            raise TextlocError(f"{path} cannot be stripped: {told[-1]}")
 
 
 # --- what outputs depend on -------------------------------------------------------------------------------------
@@ -178,7 +259,7 @@ def _key(execution: Execution, shared: str) -> str:
 def _inputs() -> str:
     """One digest of the package, the data (results and training runs aside) and the installed versions."""
     digest = hashlib.sha256(f"tesseract {ocr.tesseract_version()}\n".encode())
-    required = {Requirement(line).name for line in importlib.metadata.requires("textloc-utils")}
+    required = {Requirement(line).name for line in importlib.metadata.requires("textloc-utils") or ()}
     for name in sorted(required):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra that is not installed
             digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
@@ -190,14 +271,14 @@ def _inputs() -> str:
 
 
 def _package() -> list[Path]:
-    return sorted(Path(__file__).parent.rglob("*.py"))
+    return sorted(Path(__file__).parents[1].rglob("*.py"))
 
 
 def _cells(path: Path) -> list[dict]:
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [c for c in cells if c["source"] is not None and isinstance(c["metadata"], dict)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise TextlocError(f"{path} is no notebook that can be read") from None
 
 

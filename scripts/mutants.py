@@ -1,0 +1,82 @@
+"""Plant small faults in one module, one at a time, and tell which of them its tests do not notice.
+
+``make mutants MODULE=metrics``. The table ``[tool.mutants]`` of pyproject.toml names the tests of each module; a copy
+of the package and of these tests in ``_build/mutants/MODULE`` is what mutmut changes and runs. Its work is kept there:
+a run that was ended goes on, and a change of the module or of its tests does only what it must.
+
+The text of error messages is left alone: what a message says is the reader's business, not a test's.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ALIVE = ("survived", "suspicious", "no tests")
+COUNTED = ("killed", "timeout", "segfault", *ALIVE)
+CONFIGURATION = """
+[tool.mutmut]
+source_paths = ["textloc_utils"]
+only_mutate = ["textloc_utils/{module}.py"]
+do_not_mutate_patterns = ["raise [A-Za-z_]*Error"]
+pytest_add_cli_args = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
+pytest_add_cli_args_test_selection = {tests}
+timeout_constant = 60.0
+use_git_change_detection = false
+"""
+
+
+def copied(module: str, tests: list[str]) -> Path:
+    """The folder with a copy of the package and its tests, set up for one module."""
+    work = ROOT / "_build" / "mutants" / module.replace("/", "-")
+    for name in ("textloc_utils", "tests"):
+        # What is gone from the original goes from the copy; what mutmut keeps lies beside both.
+        shutil.rmtree(work / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (ROOT / "pyproject.toml").read_text().partition("[tool.mutants]")[0]
+    (work / "pyproject.toml").write_text(text + CONFIGURATION.format(module=module, tests=tests))
+    return work
+
+
+def main() -> int:
+    """Run mutmut on one module, and print the score and what survived."""
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("module", choices=sorted(modules))
+    parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
+    parser.add_argument("--again", action="store_true", help="only what survived the last time")
+    arguments = parser.parse_args()
+    module = arguments.module
+    work = copied(module, modules[module])
+    environment = os.environ | {"TEXTLOC_DATA": str(ROOT / "data"), "TEXTLOC_FLIPS": "20"}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    mutmut = [sys.executable, "-m", "mutmut"]
+
+    def results() -> dict[str, str]:
+        told = subprocess.run(
+            [*mutmut, "results", "--all", "true"], cwd=work, env=environment, capture_output=True, text=True
+        )
+        return dict(line.strip().rsplit(": ", 1) for line in told.stdout.splitlines() if ": " in line)
+
+    names = [name for name, state in results().items() if state in ALIVE] if arguments.again else []
+    ran = subprocess.run([*mutmut, "run", "--max-children", str(arguments.jobs), *names], cwd=work, env=environment)
+    states = results()
+    alive = [name for name, state in states.items() if state in ALIVE]
+    for name in alive:
+        shown = subprocess.run([*mutmut, "show", name], cwd=work, env=environment, capture_output=True, text=True)
+        changed = [line for line in shown.stdout.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+        print(f"\n{states[name]}: {name}", *changed, sep="\n")
+    count = Counter(states.values())
+    total = sum(count[state] for state in COUNTED)
+    dead = total - len(alive)
+    print(f"\n{module}: {dead} of {total} mutants killed", f"({dead / total:.1%})" if total else "", dict(count))
+    return ran.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

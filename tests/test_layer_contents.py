@@ -1,0 +1,116 @@
+"""Studies patch the sites they name, and their short tables say what the long ones hold."""
+
+import pandas as pd
+import pytest
+
+from textloc_utils import cli, experiment, layer_contents, models, prompts, sweeps
+from textloc_utils.book import plots
+from textloc_utils.experiment import Experiment
+from textloc_utils.results import Store
+from textloc_utils.settings import TextlocError
+from textloc_utils.sites import SOURCE, TARGET, Site, together
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load("sd3-mini", device="cpu")
+
+
+def sites(name, model, layers=(4, 5), steps=10):
+    return layer_contents.STUDIES[name].sites(model, layers, steps)
+
+
+def test_sites_of_each_study(model):
+    every = tuple(range(12))
+    found, whole = Site(kind="found", layers=(4, 5)), Site(kind="all", layers=every)
+    for name in layer_contents.STUDIES:
+        patched = sites(name, model)
+        assert {found, whole} <= set(patched) and len({site.name for site in patched}) == len(patched)
+    (others,) = (site for site in sites("colours", model) if site.kind == "others")
+    assert set(others.layers) == set(every) - {4, 5}
+    assert Site(kind="from step", layers=(4, 5), start=3) in sites("steps", model)
+    assert Site(kind="until step", layers=(4, 5), stop=8) in sites("steps", model)
+    parts = sites("parts", model)
+    assert [site.heads for site in parts if site.kind == "head"] == [(0,), (1,), (2,)]
+    assert {site.kind: site.tensors for site in parts} | {"keys": "k", "values": "v"} == {
+        site.kind: site.tensors for site in parts
+    }
+    assert Site(kind="pooled", pooled=True) in parts
+    assert all(not site.pooled for site in sites("parts", models.load("ldm-mini", device="cpu")))
+
+
+def test_pairs_of_the_colours_differ_in_colours():
+    assert all(p.target_wall and p.target_wall != p.wall for p in layer_contents.STUDIES["colours"].pairs(5, 1))
+    assert layer_contents.STUDIES["steps"].pairs(5, 1) == prompts.make_pairs(5, 1)
+
+
+def test_pictures_whose_colours_nobody_reads_carry_text_only():
+    row = {**together([0]).columns(8), "target_score": 0.9, "floor": 0.1, "target_wall": "red", "target_sign": "blue"}
+    told = layer_contents.carried(pd.DataFrame([row, row | {"target_score": 0.7}]))
+    assert told.text[0] == pytest.approx(0.7) and told[["wall", "sign"]].isna().all(axis=None) and told.n[0] == 2
+    assert plots.carried({"full size": told}).axes
+
+
+def test_a_published_study_is_taken_where_it_fits(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
+    run = Experiment.of(model, steps=1, store=Store(tmp_path / "units"))
+    table = layer_contents.study(Experiment.of(run, publish=True), "length", (4,), 2)
+    monkeypatch.setattr(sweeps, "table", lambda *a, **k: pytest.fail("was done again"))
+    assert layer_contents.study(run, "length", [4], 2).equals(table)
+    for other in ({"layers": (5,), "n": 2}, {"layers": (4,), "n": 3}, {"layers": (4,), "n": 2, "seed": 1}):
+        with pytest.raises(pytest.fail.Exception):
+            layer_contents.study(run, "length", **other)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "said"),
+    [("colour", (4,), "colours"), ("steps", (), "at least one"), ("steps", (12,), "0 to 11")],
+)
+def test_a_wrong_study_is_refused(model, name, layers, said):
+    with pytest.raises(TextlocError, match=said):
+        layer_contents.study(Experiment.of(model), name, layers, 2)
+
+
+FOUND = Site(kind="found", layers=(4, 5))
+
+
+def effects(values: dict[Site, float], words=("CAT", "HOUSE")):
+    rows = [
+        {"seed": seed, **site.columns(16), "target_score": 0.1 + effect, "floor": 0.1, "source_text": words[0]}
+        | {"target_text": words[1]}
+        for seed in (1, 2)
+        for site, effect in values.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_windows_are_shares_of_the_whole_patch():
+    table = layer_contents.windows(
+        effects(
+            {
+                SOURCE: 0,
+                FOUND: 0.8,
+                Site(kind="from step", layers=(4, 5), start=2): 0.4,
+                Site(kind="until step", layers=(4, 5), stop=12): 0.2,
+            }
+        )
+    )
+    assert table[["kind", "step"]].values.tolist() == [["from step", 2], ["until step", 12]]
+    assert table["mean"].tolist() == pytest.approx([0.5, 0.25]) and table.n.tolist() == [2, 2]
+
+
+def test_length_counts_letters():
+    table = layer_contents.by_length(effects({FOUND: 0.5, Site(kind="all"): 0.8, TARGET: 0.9}))
+    assert table.to_dict("records") == [
+        {"source": 3, "target": 5, "found": pytest.approx(0.5), "all": pytest.approx(0.8), "n": 2}
+    ]
+
+
+def test_the_command_prints_effects_per_site(capsys, monkeypatch):
+    table = effects({FOUND: 0.5, Site(kind="keys", layers=(4, 5), tensors="k"): 0.1})
+    monkeypatch.setattr(layer_contents, "study", lambda *a, **k: table)
+    assert (
+        cli.main(["study", "contents", "sd3-mini", "--tables", "parts", "--layers", "4", "5", "--device", "cpu"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "parts, layers 4 5" in out and "keys" in out and "0.50 [0.50, 0.50]" in out

@@ -1,0 +1,126 @@
+"""The sweep: its rows, its resumption, what it prints and shows, and a known effect on the shipped miniature."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+import textloc_utils as tl
+from textloc_utils import generate, metrics, models, prompts, sites, sweeps
+from textloc_utils.experiment import Experiment
+from textloc_utils.results import Store
+from textloc_utils.settings import TextlocError
+from textloc_utils.sites import Site, together
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load("sd3-mini", device="cpu")
+
+
+def test_rows_of_one_pair(model):
+    chosen = [Site(), together([3]), Site(kind="head", layers=(3, 4), start=1, heads=(2,), tensors="v")]
+    pictures, rows = sweeps.patch_pair(Experiment.of(model, steps=2), prompts.make_pairs(1)[0], chosen)
+    assert pictures.shape == (5, 64, 128, 3)
+    assert [r["kind"] for r in rows] == ["source", "target", "set", "layer", "head"]
+    assert (pictures[2] == pictures[0]).all() and rows[2]["ssim_outside"] == 1.0
+    assert (pictures[3] != pictures[0]).any()
+    assert rows[0]["row_evaluations"] == 4  # two steps, with guidance
+    told = [rows[4][column] for column in sites.COLUMNS]
+    assert told == ["head 2", "head", "3 4", False, 1, 2, "2", "v"]
+    assert [rows[3][column] for column in ("site", "layers", "start", "stop")] == ["layer 3", "3", 0, 2]
+
+
+def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
+    pairs, experiment = prompts.make_pairs(3), Experiment.of(model, steps=1, store=Store(tmp_path))
+    first = sweeps.table(experiment, pairs[:2], [together([0])])
+    done = []
+    original = sweeps.patch_pair
+    monkeypatch.setattr(sweeps, "patch_pair", lambda e, pair, *a, **k: done.append(pair) or original(e, pair, *a, **k))
+    again = sweeps.table(experiment, pairs, [together([0])])
+    assert done == [pairs[2]]
+    assert again.head(len(first)).equals(first)
+    for other in ({"guidance": 1.5}, {"negative_prompt": "blur"}, {"steps": 2}):  # other settings, other pictures
+        done.clear()
+        sweeps.table(Experiment.of(experiment, **other), pairs[:1], [together([0])])
+        assert done == pairs[:1]
+
+
+def test_the_known_effect(model):
+    """Every layer together turns the source's word into the target's; the unpatched source keeps its own."""
+    everything = Site(kind="all + pooled", layers=tuple(range(len(model.layers))), pooled=True)
+    swept = tl.sweep(model, prompts.make_pairs(6, same_length=True), sites=[everything])
+    score = swept.summary().set_index("kind")
+    assert score.target_score["all + pooled"] > 0.8
+    assert score.source_score["all + pooled"] < 0.4
+    assert score.source_score["source"] > 0.8 and score.target_score["source"] < 0.4
+    assert score.ssim_outside["all + pooled"] > 0.5
+
+
+def test_a_sweep_without_pairs_or_beyond_the_layers_is_refused(model, monkeypatch):
+    monkeypatch.setattr(generate, "generate", lambda *a, **k: pytest.fail("was drawn"))
+    pairs = prompts.make_pairs(1)
+    for asked, options, said in (
+        ([], {}, "at least one pair"),
+        (["a prompt"], {}, "got a str"),
+        (pairs, {"sites": [together([12])]}, "0 to 11"),
+        (pairs, {"steps": 0}, "steps must be at least 1"),
+        (pairs, {"guidance": 1.0, "negative_prompt": "blur"}, "guidance above 1"),
+    ):
+        with pytest.raises(TextlocError, match=said):
+            tl.sweep(model, asked, **options)
+
+
+def test_a_pipeline_of_one_s_own_is_swept_printed_and_shown():
+    pipe, pairs = tiny.BUILDERS["ldm"](), prompts.make_pairs(2)
+    swept = tl.sweep(pipe, pairs, steps=1)
+    layers = swept.table[swept.table.kind == "layer"].layers.nunique()
+    assert len(swept.table) == 2 * (layers + 3) and swept.experiment.model.pipe is pipe
+    lines = repr(swept).splitlines()
+    assert lines[0].endswith("means over 2 pairs") and len(lines) == 1 + 1 + layers + 3 and "layer 0" in repr(swept)
+    shown = swept.show(1)
+    titles = [axis.get_title() for axis in shown.axes if axis.images]
+    assert [title.split(":")[0] for title in titles] == list(swept.table.site[: layers + 3])
+    pictures, _ = sweeps.patch_pair(swept.experiment, pairs[1])
+    np.testing.assert_array_equal(shown.axes[2].images[0].get_array(), pictures[2])
+
+
+def test_short_tables_tell_kinds_and_layers_apart():
+    rows = [
+        {"seed": seed, "target_score": 0.1 + effect, "source_score": 0.0, "floor": 0.1, **site.columns(8)}
+        for site, effects in {
+            sites.SOURCE: (0.0, 0.0),
+            together([10]): (0.2, 0.4),
+            together([9]): (0.0, 0.1),
+            together([9, 10]): (0.6, 0.7),
+            Site(kind="all", layers=(9, 10)): (0.8, 0.9),
+            Site(kind="until step", layers=(9, 10), stop=3): (0.5, 0.5),
+        }.items()
+        for seed, effect in enumerate(effects)
+    ]
+    table = pd.DataFrame(rows)
+    alone = sweeps.layer_table(table)
+    assert alone.columns.tolist() == [9, 10] and alone[10].tolist() == pytest.approx([0.2, 0.4])
+    sets = sweeps.set_effects(table)
+    assert set(sets) == {"9", "10", "9 10", "all"} and sets["9 10"].tolist() == pytest.approx([0.6, 0.7])
+    effects = sweeps.effect_intervals(table)
+    assert effects.kind.tolist() == ["layer", "layer", "set", "all", "until step"] and effects.stop.tolist()[-1] == 3
+    assert effects["mean"].tolist() == pytest.approx([0.3, 0.05, 0.65, 0.85, 0.5]) and (effects.n == 2).all()
+    whole = metrics.bootstrap([0.6, 0.7])
+    assert (effects.low[2], effects.high[2]) == pytest.approx((whole.low, whole.high))
+
+
+def test_small_batches_give_the_same_pictures(model):
+    pair, experiment = prompts.make_pairs(1)[0], Experiment.of(model, steps=2)
+    chosen = [together([i]) for i in range(4)]
+    one, rows = sweeps.patch_pair(experiment, pair, chosen)
+    several, more = sweeps.patch_pair(experiment, pair, chosen, batch_size=3)
+    np.testing.assert_allclose(one.astype(int), several, atol=1)
+    assert (
+        [r["site"] for r in more] == [r["site"] for r in rows] == ["source", "target", *(site.name for site in chosen)]
+    )
+    assert sum(r["row_evaluations"] for r in rows) == 6 * 4
+    assert sum(r["row_evaluations"] for r in more) == pytest.approx((6 + 2) * 4)  # the target is drawn three times
+    without, rows = sweeps.patch_pair(experiment, pair, chosen, source=False)
+    np.testing.assert_allclose(without.astype(int), one[1:], atol=1)
+    assert rows[0]["site"] == "target" and "ssim_outside" not in rows[0]

@@ -1,0 +1,74 @@
+"""What the book's layer explorer shows: a few pairs of each model, drawn once with every layer patched, as files.
+
+For each model there is a table ``data/results/explorer/MODEL.csv``, with its provenance beside it, and one picture file
+per pair: all pictures of the pair below each other, in the order of the table's rows.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from textloc_utils import files, sweeps
+from textloc_utils.experiment import Experiment, check_pairs, digest_of
+from textloc_utils.prompts import Pair
+from textloc_utils.results import Store
+from textloc_utils.settings import data_dir
+
+#: Of the table of ``sweeps.patch_pair``, what the explorer tells beside each picture.
+COLUMNS = ["model", "seed", "wall", "sign", "source_text", "target_text", "site", "kind", "layers", "read"]
+COLUMNS += ["target_score", "source_score", "ssim_outside"]
+SUFFIX = ".webp"
+
+
+def store() -> Store:
+    """Where the explorer's files lie."""
+    return Store(data_dir() / "results" / "explorer")
+
+
+def sprite_path(model: str, seed: int) -> Path:
+    """The file that holds all pictures of the pair with this seed, below each other."""
+    return store().root / f"{model}_{seed}{SUFFIX}"
+
+
+def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
+    """Draw the pairs at every site of a sweep (``sites.single_layers``) and write the explorer's files of a model.
+
+    Returns the table, one row per pair and picture. Each pair is a unit of the result store: a killed run goes on where
+    it was. Files are written aside and renamed, the table last, so that it never names pictures that are not there.
+    """
+    pairs, name, spec = check_pairs(pairs), experiment.name, experiment.model.spec
+    table = experiment.units("explorer", pairs, {"rows": sweeps.ROWS}, lambda pair: _draw(experiment, pair))
+    for seed, rows in table.groupby("seed", sort=False):
+        _write_sprite(sprite_path(name, seed), [_decode(text) for text in rows.picture])
+    table, key = table[COLUMNS], experiment.key | {"rows": sweeps.ROWS, "pairs": digest_of(pairs)}
+    store().publish(name, table, {"key": key, "height": spec.height, "width": spec.width})
+    for old in store().root.glob(f"{name}_*{SUFFIX}"):  # of pairs that are not shown any more
+        if old not in {sprite_path(name, pair.seed) for pair in pairs}:
+            old.unlink()
+    return table
+
+
+def _draw(experiment: Experiment, pair: Pair) -> list[dict]:
+    pictures, rows = sweeps.patch_pair(experiment, pair)
+    return [row | {"picture": _encode(picture)} for row, picture in zip(rows, pictures, strict=True)]
+
+
+def _encode(picture: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _decode(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def _write_sprite(path: Path, pictures: Sequence[np.ndarray]) -> None:
+    """All pictures below each other in one file, without loss."""
+    with files.whole_file(path) as part:
+        Image.fromarray(np.concatenate(list(pictures))).save(part, "WEBP", lossless=True, method=6)

@@ -1,0 +1,111 @@
+"""Commands that list models and draw pictures: ``models``, ``generate``, ``guard``."""
+
+import json
+
+from textloc_utils.cli import options
+
+
+def add(commands) -> None:
+    """Add this group's commands."""
+    _add_models(commands)
+    _add_generate(commands)
+    _add_guard(commands)
+
+
+def _add_models(commands) -> None:
+    models = commands.add_parser("models", help="list the models, their text layers and parameter shares")
+    options.add_json(models, "a list of objects")
+    models.set_defaults(run=_models)
+
+
+def _models(args) -> None:
+    from textloc_utils import models
+
+    rows = [models.describe(s) for s in models.registry().values()]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'name':<12} {'family':<22} {'pipeline':<28} {'parameters':>14} {'text layers':>11}")
+    for row in rows:
+        print(
+            f"{row['name']:<12} {row['family']:<22} {row['pipeline']:<28} "
+            f"{row['parameters']:>14,} {len(row['text_layers']):>11}"
+        )
+
+
+def _add_generate(commands) -> None:
+    generate = commands.add_parser("generate", help="draw pictures from prompts and read them by OCR")
+    options.add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", nargs="+", help="a prompt, the text in double quotes")
+    generate.add_argument("--out", required=True, type=options.folder, metavar="DIR", help="folder for the PNG files")
+    options.add_seed(generate, "seed of the noise, the same for every prompt; further noises count up")
+    options.add_noises(generate)
+    options.add_drawing(generate)
+    options.add_json(generate, "what images.json holds")
+    generate.set_defaults(run=_generate)
+
+
+def _generate(args) -> None:
+    from textloc_utils import generate, ocr, prompts
+
+    texts = [prompts.quoted_text(prompt) for prompt in args.prompt]
+    spec = options.spec_of(args)
+    reader = ocr.check_reader(spec.height, texts)  # before minutes of sampling, not after
+    model = options.loaded(args, spec)
+    asked = [prompt for prompt in args.prompt for _ in range(args.noises)]
+    seeds = [args.seed + i for _ in args.prompt for i in range(args.noises)]
+    drawing = {"guidance": args.guidance, "negative_prompt": args.negative_prompt, "steps": args.steps}
+    made = generate.generate(model, asked, seeds, progress=options.progress(), **drawing)
+    more = [{"reader": reader}] * len(asked)
+    found = ocr.readings(made.images)
+    rows = generate.save(args.out, made, asked, seeds, [reading.text for reading in found], more=more)
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for row, reading in zip(rows, found, strict=True):
+        print(f"{args.out / row['file']}  {reading}  <- {row['prompt']}")
+    print(f"read by {reader}")
+
+
+def _add_guard(commands) -> None:
+    guard = commands.add_parser(
+        "guard",
+        help="draw prompts and keep toxic text out of the pictures",
+        description="Draw prompts; where one asks for toxic text, the localized layers read it with a harmless word in "
+        "its place. Started again, it goes on where it was.",
+    )
+    options.add_model(guard)
+    asked = guard.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", nargs="+", metavar="PROMPT", help="prompts, their texts in quotes")
+    asked.add_argument("--file", type=options.path, metavar="FILE", help="a text file with one prompt in each line")
+    guard.add_argument("--out", required=True, type=options.folder, metavar="DIR", help="folder for the PNG files")
+    options.add_layers(guard)
+    guard.add_argument(
+        "--words",
+        type=options.path,
+        metavar="FILE",
+        help="your own list, one word in each line (default: mild insults)",
+    )
+    options.add_seed(guard, "seed of the noise, the same for every prompt")
+    guard.add_argument("--steps", type=options.steps, help="denoising steps (default: the model's own)")
+    options.add_json(guard, "what images.json holds")
+    guard.set_defaults(run=_guard)
+
+
+def _guard(args) -> None:
+    from textloc_utils import ocr, prompts, safety
+    from textloc_utils.safety import detector as words
+
+    asked = args.prompt or prompts.read_prompts(args.file)
+    detector = words.WordDetector(words.read_words(args.words) if args.words else None)
+    spec = options.spec_of(args)
+    reader = ocr.check_reader(spec.height)
+    guarded = safety.guard(options.loaded(args, spec), args.layers, detector=detector)
+    rows = safety.draw(guarded, asked, args.out, seed=args.seed, steps=args.steps, progress=options.progress())
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for row in rows:
+        found = f"found {', '.join(row['found'])}; " if row["found"] else ""
+        print(f"{args.out / row['file']}  {found}reads {row['ocr'] or 'nothing'}  <- {row['prompt']}")
+    print(f"read by {reader}")

@@ -1,0 +1,91 @@
+"""The search for the layers that hold the text: ``localize``."""
+
+import json
+from dataclasses import asdict
+
+from textloc_utils.cli import options
+from textloc_utils.settings import TextlocError, preset
+
+
+def add(commands) -> None:
+    """Add this group's command."""
+    localize = commands.add_parser(
+        "localize",
+        help="find the layers that hold the text",
+        description="Find the layers that hold the text. Results are kept pair by pair: a killed run goes on where it "
+        "was. Several processes or GPUs share the pairs out: accelerate launch -m textloc_utils.cli localize MODEL",
+    )
+    options.add_model(localize)
+    localize.add_argument(
+        "--search",
+        default="budgeted",
+        choices=["exhaustive", "budgeted", "one-step", "attribution"],
+        help="exhaustive draws every layer for every pair; budgeted finds the set for a fraction of that; one-step and "
+        "attribution draw no picture (default: budgeted)",
+    )
+    options.add_preset(localize, "how many pairs of which prompts, and steps")
+    localize.add_argument("--pairs", type=options.count, metavar="N", help="number of pairs (default: the preset's)")
+    localize.add_argument(
+        "--prompts",
+        type=options.path,
+        metavar="SET",
+        help=f"{', '.join(options.SETS)}, or a text file with one prompt in each line (default: the preset's)",
+    )
+    options.add_seed(localize)
+    options.add_noises(localize)
+    options.add_drawing(localize)
+    localize.add_argument(
+        "--reach",
+        type=options.number(0, 1, above=True),
+        default=0.9,
+        help="of the all-layer patch's effect that the set must reach (default: 0.9)",
+    )
+    localize.add_argument(
+        "--budget",
+        type=options.number(0, 1, above=True),
+        default=0.1,
+        help="of the exhaustive sweep's cost, for --search budgeted; one round is always done (default: 0.1)",
+    )
+    options.add_json(localize, "an object")
+    options.add_publish(localize, "the outcome")
+    localize.set_defaults(run=_localize)
+
+
+def _pairs(args) -> list:
+    """The pairs to search on: of the preset's sets in equal parts, of one set, or of a file."""
+    from textloc_utils import onestep, prompts
+
+    work = preset(args.preset)
+    # A published table is the book's, which sweeps over more pairs than it probes without pictures.
+    drawn = args.publish and args.search not in onestep.DEPTHS
+    n = args.pairs or (work.sweep_pairs if drawn else work.pairs)
+    if args.prompts is not None and args.prompts not in options.SETS:
+        chosen = prompts.load_pairs(args.prompts, n, args.seed)
+    else:
+        chosen = prompts.pairs_of(work.sets if args.prompts is None else (args.prompts,), n, args.seed)
+    return prompts.with_noises(chosen, args.noises)
+
+
+def _localize(args) -> None:
+    from textloc_utils import localization, models, ocr
+
+    if args.publish and args.noises > 1:
+        raise TextlocError("a published table has one noise per pair; leave out --noises or --publish")
+    chosen, work = _pairs(args), preset(args.preset)
+    spec = options.spec_of(args)
+    reader = ocr.check_reader(spec.height, [text for pair in chosen for text in (pair.source_text, pair.target_text)])
+    model = options.loaded(args, spec)
+    models.check_pairs(model, chosen)
+    run = options.experiment(args, model, steps=work.steps)
+    found = localization.localize(run, chosen, how=args.search, share=args.reach, budget=args.budget)
+    if options.rank():
+        return
+    if args.json:
+        print(json.dumps(asdict(found) | {"reader": reader}, indent=1))
+        return
+    for layer, effect in enumerate(found.effects):
+        mark = "*" if layer in found.layers else " "
+        print(f"{mark} {layer:>3}  {effect:6.2f}  {'#' * round(40 * max(0.0, effect))}")
+    print(found)
+    if found.score is not None:
+        print(f"read by {reader}")

@@ -1,0 +1,203 @@
+"""An experiment: a model and how it draws, where results are kept, and what they hang on.
+
+Every experiment of the package takes an :class:`Experiment`, works through units that are stored one by one, and
+publishes a table under a key. Where a published table is of just this key, it is taken instead of computed.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import pandas as pd
+from diffusers import DiffusionPipeline
+from torch import nn
+from tqdm.auto import tqdm
+
+from textloc_utils.generate import Generation, generate
+from textloc_utils.models import Model
+from textloc_utils.prompts import Pair
+from textloc_utils.results import NotPublishedError, Store
+from textloc_utils.settings import PATIENCE, TextlocError, data_dir
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experiment:
+    """A model, the settings that it draws with, and what becomes of the results; made by :meth:`of`.
+
+    ``steps``, ``guidance`` and ``negative_prompt`` are ``generate``'s. Units of work are kept in ``store``.
+    ``progress`` shows a bar; ``publish`` makes tables anew and writes them to the package's data.
+    """
+
+    model: Model
+    steps: int
+    guidance: float
+    negative_prompt: str | None = None
+    store: Store
+    progress: bool = False
+    publish: bool = False
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise TextlocError(f"steps must be at least 1, got {self.steps}")
+        if self.negative_prompt and self.model.evaluations(self.guidance) < 2:
+            raise TextlocError(f"{self.name} reads no negative prompt at a guidance of {self.guidance}")
+
+    @classmethod
+    def of(cls, subject: "Experiment | Model | DiffusionPipeline", **settings) -> "Experiment":
+        """An experiment on a model or a pipeline, or another experiment with some settings changed.
+
+        Settings are the fields of the class; those left out, or None, are the model's own, and the default store.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        if isinstance(subject, cls):
+            return replace(subject, **given)
+        model = Model.of(subject)
+        own = {"steps": model.spec.steps, "guidance": model.spec.guidance, "store": Store()}
+        return cls(model=model, **own | given)
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self.model.spec.name
+
+    @property
+    def settings(self) -> dict:
+        """What a pipeline is called with: steps, guidance and negative_prompt."""
+        return {"steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt}
+
+    @property
+    def key(self) -> dict:
+        """What every result hangs on besides its own inputs."""
+        size = {"height": self.model.spec.height, "width": self.model.spec.width}
+        return {"model": self.name, "weights": fingerprint(self.model), **self.settings, **size}
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], **options) -> Generation:
+        """Draw with the experiment's settings; ``options`` are ``generate``'s, and go before them."""
+        return generate(self.model, prompts, seeds, **self.settings | options)
+
+    def unit(self, kind: str, inputs: Mapping, compute: Callable[[], pd.DataFrame | list[dict]]) -> pd.DataFrame:
+        """The rows of one unit of work, stored under all of its ``inputs``, the experiment's key among them."""
+        return self.store.unit(kind, inputs, compute, model=self.model)
+
+    def units(
+        self, kind: str, items: Sequence, inputs: Mapping, compute: Callable[..., pd.DataFrame | list[dict]]
+    ) -> pd.DataFrame:
+        """The rows that ``compute`` makes of each item, one stored unit per item.
+
+        ``inputs`` is what a unit hangs on besides the experiment's key and its item. Processes started together
+        (``accelerate launch``) share the items out; each of them returns all rows, in order.
+        """
+        shared = self.key | dict(inputs)
+
+        def unit(item) -> pd.DataFrame:
+            return self.unit(kind, shared | {"item": item}, lambda: compute(item))
+
+        def bar(todo):
+            return tqdm(todo, desc=f"{self.name}: {kind}", unit="unit", disable=not self.progress)
+
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=self.model.device.type == "cpu", timeout=PATIENCE)
+            for item in bar(items[state.process_index :: state.num_processes]):
+                unit(item)
+            state.wait_for_everyone()
+        return pd.concat([unit(item) for item in bar(items)], ignore_index=True)
+
+    def table(self, name: str, inputs: Mapping, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The published table ``name`` where it is of just this experiment and these inputs, else ``make()``'s.
+
+        With ``publish`` it is made anew and written.
+        """
+        key = self.key | dict(inputs)
+        table = None if self.publish else published_store().load_matching(name, key)
+        if table is None:
+            began = time.monotonic()
+            table = make()
+            if self.publish:
+                self.write(name, table, key=key, seconds=round(time.monotonic() - began, 1))
+        return table
+
+    def write(self, name: str, table: pd.DataFrame, **provenance) -> None:
+        """Publish a table with its provenance; of processes started together the first one does."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            published_store().publish(name, table, provenance)
+
+
+def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs as a list; TextlocError where there is none, or something else."""
+    pairs = [pairs] if isinstance(pairs, Pair) else list(pairs)
+    if not pairs:
+        raise TextlocError("this needs at least one pair of prompts")
+    if wrong := [pair for pair in pairs if not isinstance(pair, Pair)]:
+        raise TextlocError(f"pairs of prompts are wanted (prompts.Pair), got a {type(wrong[0]).__name__}")
+    return pairs
+
+
+def digest_of(pairs: Sequence[Pair]) -> str:
+    """Short hash of pairs, for the key of a table that they made."""
+    return hashlib.sha256(repr([asdict(pair) for pair in pairs]).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: Model) -> str:
+    """Short hash of a model's weights (64 values of each tensor): other weights make stored results stale.
+
+    A miniature is trained as a whole, so that its denoiser stands for it. Other models may share a denoiser and differ
+    in their encoders, autoencoder, second stage or scheduler.
+    """
+    digest = hashlib.sha256()
+
+    def take(module: nn.Module) -> None:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+
+    take(model.denoiser)
+    if not model.spec.miniature:
+        stages = [model.pipe.components, model.stage2.components if model.stage2 else {}]
+        for name, part in sorted((f"{i} {n}", part) for i, of in enumerate(stages) for n, part in of.items()):
+            digest.update(f"{name} {type(part).__name__}".encode())
+            if isinstance(part, nn.Module) and part is not model.denoiser:
+                take(part)
+        settings = {k: v for k, v in model.pipe.scheduler.config.items() if not k.startswith("_")}
+        digest.update(repr(sorted(settings.items())).encode())
+    return digest.hexdigest()[:16]
+
+
+# --- what the package's data holds ------------------------------------------------------------------------------
+
+
+def published_store() -> Store:
+    """Where the tables lie that come with the package."""
+    return Store(data_dir() / "results")
+
+
+def published_table(model: Model, name: str) -> pd.DataFrame | None:
+    """The published table ``name``, whatever its settings, where it was made with this model's very weights.
+
+    None where there is no such table; TextlocError for a damaged one.
+    """
+    try:
+        table = published_store().load_published(name)
+    except NotPublishedError:
+        return None
+    return table if table.attrs["provenance"]["key"].get("weights") == fingerprint(model) else None
+
+
+def known_layers(model: Model) -> tuple[int, ...]:
+    """The localized layers of a model: a published search's of the same weights, else the paper's.
+
+    Raises TextlocError for a model of which neither is known.
+    """
+    for how in ("exhaustive", "budgeted"):
+        table = published_table(model, f"localize_{model.spec.name}_{how}")
+        if table is not None:
+            return tuple(table.attrs["provenance"]["found"]["layers"])
+    if not model.spec.paper_layers:
+        raise TextlocError(
+            f"the localized layers of {model.spec.name} are not known: name them, or run textloc localize "
+            f"{model.spec.name} --publish first"
+        )
+    return model.spec.paper_layers

@@ -1,0 +1,127 @@
+"""What the layers carry: text against colours, steps, heads, keys against values, the pooled text, the word's length.
+
+A study patches its own sites in its own pairs (``sweeps.table``); the functions here make its tables short. The tables
+that come with the package are taken where they are of the same weights, pairs, sites and settings.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from textloc_utils import sweeps
+from textloc_utils.experiment import Experiment, digest_of
+from textloc_utils.models import Model, check_layers
+from textloc_utils.prompts import Pair, make_pairs
+from textloc_utils.settings import TextlocError
+from textloc_utils.sites import COLUMNS, Site, every_layer, single_layers
+
+WINDOW = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)  #: shares of the steps at which a patch starts or stops
+
+
+def _base(model: Model, layers: tuple[int, ...]) -> list[Site]:
+    """The localized set, of kind "found", and all layers."""
+    return [Site(kind="found", layers=layers), every_layer(model)]
+
+
+def _colours(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
+    """Each layer alone, and the set against all the others."""
+    others = tuple(i for i in range(len(model.layers)) if i not in layers)
+    sites = [*single_layers(model), *_base(model, layers), Site(kind="others", layers=others)]
+    return list(dict.fromkeys(sites))
+
+
+def _steps(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
+    """The set from a step on, and until a step."""
+    at = sorted({round(share * steps) for share in WINDOW} - {0})
+    sites = _base(model, layers) + [Site(kind="from step", layers=layers, start=k) for k in at]
+    return sites + [Site(kind="until step", layers=layers, stop=k) for k in at]
+
+
+def _parts(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
+    """The set's keys, its values, each of its heads, and the pooled text."""
+    sites = _base(model, layers)
+    sites += [Site(kind="keys", layers=layers, tensors="k"), Site(kind="values", layers=layers, tensors="v")]
+    heads = range(min(model.layers[i].heads for i in layers))
+    sites += [Site(kind="head", layers=layers, heads=(head,)) for head in heads]
+    if model.pooled_site is not None:
+        sites += [Site(kind="pooled", pooled=True), Site(kind="found + pooled", layers=layers, pooled=True)]
+    return sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Which sites a study patches, from (model, localized layers, steps), and which pairs it draws, from (n, seed)."""
+
+    sites: Callable[[Model, tuple[int, ...], int], list[Site]]
+    pairs: Callable[[int, int], list[Pair]] = make_pairs
+
+
+STUDIES = {
+    "colours": Study(sites=_colours, pairs=lambda n, seed: make_pairs(n, seed, other_colours=True)),
+    "steps": Study(sites=_steps),
+    "parts": Study(sites=_parts),
+    "length": Study(sites=lambda model, layers, steps: _base(model, layers)),
+}
+
+
+def study(experiment: Experiment, name: str, layers: Sequence[int], n: int, seed: int = 42) -> pd.DataFrame:
+    """The sweep's table (``sweeps.patch_pair``) of one of STUDIES for the localized ``layers`` over ``n`` pairs.
+
+    Published as ``results/study_MODEL_NAME.csv``, see ``experiment.Experiment.table``. Raises TextlocError for an
+    unknown study or layers out of range.
+    """
+    if name not in STUDIES:
+        raise TextlocError(f"unknown study {name!r}; allowed: {', '.join(STUDIES)}")
+    layers = tuple(sorted(layers))
+    if not layers:
+        raise TextlocError("a study needs at least one localized layer")
+    check_layers(experiment.model, layers)
+    sites = STUDIES[name].sites(experiment.model, layers, experiment.steps)
+    pairs = STUDIES[name].pairs(n, seed)
+    inputs = {"rows": sweeps.ROWS, "pairs": digest_of(pairs), "sites": sites}
+    return experiment.table(f"study_{experiment.name}_{name}", inputs, lambda: sweeps.table(experiment, pairs, sites))
+
+
+# --- short tables ---------------------------------------------------------------------------------------------
+
+
+def carried(table: pd.DataFrame) -> pd.DataFrame:
+    """What each site carries, from the table of the study "colours", whose targets have other colours, too.
+
+    One row per site; columns of ``sites.COLUMNS``, text (mean text effect), wall and sign (share of pictures whose
+    colour is the target's when the site is patched; NaN where nobody can tell, as in full-size pictures), n.
+    """
+    seen = table[~table.kind.isin(["source", "target"])]
+    seen = seen.assign(text=seen.target_score - seen.floor)
+    for name in ("wall", "sign"):
+        read = seen.get(f"{name}_read")
+        seen[name] = np.nan if read is None else (read == seen[f"target_{name}"]).astype(float)
+    groups = seen.groupby(list(COLUMNS), sort=False)
+    return groups[["text", "wall", "sign"]].mean().assign(n=groups.size()).reset_index()
+
+
+def windows(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of the study "steps" as columns kind ("from step", "until step"), step, mean, low, high, n.
+
+    Effects are in shares of the found set's mean effect over all steps.
+    """
+    effects = sweeps.effect_intervals(table)
+    whole = effects["mean"][effects.kind == "found"].item()
+    parts = effects[effects.kind.isin(["from step", "until step"])].reset_index(drop=True)
+    step = parts.start.where(parts.kind == "from step", parts.stop)
+    return parts[["kind"]].assign(step=step, **parts[["mean", "low", "high"]] / whole, n=parts.n)
+
+
+def by_length(table: pd.DataFrame) -> pd.DataFrame:
+    """Text effects by the number of letters of source and target, from the table of the study "length".
+
+    Columns source, target (letters), found (mean effect of the set), all (of all layers), n pairs.
+    """
+    part = table[table.kind.isin(["found", "all"])]
+    letters = {"source": part.source_text.str.len(), "target": part.target_text.str.len()}
+    part = part.assign(effect=part.target_score - part.floor, **letters)
+    means = part.pivot_table("effect", ["source", "target"], "kind")[["found", "all"]]
+    counted = part[part.kind == "found"].groupby(["source", "target"]).size()
+    return means.assign(n=counted).reset_index().rename_axis(columns=None)

@@ -1,0 +1,398 @@
+"""Which layers hold the text: choose the fewest that suffice, by drawing all there is, or for a fraction of that.
+
+A set of layers **reaches** the share r of the all-layer patch's effect when its mean text effect (``sweeps``) over the
+pairs is r times that one's.
+
+**Selection rule.** Layers are put in the order of how far each alone moves the text, which is its effect and what it
+takes of the source's score: a layer may erase the source's text and need others to write. The first set that reaches
+``share`` (0.9) is taken; then every layer of it, the weakest first, is left out if the others still reach it.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from diffusers import DiffusionPipeline
+from scipy import stats
+
+from textloc_utils import metrics, onestep, sweeps
+from textloc_utils.experiment import Experiment, check_pairs, digest_of, published_store
+from textloc_utils.generate import rows_per_call
+from textloc_utils.models import Model, key_value_numbers
+from textloc_utils.prompts import Pair
+from textloc_utils.settings import TextlocError
+from textloc_utils.sites import Site, every_layer, joined, single_layers, together
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARE = 0.9  #: of the all-layer patch's text effect
+BUDGET = 0.1  #: of the exhaustive sweep's cost
+SEARCHES = ("exhaustive", "budgeted", *onestep.DEPTHS)
+#: The budgeted search: pairs that are screened, share of the screened effects that the first leading sets hold, pairs
+#: of the first round, and their growth from round to round.
+SCREEN, SCREENED, FIRST, GROWTH = 6, 0.98, 8, 1.5
+
+
+# --- what is found --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Found:
+    """What a search found.
+
+    ``layers`` is the set, ``effects`` the mean effect of each layer alone (text effects, or one-step ones), ``score``
+    the set's mean target score (None where nothing was drawn), ``reached`` the share of the all-layer patch's effect,
+    ``confidence`` the share of bootstrap resamples of the pairs in which the same set comes out of those compared (each
+    on the pairs on which it was drawn), ``share`` its part of the denoiser's parameters (key and value maps),
+    ``row_evaluations`` the cost, units that were already stored included, and ``seconds`` the wall time of this run.
+    """
+
+    model: str
+    search: str
+    layers: tuple[int, ...]
+    effects: tuple[float, ...]
+    score: metrics.Interval | None
+    reached: metrics.Interval
+    confidence: float
+    share: float
+    pairs: int
+    row_evaluations: int
+    seconds: float
+
+    def __repr__(self) -> str:
+        told = [
+            f"{self.model}: layers {joined(self.layers)} of {len(self.effects)}, {self.share:.2%} of the parameters"
+        ]
+        told += [f"target text score {self.score}"] if self.score is not None else []
+        told += [f"share of the effect of all layers {self.reached}; confidence {self.confidence:.2f}"]
+        told += [f"{self.row_evaluations:,} denoiser row evaluations, {self.seconds:.0f} s"]
+        return "\n".join(told)
+
+    def show(self) -> "Figure":
+        """The effect of each layer alone as bars, those of the set marked."""
+        from textloc_utils.book import plots
+
+        ends = dict.fromkeys(("mean", "low", "high"), self.effects)
+        table = pd.DataFrame({"layer": range(len(self.effects)), **ends})
+        return plots.effects_by_model({self.model: table}, {self.model: self.layers})
+
+
+def reached(effects: pd.DataFrame, layers: Sequence[int]) -> np.ndarray:
+    """Share of the all-layer patch's effect that a set reaches: the estimate, then bootstrap values of it.
+
+    ``effects`` is a table of ``sweeps.set_effects``. Pairs are resampled whole, the same ones for every set of a table;
+    a pair counts where the set was drawn. Raises TextlocError where patching all layers brings nothing.
+    """
+    both = effects[[joined(layers), "all"]].to_numpy()
+    both = np.where(np.isnan(both).any(1, keepdims=True), 0.0, both)
+    if both[:, 1].sum() <= 0:
+        raise TextlocError("patching all layers brings no target text: there is nothing to localize in this model")
+    # Both are taken over the same pairs, so that their means over all have the ratio of their own means.
+    own, every = np.concatenate([both.mean(0)[None], metrics.resampled(both)]).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(every > 0, own / every, 0.0)
+
+
+def rank_agreement(a: pd.DataFrame, b: pd.DataFrame, *, resamples: int = metrics.RESAMPLES) -> metrics.Interval:
+    """Spearman correlation over layers of the mean effects in two tables (pairs x layers), pairs resampled in each."""
+    rng = np.random.default_rng(0)
+    a, b = a.to_numpy(), b.to_numpy()
+
+    def once(x, y) -> float:
+        # Constant effects have no ranks to agree on.
+        return (
+            float(stats.spearmanr(x.mean(0), y.mean(0)).statistic) if np.ptp(x.mean(0)) and np.ptp(y.mean(0)) else 0.0
+        )
+
+    # Not scipy's bootstrap: it would draw other pairs than those behind the published figures.
+    values = [once(*(x[rng.integers(len(x), size=len(x))] for x in (a, b))) for _ in range(resamples)]
+    return metrics.Interval(once(a, b), *metrics.percentiles(values), min(len(a), len(b)))
+
+
+# --- the searches ---------------------------------------------------------------------------------------------
+
+
+def localize(
+    subject: Experiment | Model | DiffusionPipeline,
+    pairs: Sequence[Pair],
+    *,
+    how: str = "budgeted",
+    share: float = SHARE,
+    budget: float = BUDGET,
+    **settings,
+) -> Found:
+    """Find the layers that hold the text, by one of SEARCHES.
+
+    ``exhaustive``: the sweep of all layers and the selection rule. ``one-step`` and ``attribution``: the fewest layers
+    whose effects (``sweeps.cheap``, averaged over noise levels) add up to ``share`` of all layers'; no picture is
+    drawn. ``budgeted``: layers in the order of their one-step effects on a few pairs, then leading sets drawn on ever
+    more pairs, the ones dropped early that surely fall short or are surely larger than needed; it ends when one set is
+    left or the next round would cost more than ``budget`` times the exhaustive sweep over the same pairs (the screen
+    and one round are always done).
+
+    ``settings`` are those of ``experiment.Experiment``. With ``publish`` the outcome is written to the package's data
+    as ``results/localize_MODEL_SEARCH.csv``, see :func:`published`. Raises TextlocError for what cannot be searched,
+    before anything is drawn.
+    """
+    experiment, pairs = Experiment.of(subject, **settings), check_pairs(pairs)
+    if how not in SEARCHES:
+        raise TextlocError(f"unknown search {how!r}; allowed: {', '.join(SEARCHES)}")
+    if not 0 < share <= 1:
+        raise TextlocError(f"the share to reach must lie above 0 and not above 1, got {share}")
+    if not 0 < budget <= 1:
+        raise TextlocError(
+            f"the budget is a share of the exhaustive sweep's cost, above 0 and not above 1, got {budget}"
+        )
+    if len({pair.seed for pair in pairs}) < len(pairs):
+        raise TextlocError("two of the pairs have the same seed; give each pair one of its own")
+    began = time.perf_counter()
+    if how == "exhaustive":
+        found = _exhaustive(experiment, pairs, share)
+    elif how == "budgeted":
+        found = _budgeted(experiment, pairs, share, budget)
+    else:
+        found = _cheap_only(experiment, pairs, share, how)
+    found = replace(found, seconds=time.perf_counter() - began)
+    if experiment.publish:
+        key = _key(experiment, pairs, how, share, budget)
+        experiment.write(_name(experiment, how), _outcome(experiment, pairs, found), found=asdict(found), key=key)
+    return found
+
+
+def published(
+    experiment: Experiment, pairs: Sequence[Pair], how: str, *, share: float = SHARE, budget: float = BUDGET
+) -> tuple[Found, pd.DataFrame]:
+    """A search's outcome and its table: the published ones where they fit, otherwise the search is done now.
+
+    The table holds the sweep's rows and those of the set after an exhaustive search, ``sweeps.cheap``'s rows after one
+    without pictures, and one row per layer with its effect after a budgeted one.
+    """
+    key = _key(experiment, pairs, how, share, budget)
+    table = None if experiment.publish else published_store().load_matching(_name(experiment, how), key)
+    if table is None:
+        found = localize(experiment, pairs, how=how, share=share, budget=budget)
+        return found, _outcome(experiment, pairs, found)
+    told = table.attrs["provenance"]["found"]
+    intervals = {name: told[name] and metrics.Interval(**told[name]) for name in ("score", "reached")}
+    return Found(**told | intervals | {name: tuple(told[name]) for name in ("layers", "effects")}), table
+
+
+def _outcome(experiment: Experiment, pairs: Sequence[Pair], found: Found) -> pd.DataFrame:
+    if found.search == "exhaustive":
+        table, chosen = sweeps.table(experiment, pairs), together(found.layers)
+        if chosen.kind == "set":
+            # Drawn again beside the plain source, which the search itself does not need.
+            drawn = sweeps.table(experiment, pairs, [chosen])
+            table = pd.concat([table, drawn[drawn.kind == "set"]], ignore_index=True)
+        return table
+    if found.search in onestep.DEPTHS:
+        return sweeps.cheap(experiment, pairs, depth=found.search)
+    return pd.DataFrame({"layer": range(len(found.effects)), "effect": found.effects})
+
+
+def _name(experiment: Experiment, how: str) -> str:
+    return f"localize_{experiment.name}_{how}"
+
+
+def _key(experiment: Experiment, pairs: Sequence[Pair], how: str, share: float, budget: float) -> dict:
+    rule = {"rows": sweeps.ROWS, "pairs": digest_of(pairs), "share": share}
+    rule |= {"budget": budget} if how == "budgeted" else {}
+    rule |= {"levels": onestep.LEVELS} if how in onestep.DEPTHS else {}
+    return experiment.key | rule
+
+
+class _Drawn:
+    """Sets of layers drawn so far on some pairs; draws only what is missing."""
+
+    def __init__(self, experiment: Experiment, table: pd.DataFrame | None = None):
+        self.experiment, self.table = experiment, table
+        self.rows = 0.0 if table is None else table.row_evaluations.sum()
+        self._effects: pd.DataFrame | None = None  # of the table as it is
+
+    def ask(self, sets: Sequence[tuple[int, ...]], pairs: Sequence[Pair]) -> None:
+        """Draw the sets, and all layers, on those of the pairs on which they are missing."""
+        wanted = [*map(together, sets), every_layer(self.experiment.model)]
+        places = ["seed", "kind", "layers"]
+        known = set() if self.table is None else set(self.table[places].itertuples(index=False, name=None))
+        groups: dict[tuple[Site, ...], list[Pair]] = {}
+        for pair in pairs:
+            missing = (site for site in wanted if (pair.seed, site.kind, joined(site.layers)) not in known)
+            groups.setdefault(tuple(missing), []).append(pair)
+        for missing, group in groups.items():
+            if missing:
+                new = sweeps.table(self.experiment, group, missing, source=False)
+                self.rows += new.row_evaluations.sum()
+                self._effects = None
+                new = new[new.kind != "target"]
+                self.table = new if self.table is None else pd.concat([self.table, new], ignore_index=True)
+
+    @property
+    def effects(self) -> pd.DataFrame:
+        if self._effects is None:
+            self._effects = sweeps.set_effects(self.table)
+        return self._effects
+
+    def reached(self, layers: Sequence[int]) -> np.ndarray:
+        return reached(self.effects, layers)
+
+    def score(self, layers: Sequence[int]) -> metrics.Interval:
+        of_set = self.table.kind.isin(["layer", "set"]) & (self.table.layers == joined(layers))
+        return metrics.bootstrap(self.table[of_set].target_score)
+
+
+def _exhaustive(experiment: Experiment, pairs: Sequence[Pair], share: float) -> Found:
+    drawn = _Drawn(experiment, sweeps.table(experiment, pairs))
+    effects = sweeps.layer_table(drawn.table).mean().to_numpy()
+    order = _order(_moved(drawn.table))
+    for n in range(1, len(order) + 1):
+        chosen = tuple(sorted(order[:n]))
+        drawn.ask([chosen], pairs)
+        if drawn.reached(chosen)[0] >= share:
+            break
+    for layer in reversed(order):
+        fewer = tuple(i for i in chosen if i != layer)
+        if layer in chosen and fewer:
+            drawn.ask([fewer], pairs)
+            if drawn.reached(fewer)[0] >= share:
+                chosen = fewer
+    return _found("exhaustive", chosen, effects, drawn, share, len(pairs), drawn.rows)
+
+
+def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budget: float) -> Found:
+    limit = budget * len(pairs) * _cost(experiment, len(single_layers(experiment.model)) + 1)
+    screened = sweeps.cheap(experiment, pairs[:SCREEN])
+    effects = sweeps.layer_table(screened).mean().to_numpy()
+    order, spent = _order(effects), screened.row_evaluations.sum()
+    leading = _leading(effects, SCREENED)
+    drawn = _Drawn(experiment)
+    chosen, seen = (), 0
+    while True:
+        # Leading sets at first; then the set that was found, against itself with one layer left out.
+        if not chosen:
+            sets = [tuple(sorted(order[:n])) for n in range(1, leading + 1)]
+        else:
+            sets = [tuple(i for i in chosen if i != layer) for layer in reversed(order) if layer in chosen] + [chosen]
+        best, seen = _race(drawn, sets, pairs, share, limit - spent, seen)
+        if best is None and leading < len(order):  # even the largest falls short
+            leading, chosen = min(len(order), 2 * leading), ()
+            continue
+        best = sets[-1] if best is None else best
+        if best == chosen or len(best) == 1:
+            return _found("budgeted", best, effects, drawn, share, seen, spent + drawn.rows)
+        chosen = best
+
+
+def _race(
+    drawn: _Drawn,
+    sets: list[tuple[int, ...]],
+    pairs: Sequence[Pair],
+    share: float,
+    limit: float,
+    seen: int,
+) -> tuple[tuple[int, ...] | None, int]:
+    """The smallest of the sets that reaches the share, None if none does, and the number of pairs it was drawn on."""
+    alive, n = list(sets), max(seen, min(FIRST, len(pairs)))
+    while True:
+        drawn.ask(alive, pairs[:n])
+        values = {s: drawn.reached(s) for s in alive}
+        bounds = {s: metrics.percentiles(values[s][1:]) for s in alive}
+        sure = [s for s in alive if bounds[s][0] >= share]
+        most = min(map(len, sure), default=len(sets[-1]))
+        alive = [s for s in alive if bounds[s][1] >= share and (len(s) < most or s in sure[:1] or not sure)]
+        more = min(len(pairs), int(np.ceil(n * GROWTH)))
+        cost = (more - n) * _cost(drawn.experiment, len(alive) + 1)
+        if len(alive) <= 1 and (not alive or alive[0] in sure) or more == n or drawn.rows + cost > limit:
+            good = [s for s in alive if values[s][0] >= share]
+            return (min(good, key=len) if good else None), n
+        n = more
+
+
+def _cost(experiment: Experiment, sources: int) -> int:
+    """Row evaluations of one pair with this many pictures of the source: each batch draws the target, too."""
+    rows = sources + math.ceil(sources / (rows_per_call(experiment.model) - 1))
+    return rows * experiment.steps * experiment.model.evaluations(experiment.guidance)
+
+
+def _cheap_only(experiment: Experiment, pairs: Sequence[Pair], share: float, how: str) -> Found:
+    table = sweeps.cheap(experiment, pairs, depth=how)
+    layers = sweeps.layer_table(table)
+
+    def choose(mean: np.ndarray) -> tuple[int, ...]:
+        return tuple(sorted(_order(mean)[: _leading(mean, share)]))
+
+    values = layers.to_numpy()
+    means = np.maximum(np.concatenate([values.mean(0)[None], metrics.resampled(values)]), 0)
+    chosen = choose(means[0])
+    estimate, *part = means[:, chosen].sum(1) / np.maximum(means.sum(1), 1e-12)
+    return Found(
+        model=experiment.name,
+        search=how,
+        layers=chosen,
+        effects=tuple(layers.mean().tolist()),
+        score=None,
+        reached=metrics.Interval(float(estimate), *metrics.percentiles(part), len(pairs)),
+        confidence=float(np.mean([choose(mean) == chosen for mean in means[1:]])),
+        share=parameter_share(experiment.model, chosen),
+        pairs=len(pairs),
+        row_evaluations=round(table.row_evaluations.sum()),
+        seconds=0.0,
+    )
+
+
+def _moved(table: pd.DataFrame) -> np.ndarray:
+    """How far each layer alone moves the text in a sweep: its text effect and what it takes of the source's score."""
+    plain = table[table.kind == "source"].set_index("seed").source_score
+    taken = table.assign(target_score=table.seed.map(plain) - table.source_score, floor=0.0)
+    return (sweeps.layer_table(table) + sweeps.layer_table(taken)).mean().to_numpy()
+
+
+def _order(effects: np.ndarray) -> list[int]:
+    """Layers by effect, the strongest first."""
+    return [int(i) for i in np.argsort(-np.asarray(effects), kind="stable")]
+
+
+def _leading(effects: np.ndarray, share: float) -> int:
+    """How many layers, the strongest first, hold this share of the sum of all effects above 0."""
+    sums = np.cumsum(np.maximum(effects[_order(effects)], 0))
+    return min(len(effects), int(np.searchsorted(sums, (share - 1e-9) * sums[-1])) + 1)
+
+
+def parameter_share(model: Model, layers: Sequence[int]) -> float:
+    """Part of the denoiser's parameters that the key and value maps of these layers hold."""
+    total = sum(p.numel() for p in model.denoiser.parameters())
+    return sum(key_value_numbers(model.denoiser, model.layers[i]) for i in set(layers)) / total
+
+
+def _found(
+    how: str,
+    layers: tuple[int, ...],
+    effects: np.ndarray,
+    drawn: _Drawn,
+    share: float,
+    pairs: int,
+    rows: float,
+) -> Found:
+    compared = [tuple(map(int, name.split())) for name in drawn.effects if name != "all"]
+    values = {s: drawn.reached(s)[1:] for s in compared}
+    own = values[layers]
+    # The same set comes out where it reaches the share and no smaller one does.
+    smaller = [v >= share for s, v in values.items() if len(s) < len(layers)]
+    same = (own >= share) & ~np.any(smaller, axis=0) if smaller else own >= share
+    return Found(
+        model=drawn.experiment.name,
+        search=how,
+        layers=layers,
+        effects=tuple(float(e) for e in effects),
+        score=drawn.score(layers),
+        reached=metrics.Interval(float(drawn.reached(layers)[0]), *metrics.percentiles(own), len(drawn.effects)),
+        confidence=float(np.mean(same)),
+        share=parameter_share(drawn.experiment.model, layers),
+        pairs=pairs,
+        row_evaluations=round(rows),
+        seconds=0.0,
+    )

@@ -1,0 +1,202 @@
+"""The sweep: patch one site after another in pair after pair, read what the pictures say, and sum it up.
+
+The **text effect** of a patch on a pair is its target score (``metrics.text_score``) less the pair's floor, the score
+that the source's own text has against the target's: two words share letters by chance, and a picture that kept its
+text has an effect of 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from diffusers import DiffusionPipeline
+
+from textloc_utils import metrics, ocr, onestep, sites
+from textloc_utils.experiment import Experiment, check_pairs
+from textloc_utils.generate import rows_per_call
+from textloc_utils.miniatures import scenes
+from textloc_utils.models import Model, check_layers
+from textloc_utils.prompts import Pair
+from textloc_utils.sites import SOURCE, TARGET, Site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROWS = 4  #: part of a stored unit's key: raised whenever its rows change
+SCORES = ("target_score", "source_score", "exact", "ssim_outside", "psnr_outside")
+
+
+# --- the sweep ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Sweep:
+    """What a sweep found: ``table`` has one row per pair and picture (columns as :func:`patch_pair`)."""
+
+    experiment: Experiment
+    pairs: list[Pair]
+    sites: list[Site]
+    table: pd.DataFrame
+
+    def summary(self) -> pd.DataFrame:
+        """One row per site, see :func:`summarise`."""
+        return summarise(self.table)
+
+    def __repr__(self) -> str:
+        short = self.summary()[["site", "target_score", "source_score", "ssim_outside"]]
+        told = short.to_string(index=False, float_format="{:.2f}".format, max_rows=40)
+        return f"{self.experiment.name}, means over {len(self.pairs)} pairs\n{told}"
+
+    def show(self, pair: int = 0) -> "Figure":
+        """Draw a pair again: its source, its target, and the picture patched at each site, with what OCR reads."""
+        from textloc_utils.book import plots
+
+        pictures, rows = patch_pair(self.experiment, self.pairs[pair], self.sites)
+        return plots.pictures(pictures, [f"{row['site']}: {row['read'] or 'nothing'}" for row in rows])
+
+
+def sweep(
+    subject: Experiment | Model | DiffusionPipeline,
+    pairs: Sequence[Pair],
+    *,
+    sites: Sequence[Site] | None = None,
+    **settings,
+) -> Sweep:
+    """Patch every site (default: ``sites.single_layers``) in every pair.
+
+    ``settings`` are those of ``experiment.Experiment``: steps, guidance, negative_prompt, store, progress. Raises
+    TextlocError for pairs, layers or settings that do not fit, before anything is drawn.
+    """
+    experiment, pairs = Experiment.of(subject, **settings), check_pairs(pairs)
+    chosen = _sites(experiment, sites)
+    return Sweep(experiment=experiment, pairs=pairs, sites=chosen, table=table(experiment, pairs, chosen))
+
+
+def table(
+    experiment: Experiment, pairs: Sequence[Pair], sites: Sequence[Site] | None = None, *, source: bool = True
+) -> pd.DataFrame:
+    """The table of a :func:`sweep`: each pair is a unit of the store; ``source`` as for :func:`patch_pair`."""
+    chosen = _sites(experiment, sites)
+    inputs = {"rows": ROWS, "sites": chosen, "source": source}
+
+    def compute(pair: Pair) -> list[dict]:
+        return patch_pair(experiment, pair, chosen, source=source)[1]
+
+    return experiment.units("sweep", check_pairs(pairs), inputs, compute)
+
+
+def patch_pair(
+    experiment: Experiment,
+    pair: Pair,
+    sites: Sequence[Site] | None = None,
+    *,
+    source: bool = True,
+    batch_size: int | None = None,
+) -> tuple[np.ndarray, list[dict]]:
+    """Draw one pair: the source, the target, and the source patched at each site, ``batch_size`` rows at a time.
+
+    One target row serves all patched rows of a batch; every batch draws it again. ``source=False`` leaves out the plain
+    source, and with it the columns that compare with it. Returns the pictures, uint8 (pictures, H, W, 3), and one row
+    per picture: model, the pair's seed, colours and texts, the columns of its site (``sites.COLUMNS``), read (by OCR),
+    target_score and source_score (``metrics.text_score``, 0..1), floor (the source's text against the target's), exact
+    (spells the target), ssim_outside and psnr_outside (to the plain source, outside the text box; PSNR capped at 60
+    dB), row_evaluations (the pair's, evenly over its pictures); for a miniature also the colours wall_read and
+    sign_read.
+    """
+    model, chosen = experiment.model, _sites(experiment, sites)
+    todo = ([SOURCE] if source else []) + chosen
+    room = max(1, (batch_size or rows_per_call(model)) - 1)
+    drawn, cost = [], 0
+    for start in range(0, max(1, len(todo)), room):
+        part = todo[start : start + room]
+        patches = [site.patch(1 + i, 0) for i, site in enumerate(part) if site is not SOURCE]
+        texts = [pair.target] + [pair.source] * len(part)
+        made = experiment.draw(texts, [pair.seed] * len(texts), patches=patches)
+        drawn += list(made.images[1:] if start else made.images)
+        cost += made.row_evaluations
+    pictures = np.stack([*drawn[1:2], drawn[0], *drawn[2:]] if source else drawn)
+    shown = ([SOURCE] if source else []) + [TARGET, *chosen]
+    rows = [
+        {
+            "model": experiment.name,
+            "seed": pair.seed,
+            **{k: getattr(pair, k) for k in ("wall", "sign", "target_wall", "target_sign")},
+            "source_text": pair.source_text,
+            "target_text": pair.target_text,
+            **site.columns(experiment.steps),
+            "read": text,
+            "target_score": metrics.text_score(text, pair.target_text),
+            "source_score": metrics.text_score(text, pair.source_text),
+            "floor": metrics.text_score(pair.source_text, pair.target_text),
+            "exact": metrics.exact_match(text, pair.target_text),
+            "row_evaluations": cost / len(pictures),
+        }
+        for site, text in zip(shown, ocr.read(pictures), strict=True)
+    ]
+    if source:
+        mask = metrics.outside(model.spec.text_box, *pictures.shape[1:3])
+        plain = np.broadcast_to(pictures[:1], pictures.shape)
+        ssim = metrics.ssim(pictures, plain, mask)
+        psnr = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)
+        for row, a, b in zip(rows, ssim, psnr, strict=True):
+            row |= {"ssim_outside": float(a), "psnr_outside": float(b)}
+    if model.spec.miniature:
+        for row, picture in zip(rows, pictures, strict=True):
+            row["wall_read"], row["sign_read"] = scenes.read_colours(picture)
+    return pictures, rows
+
+
+def cheap(experiment: Experiment, pairs: Sequence[Pair], *, depth: str = "one-step") -> pd.DataFrame:
+    """The table of ``onestep.effects``, pair by pair in the store as :func:`table`'s."""
+    onestep.check_depth(depth)
+    inputs = {"rows": ROWS, "depth": depth, "levels": onestep.LEVELS}
+
+    def compute(pair: Pair) -> pd.DataFrame:
+        return onestep.effects(experiment.model, [pair], depth=depth, **experiment.settings)
+
+    return experiment.units("effects", check_pairs(pairs), inputs, compute)
+
+
+def _sites(experiment: Experiment, chosen: Sequence[Site] | None) -> list[Site]:
+    chosen = sites.single_layers(experiment.model) if chosen is None else list(chosen)
+    for site in chosen:
+        check_layers(experiment.model, site.layers)
+    return chosen
+
+
+# --- what a table says ----------------------------------------------------------------------------------------
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per site, in the sweep's order: ``sites.COLUMNS``, n, and SCORES as of ``metrics.summarise``."""
+    return metrics.summarise(table, sites.COLUMNS, SCORES)
+
+
+def effect_intervals(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean text effect per site with its 95 % interval: columns of ``sites.COLUMNS``, n, mean, low, high."""
+    patched = table[~table.kind.isin([SOURCE.kind, TARGET.kind])]
+    effects = metrics.summarise(_with_effect(patched), sites.COLUMNS, ["effect"])
+    return effects.set_axis([*sites.COLUMNS, "n", "mean", "low", "high"], axis=1)
+
+
+def set_effects(table: pd.DataFrame) -> pd.DataFrame:
+    """Text effects of sets of layers: one row per pair (its seed), one column per set, NaN where it was not drawn.
+
+    A column is named by the set's layers, joined by spaces; that of the all-layer patch is "all".
+    """
+    patched = table[table.kind.isin(["layer", "set", "all"])]
+    named = patched.layers.where(patched.kind != "all", "all")
+    return _with_effect(patched).assign(set=named).pivot(index="seed", columns="set", values="effect")
+
+
+def layer_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Effects of single layers, pairs x layers, from a sweep's table or from one of :func:`cheap`."""
+    if "depth" not in table:
+        table = _with_effect(table[table.kind == "layer"]).rename(columns={"layers": "layer"}).astype({"layer": int})
+    return table.pivot_table("effect", "seed", "layer", aggfunc="mean")
+
+
+def _with_effect(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(effect=table.target_score - table.floor)

@@ -1,0 +1,175 @@
+"""Where text stands in a picture of any size, and the same text as black ink on white paper.
+
+A letter is a piece of one surface that differs from what surrounds it, lies in a row with others of its height, and
+ends inside the picture. Pieces are sought in luminance and in each colour channel, dark ones and light ones; the rows
+of the channel in which they stand out most are the text. Nothing here knows the wanted text or the colours.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+#: Letters are sought at this height of the picture, in pixels; colours are taken from the picture itself.
+WORKING = 512
+#: Least and largest height of a letter, as shares of the picture's; least difference to its surroundings, 0 to 255.
+LEAST, MOST, CONTRAST = 0.02, 0.6, 18.0
+#: Heights of the letters on the page that is handed to a reader, in pixels.
+LETTER = 40
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """Lines of text that stand below each other.
+
+    ``box`` is left, top, right, bottom in the picture's pixels, ``lines`` how many lines there are, and ``page`` what
+    stands there as a grey picture, black on white, its letters about ``LETTER`` pixels high.
+    """
+
+    box: tuple[int, int, int, int]
+    lines: int
+    page: Image.Image
+
+
+def find(picture: np.ndarray) -> list[Block]:
+    """The blocks of text in a uint8 picture (H, W, 3), the topmost first; an empty list where nothing looks like it."""
+    ratio = WORKING / picture.shape[0]
+    small = Image.fromarray(picture).resize((max(1, round(picture.shape[1] * ratio)), WORKING), Image.Resampling.BOX)
+    x = ndimage.gaussian_filter(np.asarray(small, np.float64), (1.2, 1.2, 0))
+    channels = [x @ (0.299, 0.587, 0.114), *np.moveaxis(x, 2, 0)]
+    best, lines = 0.0, []
+    for channel in channels:
+        for sign in (1.0, -1.0):
+            found = _lines(sign * channel)
+            # Luminance comes first: a channel has to be clearly better.
+            if (score := sum(line.score for line in found)) > 1.1 * best:
+                best, lines = score, found
+    blocks = [_block(picture, block, 1 / ratio) for block in _stacked(lines)]
+    blocks = [b for b in blocks if not any(_within(b.box, o.box) for o in blocks if o is not b and o.lines >= b.lines)]
+    return sorted(blocks, key=lambda block: block.box[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    box: tuple[float, float, float, float]
+    height: float  # of its letters
+    score: float
+
+
+def _lines(channel: np.ndarray) -> list[_Line]:
+    """Rows of letters that are darker than their surroundings in a channel (H, W)."""
+    height, width = channel.shape
+    best = []
+    for window in (height // 16, height // 5):
+        low = ndimage.uniform_filter(channel, window) - channel
+        dark = low > max(CONTRAST / 2, 0.25 * np.percentile(low, 99.5))
+        parts, _ = ndimage.label(dark, np.ones((3, 3)))
+        found = []
+        for i, (rows, columns) in enumerate(ndimage.find_objects(parts), 1):
+            h, w = rows.stop - rows.start, columns.stop - columns.start
+            if not LEAST * height <= h <= MOST * height or w > 3 * h or w > 0.5 * width:
+                continue
+            if not rows.start or not columns.start or rows.stop == height or columns.stop == width:
+                continue
+            here = parts[rows, columns] == i
+            if here.mean() < 0.08:
+                continue
+            contrast = float(low[rows, columns][here].mean())
+            found.append((columns.start, rows.start, columns.stop, rows.stop, contrast))
+        lines = _rows(found)
+        if sum(line.score for line in lines) > sum(line.score for line in best):
+            best = lines
+    return best
+
+
+def _rows(letters: list[tuple]) -> list[_Line]:
+    """Letters of one height beside each other, put together."""
+    group = list(range(len(letters)))
+
+    def root(i: int) -> int:
+        while group[i] != i:
+            i = group[i]
+        return i
+
+    for i, a in enumerate(letters):
+        for j, b in enumerate(letters[:i]):
+            h, k = a[3] - a[1], b[3] - b[1]
+            apart = max(a[0], b[0]) - min(a[2], b[2])
+            shared = min(a[3], b[3]) - max(a[1], b[1])
+            if max(h, k) <= 2 * min(h, k) and shared > 0.5 * min(h, k) and apart < 1.6 * max(h, k):
+                group[root(i)] = root(j)
+    lines = []
+    for leader in set(map(root, range(len(letters)))):
+        mine = np.array([letters[i] for i in range(len(letters)) if root(i) == leader])
+        if _is_text(mine):
+            heights = mine[:, 3] - mine[:, 1]
+            box = (*mine[:, :2].min(0), *mine[:, 2:4].max(0))
+            lines.append(_Line(box=box, height=float(np.median(heights)), score=float((heights * mine[:, 4]).sum())))
+    most = max((line.score for line in lines), default=0.0)
+    lines = sorted((line for line in lines if line.score > 0.15 * most), key=lambda line: -line.score)
+    # What lies within a stronger line is a part of its letters.
+    return [line for i, line in enumerate(lines) if not any(_within(line.box, other.box) for other in lines[:i])]
+
+
+def _is_text(letters: np.ndarray) -> bool:
+    """Whether two or more letters (n, 5) stand on one base line, are of about one height, and as dark as each other."""
+    if len(letters) < 2:
+        return False
+    left, top, _, bottom, contrast = letters.T
+    heights = bottom - top
+    typical = np.median(heights)
+    base = np.polyfit(left, bottom, 1) if len(letters) > 2 else (0.0, bottom.mean())
+    off = np.median(np.abs(bottom - np.polyval(base, left)))
+    return off < 0.12 * typical and abs(base[0]) < 0.35 and contrast.std() < 0.4 * contrast.mean()
+
+
+def _within(box, other) -> bool:
+    """Whether more than half of a box lies in another one."""
+    width, height = (min(box[i + 2], other[i + 2]) - max(box[i], other[i]) for i in (0, 1))
+    return min(width, height) > 0 and width * height > 0.5 * (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _stacked(lines: list[_Line]) -> list[list[_Line]]:
+    """Lines below each other, of like height, as blocks."""
+    blocks = []
+    for line in sorted(lines, key=lambda line: line.box[1]):
+        for block in blocks:
+            last = block[-1]
+            beside = min(line.box[2], last.box[2]) - max(line.box[0], last.box[0])
+            like = max(line.height, last.height) < 2 * min(line.height, last.height)
+            if like and beside > 0 and line.box[1] - last.box[3] < 1.5 * line.height:
+                block.append(line)
+                break
+        else:
+            blocks.append([line])
+    return blocks
+
+
+def _block(picture: np.ndarray, lines: list[_Line], ratio: float) -> Block:
+    boxes = np.array([line.box for line in lines]) * ratio
+    letter = float(np.mean([line.height for line in lines])) * ratio
+    (left, top), (right, bottom) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    box = (int(left), int(top), int(np.ceil(right)), int(np.ceil(bottom)))
+    room = 0.35 * letter  # accents, commas and the dots of letters stand here
+    left, top = max(0, int(left - room)), max(0, int(top - room))
+    right, bottom = min(picture.shape[1], int(right + room) + 1), min(picture.shape[0], int(bottom + room) + 1)
+    return Block(box=box, lines=len(lines), page=_page(picture[top:bottom, left:right], letter))
+
+
+def _page(crop: np.ndarray, letter: float) -> Image.Image:
+    """A crop of text in black on white, its letters LETTER pixels high, without what runs out of it."""
+    scale = LETTER / letter
+    size = (max(8, round(crop.shape[1] * scale)), max(8, round(crop.shape[0] * scale)))
+    reduced = Image.fromarray(crop).resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
+    x = np.asarray(reduced, np.float64)
+    paper = np.median(x.reshape(-1, 3), axis=0)
+    distance = np.linalg.norm(x - paper, axis=2)
+    ink = np.median(x[distance >= np.quantile(distance, 0.93)], axis=0)
+    direction = ink - paper
+    share = np.clip((x - paper) @ direction / max(direction @ direction, 1.0), 0, 1)
+    parts, n = ndimage.label(share > 0.4)
+    edge = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
+    kept = np.isin(parts, np.setdiff1d(np.arange(1, n + 1), edge))
+    share = np.where(ndimage.binary_dilation(kept, np.ones((5, 5))), share, 0.0)
+    return Image.fromarray(np.rint(255 * (1 - np.pad(share, LETTER // 2))).astype(np.uint8))
