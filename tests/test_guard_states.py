@@ -82,10 +82,8 @@ class Bypassing:
     def __init__(self, kept):
         self.kept = kept
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, image_rotary_emb=None
-    ):
-        other = {"attention_mask": attention_mask, "temb": temb, "image_rotary_emb": image_rotary_emb}
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        other = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
         other = {name: value for name, value in other.items() if value is not None}
         names = [
             n for n in ("add_k_proj", "add_v_proj", "to_k", "to_v") if isinstance(getattr(attn, n, None), nn.Linear)
@@ -282,9 +280,9 @@ def test_a_change_in_the_middle_of_a_call(name, change):
     guarded = safety.guard(tiny.BUILDERS[name](), LAYERS, detector=find)
     callback = at_step(lambda pipe, values: change(pipe))
     if name == "sdxl" and change is fused:  # the text goes into the attention module, fused or not
-        return check(
-            guarded, "drawn", None, draw(guarded._inner.pipe), lambda c: draw(c, callback_on_step_end=callback)
-        )
+        plain = draw(guarded._inner.pipe)
+        check(guarded, "drawn", None, plain, lambda call: draw(call, callback_on_step_end=callback))
+        return
     with pytest.raises(TextlocError):
         draw(guarded, callback_on_step_end=callback)
 
