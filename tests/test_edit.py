@@ -11,7 +11,14 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch.nn import functional as F
 
@@ -520,3 +527,94 @@ def test_the_command_edits_from_several_noises(tmp_path, capsys):
     assert [r["seed"] for r in reports] == [42, 43] and {r["reader"] for r in reports} == {ocr.reader("tesseract")}
     for report in reports:
         assert report == json.loads((tmp_path / "out" / f"seed-{report['seed']}" / "edit.json").read_text())
+
+
+# --- picture files --------------------------------------------------------------------------------------------
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+#: How a file must be turned for its orientation, 1 to 8, to lead back to the picture.
+TURNS = (None, *(Image.Transpose[n] for n in ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE")))
+TURNS += tuple(Image.Transpose[n] for n in ("ROTATE_90", "TRANSVERSE", "ROTATE_270"))
+
+
+def opened(tmp_path, image, name="picture.png", **options) -> np.ndarray:
+    image.save(tmp_path / name, **options)
+    return edit.open_picture(tmp_path / name, models.spec("sd3-mini"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_the_way_up_that_their_file_says(tmp_path, orientation):
+    image, turn, exif = Image.fromarray(PIXELS), TURNS[orientation - 1], Image.Exif()
+    exif[274] = orientation
+    turned = image if turn is None else image.transpose(turn)
+    np.testing.assert_array_equal(opened(tmp_path, turned, exif=exif), PIXELS)
+    if orientation > 4:
+        with pytest.raises(TextlocError, match="128x64 pixels, got 64x128"):
+            opened(tmp_path, image, exif=exif)
+
+
+@pytest.mark.parametrize("mode", ("RGBA", "LA", "P"))
+def test_what_is_transparent_stands_on_white(tmp_path, mode):
+    image, clear, options = Image.fromarray(PIXELS), np.zeros((64, 128), bool), {}
+    if mode == "P":
+        image = image.quantize(16)
+        clear, options = np.array(image) == 3, {"transparency": 3}
+        wanted = np.array(image.convert("RGB"))
+    else:
+        clear[:, 64:] = True
+        image = image.convert(mode[:-1])
+        wanted = np.array(image.convert("RGB"))
+        image.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    wanted[clear] = 255
+    np.testing.assert_array_equal(opened(tmp_path, image, **options), wanted)
+
+
+@pytest.mark.parametrize("name", ("grey.png", "grey.tif"))
+def test_grey_of_sixteen_bits_is_scaled(tmp_path, name):
+    grey = np.linspace(0, 65535, 64 * 128).reshape(64, 128).astype(np.uint16)
+    wanted = np.rint(grey / 257).astype(np.uint8)
+    np.testing.assert_array_equal(opened(tmp_path, Image.fromarray(grey), name), np.stack([wanted] * 3, -1))
+
+
+def test_pictures_that_no_rule_covers_are_refused(tmp_path):
+    image = Image.fromarray(PIXELS)
+    for kind in (np.int32, np.float32):
+        with pytest.raises(TextlocError, match="32 bits per channel"):
+            opened(tmp_path, Image.fromarray(PIXELS[..., 0].astype(kind)), "deep.tif")
+    with pytest.raises(TextlocError, match="holds 2 pictures"):
+        opened(tmp_path, image, "film.gif", save_all=True, append_images=[image.rotate(180)])
+
+
+def test_what_cannot_be_inverted_is_refused():
+    model = tiny.model("sd3")
+    size = model.spec.height
+    for wrong in (np.zeros((1, size, size, 3)), np.zeros((size, size, 3), np.uint8)):
+        with pytest.raises(TextlocError, match="must be uint8"):
+            edit.invert(model, wrong, [FROM])
+    picture = np.zeros((1, size, size, 3), np.uint8)
+    with torch.no_grad():
+        model.pipe.vae.encoder.conv_in.bias.fill_(torch.nan)
+    with pytest.raises(TextlocError, match="not finite"):
+        edit.invert(model, picture, [FROM])
+    for other in (AutoencoderTiny(), AutoencoderKL(latents_mean=[0.0] * 4)):
+        model.pipe.vae = other
+        with pytest.raises(TextlocError, match="AutoencoderKL without latents_mean"):
+            edit.invert(model, picture, [FROM])
+
+
+def test_texts_that_are_the_same_to_a_model_are_refused_before_it_draws(monkeypatch):
+    monkeypatch.setattr(edit.method, "generate", None)
+    model = tiny.model("sd3")
+    with pytest.raises(TextlocError, match="reads the same in"):
+        edit.report(model, pair('a sign that says "12"', 'a sign that says "34"'), edit.localized((1,)))
+
+
+@pytest.mark.parametrize("bypass", ("processor", "compiled"))
+def test_maps_that_cannot_be_replaced_are_an_error(bypass):
+    model = tiny.model("sdxl")
+    if bypass == "processor":
+        model.denoiser.set_attn_processor(AttnProcessor())
+    else:
+        model.denoiser.mid_block.compile(backend="eager")
+    with pytest.raises(TextlocError):
+        edit.edit(model, pair(), edit.prompt_to_prompt())

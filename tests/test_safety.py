@@ -318,12 +318,14 @@ def test_safe_diffusion_follows_its_equations(name):
 def test_momentum_is_kept_across_steps_and_starts_anew_with_each_picture():
     """By hand: constant answers u = 0, c = 0, s = 1 and m_1 = 0.6, 1.18 ... as the equations say."""
     model = tiny.model("sd3")
-    change = baselines._SafeDiffusion(model, 1, [0], {}, sld(threshold=0.5), 0)
+    text = torch.zeros(2, 1, 1)
+    change = baselines.SafeGuidance(model, 1, [0], {"encoder_hidden_states": text}, sld(threshold=0.5), 0)
     change.batch = 2
     answer, extra = torch.zeros(2, 4, 2, 2), torch.ones(1, 4, 2, 2)
     pushed = []
     for timestep in (900.0, 600.0, 300.0):
-        change.begin(models.DenoiserCall(rows=2, timestep=timestep, tokens=1))
+        given = {"hidden_states": torch.zeros(2, 4, 2, 2), "timestep": torch.tensor([timestep] * 2)}
+        change.begin((), given | {"encoder_hidden_states": text})
         pushed.append(-change.change(answer, extra)[1].mean().item())
     # safety = 1 + 0.3 nu; nu = 0.4 nu + 0.6 safety
     assert pushed == pytest.approx([1.0, 1.18, 1.2844])

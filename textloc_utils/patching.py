@@ -235,26 +235,32 @@ def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterat
     model = Model.of(model)
     patches = (patches,) if isinstance(patches, Patch) else tuple(patches)
     check_patches(model, patches, rows)
-    sites = _sites(model, patches)
+    sites = patch_sites(model, patches)
     fired = Fired({name: {(c.start, c.stop) for c in copies} for name, (copies, _) in sites.items()})
-    batch = _Batch(model, patches, rows, fired)
+    batch = Batch(model, patches, rows, fired)
     handles = []
     try:
         if sites:
             handles += fired.watch(model.denoiser)
-            handles.append(model.denoiser.register_forward_pre_hook(batch.check, with_kwargs=True))
-        for name, (copies, layer) in sites.items():
-            hook = _CopyRows(name, copies, layer, batch)
-            handles.append(model.denoiser.get_submodule(name).register_forward_hook(hook))
-        for layer, copies in _masked(model, sites).items():
-            attention = model.denoiser.get_submodule(layer)
-            handles.append(attention.register_forward_pre_hook(_CopyMasks(copies, batch), with_kwargs=True))
+            handles += copy_hooks(model, sites, batch)
         yield fired
         fired.close()
         batch.close()
     finally:
         for handle in handles:
             handle.remove()
+
+
+def copy_hooks(model: Model, sites: dict, batch: "Batch") -> list:
+    """Register the hooks that copy rows at the sites of :func:`patch_sites`; returns their handles."""
+    handles = [model.denoiser.register_forward_pre_hook(batch.check, with_kwargs=True)]
+    for name, (copies, layer) in sites.items():
+        hook = _CopyRows(name, copies, layer, batch)
+        handles.append(model.denoiser.get_submodule(name).register_forward_hook(hook))
+    for layer, copies in _masked(model, sites).items():
+        attention = model.denoiser.get_submodule(layer)
+        handles.append(attention.register_forward_pre_hook(_CopyMasks(copies, batch), with_kwargs=True))
+    return handles
 
 
 def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
@@ -307,7 +313,7 @@ def _check_conflicts(model: Model, patches: tuple[Patch, ...]) -> None:
         by_source[p.source].append((p, layers))
 
 
-def _sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[list[_Copy], TextLayer | None]]:
+def patch_sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[list[_Copy], TextLayer | None]]:
     """Dotted module name to its copies and its layer (None: the pooled site)."""
     grouped = defaultdict(lambda: defaultdict(list))
     layer_at = {}
@@ -339,7 +345,7 @@ def _masked(model: Model, sites: dict) -> dict[str, list[_Copy]]:
     return found
 
 
-class _Batch:
+class Batch:
     """How the rows of the denoiser's batch belong to the prompts."""
 
     def __init__(self, model: Model, patches: tuple[Patch, ...], rows: int, fired: Fired):
@@ -408,7 +414,7 @@ class _Batch:
 class _CopyRows:
     """Forward hook: returns the output with target rows copied over source rows; the original is left alone."""
 
-    def __init__(self, name: str, copies: list[_Copy], layer: TextLayer | None, batch: _Batch):
+    def __init__(self, name: str, copies: list[_Copy], layer: TextLayer | None, batch: Batch):
         self.name, self.copies, self.layer, self.batch = name, copies, layer, batch
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -453,7 +459,7 @@ class _CopyRows:
 class _CopyMasks:
     """Forward pre-hook of an attention module: the rows of its masks travel with the keys and values."""
 
-    def __init__(self, copies: list[_Copy], batch: _Batch):
+    def __init__(self, copies: list[_Copy], batch: Batch):
         self.copies, self.batch = copies, batch
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

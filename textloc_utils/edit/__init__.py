@@ -34,7 +34,15 @@ from textloc_utils.edit.method import (
     prompt_to_prompt,
     same_seed,
 )
-from textloc_utils.edit.picture import check_text, failure, open_picture, picture_scores, report, save, side_by_side
+from textloc_utils.edit.picture import (
+    check_text,
+    failure,
+    open_picture,
+    picture_scores,
+    report,
+    save,
+    side_by_side,
+)
 from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps, shared_columns
 from textloc_utils.edit.study import (
     ROUND_TRIP,

@@ -46,14 +46,23 @@ def invert(
     x = (x' - d f(x)) / c by ``passes`` damped fixed-point passes from x', the first of which is plain DDIM inversion.
     Guidance is left out, here and in :func:`edit` from here on: it carries the inverted noise far from what the model
     was trained on, and its steps are harder to take back. A model of two stages inverts its first.
+
+    Raises TextlocError for pictures of another kind, an autoencoder that cannot encode them, and a result that is not
+    finite.
     """
     if passes < 1:
         raise TextlocError(f"an inversion needs at least one pass per step, got {passes}")
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+        raise TextlocError(f"pictures must be uint8 (n, H, W, 3), got {pictures.dtype} {pictures.shape}")
     check_picture(model.spec, *pictures.shape[1:3])
     known, first = model.encode(pictures), replace(model, stage2=None)
+    if not known.isfinite().all():
+        raise TextlocError("the autoencoder makes numbers of these pictures that are not finite; try another dtype")
     with model.first_order(), _taken_back(model.pipe.scheduler, passes) as run:
         options = {"noise": known.to(model.denoiser.dtype), "guidance": UNGUIDED, "batch_size": len(known)}
         made = generate(first, prompts, [0] * len(known), steps=steps, **options)
+    if run.noise is None or not run.noise.isfinite().all():
+        raise TextlocError("the inversion led to no noise of finite numbers; try another dtype or more steps")
     return Inverted(noise=run.noise, row_evaluations=made.row_evaluations, seconds=made.seconds)
 
 

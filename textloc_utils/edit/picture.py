@@ -1,12 +1,13 @@
 """One picture, as a user edits it: what is asked for is checked, and what came of it reported."""
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from textloc_utils import files, metrics, ocr
 from textloc_utils.edit.inversion import check_picture, invert
@@ -46,12 +47,26 @@ def check_text(spec: ModelSpec, prompt: str, text: str) -> Pair:
 
 
 def open_picture(path: str | Path, spec: ModelSpec) -> np.ndarray:
-    """A picture file as uint8 (H, W, 3); TextlocError where it cannot be read or is not of the model's size."""
+    """A picture file as uint8 (H, W, 3), the way up that the file says; what is transparent stands on white.
+
+    Grey of 16 bits is scaled to 8. Raises TextlocError for a file that cannot be read, holds several pictures or 32
+    bits per channel, or is not of the model's size.
+    """
     try:
         with Image.open(path) as file:
-            check_picture(spec, file.height, file.width)
-            return np.array(file.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            check_picture(spec, *(file.size if turned else file.size[::-1]))
+            if getattr(file, "n_frames", 1) > 1:
+                raise TextlocError(f"{path} holds {file.n_frames} pictures; save the one that you mean")
+            upright = ImageOps.exif_transpose(file)
+            if upright.mode.startswith("I;16"):
+                return np.repeat(np.rint(np.asarray(upright)[..., None] / 257).astype(np.uint8), 3, axis=2)
+            if upright.mode in ("I", "F"):
+                raise TextlocError(f"{path} has 32 bits per channel; save it with 8 or 16")
+            if upright.has_transparency_data:
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+            return np.array(upright.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is no picture that Pillow knows"
         raise TextlocError(f"cannot read a picture from {path}: {reason}") from None
 

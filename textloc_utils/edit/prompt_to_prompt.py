@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from textloc_utils.models import Model, image_and_text
-from textloc_utils.patching import Clock
+from textloc_utils.models import Model, check_hookable, image_and_text
+from textloc_utils.patching import Fired
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 
@@ -39,18 +39,21 @@ def shared_columns(model: Model, source: str, target: str) -> tuple[list[int], l
 def replaced_maps(model: Model, pair: Pair, rows: int, until: int) -> Iterator["_ReplacedMaps"]:
     """Prompt-to-Prompt on a batch of prompts, in the steps before ``until``; leaves the pipeline as it was.
 
-    The first of the ``rows`` is the pair's source, the last its target.
+    The first of the ``rows`` is the pair's source, the last its target. Raises TextlocError where a text layer computed
+    its attention so that its maps could not be replaced.
     """
-    clock, handles = Clock(), []
-    maps = _ReplacedMaps(model, shared_columns(model, pair.source, pair.target), rows, until, clock)
+    fired, handles = Fired({layer.name: {(0, until)} for layer in model.layers}), []
+    maps = _ReplacedMaps(model, shared_columns(model, pair.source, pair.target), rows, fired)
+    check_hookable(model.denoiser)
     try:
-        handles.append(model.denoiser.register_forward_pre_hook(clock.pre_hook(True), with_kwargs=True))
+        handles += fired.watch(model.denoiser)
         for layer in model.layers:
             attention = model.denoiser.get_submodule(layer.name)
             handles.append(attention.register_forward_pre_hook(functools.partial(maps.enter, layer)))
             handles.append(attention.register_forward_hook(maps.leave, always_call=True))
         with maps:
             yield maps
+        fired.close()
     finally:
         for handle in handles:
             handle.remove()
@@ -69,13 +72,13 @@ class _ReplacedMaps(TorchFunctionMode):
     in the output is added. So equal prompts change no bit.
     """
 
-    def __init__(self, model: Model, columns: tuple[list[int], list[int]], rows: int, until: int, clock: Clock):
+    def __init__(self, model: Model, columns: tuple[list[int], list[int]], rows: int, fired: Fired):
         super().__init__()
-        self.model, self.columns, self.rows, self.until, self.clock = model, columns, rows, until, clock
+        self.model, self.columns, self.rows, self.fired = model, columns, rows, fired
         self.layer, self.bytes = None, 0
 
     def enter(self, layer, module, args) -> None:
-        self.layer = layer if self.clock.step < self.until else None
+        self.layer = layer if self.fired.due(layer.name, self.fired.clock.step) else None
 
     def leave(self, module, args, output) -> None:
         self.layer = None
@@ -91,7 +94,7 @@ class _ReplacedMaps(TorchFunctionMode):
         batch, _, queries, width = query.shape
         if batch not in (self.rows, 2 * self.rows):
             raise TextlocError(f"maps were asked for {self.rows} rows, but the denoiser got {batch}")
-        tokens, (sources, targets) = self.clock.tokens, self.columns
+        tokens, (sources, targets) = self.fired.clock.tokens, self.columns
         pictures, texts = image_and_text(self.model.denoiser, self.layer, queries, key.shape[2], tokens)
         rows = [batch - self.rows, batch - 1]
         scores = query[rows][:, :, pictures] @ key[rows].transpose(-1, -2) * (scale or 1 / math.sqrt(width))
@@ -103,4 +106,5 @@ class _ReplacedMaps(TorchFunctionMode):
         change = (maps[0][..., sources] - maps[1][..., targets]) @ value[-1][:, texts][:, targets]
         output = output.clone()
         output[-1, :, pictures] += change
+        self.fired.note(self.layer.name, 1)
         return output

@@ -240,7 +240,9 @@ class Model:
             size = self.spec.stage1 or (self.spec.height, self.spec.width)
             return nn.functional.interpolate(x, size, mode="area").to(self.device)
         if not isinstance(vae, AutoencoderKL) or getattr(vae.config, "latents_mean", None) is not None:
-            raise TextlocError(f"pictures cannot be encoded by a {type(vae).__name__} with statistics of its own")
+            raise TextlocError(
+                f"given pictures need an AutoencoderKL without latents_mean; this model has a {type(vae).__name__}"
+            )
         # Some autoencoders overflow in half precision.
         dtype, vae = vae.dtype, vae.float()
         # In float32 a full-size picture takes several gigabytes on its way.

@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from textloc_utils.models import Model, read_call, select_rows
 from textloc_utils.prompts import SIMPLE_TEMPLATE
-from textloc_utils.safety.calls import _Change, _MoreRows
+from textloc_utils.safety.calls import Change, MoreRows
 from textloc_utils.safety.detector import Finding
 
 
@@ -36,38 +35,35 @@ def concept(findings: Iterable[Finding]) -> str:
     return SIMPLE_TEMPLATE.format(text=" ".join(dict.fromkeys(f.word for f in findings)))
 
 
-class _Negative(_Change):
+class Negative(Change):
     """The negatives of toxic prompts read another text."""
 
-    def hooks(self) -> list:
-        return [self.model.denoiser.register_forward_pre_hook(self._before, with_kwargs=True)]
-
-    def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        batch = read_call(denoiser, args, kwargs).rows
-        texts = list(range(batch))
-        for i, row in enumerate(self.negative_rows(batch)):
-            texts[row] = batch + i
-        return (), select_rows(denoiser, args, kwargs, range(batch), texts, self.extra)
+    def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        texts = list(range(self.batch))
+        for i, row in enumerate(self.negative_rows(self.batch)):
+            texts[row] = self.batch + i
+        return (), select_rows(self.model.denoiser, args, kwargs, range(self.batch), texts, self.extra)
 
 
-class _SafeDiffusion(_MoreRows):
+class SafeGuidance(MoreRows):
     """Safe Latent Diffusion: the added rows read the unwanted concept and push the guidance away from it.
 
     The pipeline computes u + g (c - u) from the answers to negative and prompt; it is given c - m in place of c, with
     the safety guidance m, so that it arrives at u + g (c - u - m). A learned variance stays the prompt's.
     """
 
-    def __init__(self, model: Model, n: int, rows: list[int], extra: dict, config: SafeDiffusion, warmup: int):
-        super().__init__(model, n, rows, extra)
+    def __init__(self, model: Model, n: int, rows: list[int], texts: dict, config: SafeDiffusion, warmup: int):
+        super().__init__(model, n, rows, texts)
         self.config, self.warmup = config, warmup
-        self.step, self.momentum, self._timestep = -1, 0.0, None
+        self.step, self.momentum, self._noise = -1, 0.0, None
         self.channels = model.denoiser.config.in_channels
 
-    def begin(self, call) -> None:
-        self.negative_rows(call.rows)
-        timestep = float(torch.as_tensor(call.timestep).max())
-        self.step += timestep != self._timestep
-        self._timestep = timestep
+    def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self.negative_rows(self.batch)
+        noise = float(read_call(self.model.denoiser, args, kwargs).noise)
+        self.step += noise != self._noise
+        self._noise = noise
+        return super().begin(args, kwargs)
 
     def change(self, answer: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
         config, prompt = self.config, self.prompt_rows(self.batch)

@@ -1,32 +1,127 @@
-"""What a guard does to the denoiser's calls."""
+"""What a guard does to the denoiser's calls, and the account that it gives of it.
 
+A change knows what has to happen in a pipeline call: which rows of the denoiser's batch are the toxic prompts', told by
+their text and not by their place alone; which modules take part (``patching.Fired``); and that the sampler takes no
+step without it. What falls short of that raises, and the pipeline returns no picture.
+"""
+
+import contextlib
 import functools
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
-from textloc_utils.models import Model, TextLayer, read_call, select_rows, with_answer
+from textloc_utils.models import (
+    Model,
+    call_rows,
+    check_hookable,
+    read_call,
+    select_rows,
+    take_rows,
+    with_answer,
+)
+from textloc_utils.patching import Batch, Fired, Patch, check_patches, copy_hooks, patch_sites
 from textloc_utils.settings import TextlocError
 
+#: A row's text is a prompt's if it is nearer to it than this share of the way to the text that takes its place, or than
+#: this share of its own size: encoders round differently in other batches.
+NEARER, ROUNDED = 0.25, 0.02
 
-class _Change:
+
+class Change:
     """Hooks for one pipeline call of ``n`` rows of prompts, of which ``rows`` are toxic.
 
-    ``extra`` holds one row of text per toxic one (``models.call_rows``).
+    ``texts`` holds the text of these rows and then, in the same order, of those that take their place
+    (``models.call_rows``).
     """
 
-    def __init__(self, model: Model, n: int, rows: list[int], extra: dict):
-        self.model, self.n, self.rows, self.extra = model, n, rows, extra
+    def __init__(self, model: Model, n: int, rows: list[int], texts: dict, layers: tuple[int, ...] = ()):
+        self.model, self.n, self.rows, self.layers = model, n, rows, layers
+        k = len(rows)
+        self.own, self.extra = (take_rows(texts, part, 2 * k) for part in (range(k), range(k, 2 * k)))
+        self.batch, self.active = 0, False
+        self.fired = Fired({name: {(0, None)} for name in self.sites()})
+        self._known: list[tuple[object, int | None, bool]] = []
+        self._changed = self._stepped = False
+
+    def sites(self) -> list[str]:
+        """Dotted names of the modules that must take part in every call of the denoiser for the prompts."""
+        return []
 
     def hooks(self) -> list:
-        """Register the hooks and return their handles."""
-        raise NotImplementedError
+        """Register the hooks inside the denoiser and return their handles."""
+        return []
+
+    def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Called before each call of the denoiser for the prompts; returns what it is called with instead."""
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Hold the hooks; raises TextlocError where a module took no part or a step was taken without the change."""
+        denoiser, scheduler, handles = self.model.denoiser, self.model.pipe.scheduler, []
+        check_hookable(denoiser)
+        taken, own = scheduler.step, vars(scheduler).get("step")
+
+        @functools.wraps(taken)
+        def step(*args, **kwargs):
+            if not self._changed:
+                raise TextlocError("a step was taken without the guarded denoiser; no picture is returned")
+            self._changed, self._stepped = False, True
+            return taken(*args, **kwargs)
+
+        try:
+            # Ahead of the hooks that count rows.
+            handles.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
+            handles += self.fired.watch(denoiser) + self.hooks()
+            handles.append(denoiser.register_forward_hook(self._end))
+            scheduler.step = step
+            yield
+            self.fired.close()
+            if not self._stepped:
+                raise TextlocError("the pipeline took no step of its scheduler; no picture is returned")
+        finally:
+            for handle in handles:
+                handle.remove()
+            del scheduler.step
+            if own is not None:
+                scheduler.step = own
+
+    def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.batch = read_call(denoiser, args, kwargs).rows
+        self.active = self._asks(call_rows(denoiser, args, kwargs)[self.model.architecture.text])
+        self.fired.clock.step = 0 if self.active else -1  # no module is due in a call for negatives alone
+        return self.begin(args, kwargs) if self.active else None
+
+    def _end(self, denoiser: nn.Module, args: tuple, output) -> None:
+        self._changed |= self.active
+
+    def _asks(self, text: torch.Tensor | list[torch.Tensor]) -> bool:
+        """Whether a call's text, row by row, is that of the prompts, rather than of the negatives alone."""
+        version = getattr(text, "_version", None)
+        for known, then, answer in self._known:
+            if known is text and version == then:
+                return answer
+        mine, other = (part[self.model.architecture.text] for part in (self.own, self.extra))
+        alike = [_same(text[at], mine[i], other[i]) for i, at in enumerate(self.prompt_rows(self.batch))]
+        # Where a batch is twice as large without guidance, all of it is prompts.
+        beside = self.negative_rows(self.batch) if self.batch == 2 * self.n else []
+        if any(_same(text[at], mine[i], other[i]) for i, at in enumerate(beside)):
+            raise TextlocError("toxic prompts stand where the negatives should; no picture is returned")
+        alike = all(alike)
+        # Some pipelines ask for the negatives in a call of their own.
+        if not alike and (self.model.doubled or not self._known):
+            raise TextlocError("the denoiser's rows are not those of the prompts; no picture is returned")
+        self._known = [*self._known[-3:], (text, version, alike)]
+        return alike
 
     def prompt_rows(self, batch: int) -> list[int]:
-        """Where the toxic prompts are in a batch of ``n`` rows, or of 2 n with the negatives first."""
-        if batch not in (self.n, 2 * self.n):
-            raise TextlocError(f"{self.n} prompts gave the denoiser {batch} rows; known: as many, or twice that")
-        return [batch - self.n + row for row in self.rows]
+        """Where the toxic prompts are in a batch of ``n`` rows, or of 2 n with negatives."""
+        if batch != self.n and not (self.model.doubled and batch == 2 * self.n):
+            known = "known: as many, or twice that" if self.model.doubled else "known: as many"
+            raise TextlocError(f"{self.n} prompts gave the denoiser {batch} rows; {known}")
+        first = 0 if self.model.architecture.rows == "prompts first" else batch - self.n
+        return [first + row for row in self.rows]
 
     def negative_rows(self, batch: int) -> list[int]:
         """Where their negatives are; TextlocError without guidance."""
@@ -34,58 +129,61 @@ class _Change:
             raise TextlocError(
                 "this method needs negatives beside the prompts in the denoiser's batch: a guidance scale above 1"
             )
-        return self.rows
+        return [(row + self.n) % batch for row in self.prompt_rows(batch)]
 
 
-class _Embedding(_Change):
+def _same(text: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a row's text is its own; what one of them is padded with beyond the others counts for nothing."""
+    tokens = min(len(text), len(own), len(other))
+    text, own, other = (x[:tokens].float() for x in (text, own, other))
+    limit = torch.maximum(NEARER * torch.dist(own, other), ROUNDED * own.norm())
+    return bool(torch.dist(text, own) <= limit)
+
+
+class Embedding(Change):
     """The localized layers are given other texts' embeddings in place of the toxic ones'."""
 
-    def __init__(self, model: Model, n: int, rows: list[int], extra: dict, layers: tuple[int, ...]):
-        super().__init__(model, n, rows, extra)
-        self.layers = layers
+    def __init__(self, model: Model, n: int, rows: list[int], texts: dict, layers: tuple[int, ...]):
+        super().__init__(model, n, rows, texts, layers)
         with torch.no_grad():
             self.text = model.denoiser.process_encoder_hidden_states(
-                extra["encoder_hidden_states"], extra.get("added_cond_kwargs")
+                self.extra["encoder_hidden_states"], self.extra.get("added_cond_kwargs")
             )
 
-    def hooks(self) -> list:
-        modules = [self.model.denoiser.get_submodule(self.model.layers[i].name) for i in self.layers]
-        return [m.register_forward_pre_hook(self._swap, with_kwargs=True) for m in modules]
+    def sites(self) -> list[str]:
+        return [self.model.layers[i].name for i in self.layers]
 
-    def _swap(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        text = kwargs["encoder_hidden_states"].clone()
-        text[self.prompt_rows(len(text))] = self.text
+    def hooks(self) -> list:
+        return [
+            self.model.denoiser.get_submodule(name).register_forward_pre_hook(
+                functools.partial(self._swap, name), with_kwargs=True
+            )
+            for name in self.sites()
+        ]
+
+    def _swap(self, name: str, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        text = kwargs.get("encoder_hidden_states")
+        if not isinstance(text, torch.Tensor) or len(text) != self.batch or text.shape[1:] != self.text.shape[1:]:
+            raise TextlocError(f"{name} is not given the prompts' text alone; no picture is returned")
+        text = text.clone()
+        text[self.prompt_rows(self.batch)] = self.text
+        self.fired.note(name, len(self.rows))
         return args, kwargs | {"encoder_hidden_states": text}
 
 
-class _MoreRows(_Change):
+class MoreRows(Change):
     """Each toxic prompt's noisy picture once more, beside another text, at the end of the denoiser's batch."""
 
-    def __init__(self, model: Model, n: int, rows: list[int], extra: dict):
-        super().__init__(model, n, rows, extra)
-        self.batch, self.active, self.timestep = 0, False, None
-        self._first: tuple | None = None
-
     def hooks(self) -> list:
-        denoiser = self.model.denoiser
-        # Ahead of the hooks that count rows.
-        return [
-            denoiser.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            denoiser.register_forward_hook(self._after),
-        ]
+        return [self.model.denoiser.register_forward_hook(self._after)]
 
-    def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call = read_call(denoiser, args, kwargs)
-        self.batch, text = call.rows, kwargs["encoder_hidden_states"]
-        self._first = self._first or (call.rows, text)
-        # FLUX asks for negatives in a call of their own: as many rows as the prompts', with another text.
-        self.active = not (call.rows == self._first[0] == self.n and text is not self._first[1])
-        if not self.active:
-            return None
-        self.begin(call)
-        pictures = [*range(call.rows), *self.prompt_rows(call.rows)]
-        texts = range(call.rows + len(self.rows))
-        return (), select_rows(denoiser, args, kwargs, pictures, texts, self.extra)
+    def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        denoiser, name = self.model.denoiser, self.model.architecture.text
+        texts = [part[name] for part in (call_rows(denoiser, args, kwargs), self.extra)]
+        if isinstance(texts[0], torch.Tensor) and texts[0].shape[1:] != texts[1].shape[1:]:
+            raise TextlocError("the cleaned prompt has another number of tokens; no picture is returned")
+        pictures = [*range(self.batch), *self.prompt_rows(self.batch)]
+        return (), select_rows(denoiser, args, kwargs, pictures, range(len(pictures)), self.extra)
 
     def _after(self, denoiser: nn.Module, args: tuple, output):
         if not self.active:
@@ -93,36 +191,54 @@ class _MoreRows(_Change):
         answer = output[0]
         return with_answer(output, self.change(answer[: self.batch], answer[self.batch :]))
 
-    def begin(self, call) -> None:
-        """Called before each denoiser call (``models.DenoiserCall``)."""
-
     def change(self, answer: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
         """The answer that the pipeline gets, from the answers to its own rows and to the rows added."""
         return answer
 
 
-class _Lent(_MoreRows):
+class Lent(MoreRows):
     """The added rows lend their text keys and values to the toxic prompts in the localized layers."""
 
-    def __init__(self, model: Model, n: int, rows: list[int], extra: dict, layers: tuple[int, ...]):
-        super().__init__(model, n, rows, extra)
-        self.layers, self.tokens = layers, 0
+    def __init__(self, model: Model, n: int, rows: list[int], texts: dict, layers: tuple[int, ...]):
+        patches = tuple(Patch(source=row, target=n + i, layers=layers) for i, row in enumerate(rows))
+        check_patches(model, patches, n + len(rows))
+        self.places = patch_sites(model, patches)
+        super().__init__(model, n, rows, texts, layers)
+        self.rows_of = _Rows(self, patches)
 
-    def begin(self, call) -> None:
-        self.tokens = call.tokens
+    def sites(self) -> list[str]:
+        return [*self.places]
 
     def hooks(self) -> list:
-        handles = super().hooks()
-        for layer in (self.model.layers[i] for i in self.layers):
-            for name in (layer.key, layer.value):
-                module = self.model.denoiser.get_submodule(name)
-                handles.append(module.register_forward_hook(functools.partial(self._lend, layer)))
-        return handles
+        return super().hooks() + copy_hooks(self.model, self.places, self.rows_of)
 
-    def _lend(self, layer: TextLayer, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if not self.active:
-            return None
-        tokens = slice(None if layer.context is None else self.tokens)
-        lent = output.clone()
-        lent[self.prompt_rows(self.batch), tokens] = output[self.batch :, tokens]
-        return lent
+
+class _Rows(Batch):
+    """Rows 0 to n - 1 are the prompts', wherever guidance puts them; those from n on the added ones."""
+
+    def __init__(self, change: Change, patches: tuple[Patch, ...]):
+        super().__init__(change.model, patches, change.n, change.fired)
+        self.change = change
+
+    def check(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.change.active:
+            call = read_call(denoiser, args, kwargs)
+            self.picture_tokens, self.rows = call.picture_tokens, call.rows
+            self.check_size(call.rows)
+            for pair in self.pairs if call.lengths is not None else ():
+                source, target = (int(call.lengths[at]) for at in self.index(pair, call.rows, torch.device("cpu")))
+                if source != target:
+                    raise TextlocError(
+                        "the cleaned prompt has another length, on which this model's picture depends; write the toxic "
+                        "text with as many tokens, or take the method prompt swap"
+                    )
+
+    def check_size(self, batch: int) -> None:
+        wanted = self.change.batch + len(self.change.rows)
+        if batch != wanted:
+            raise TextlocError(f"the guarded denoiser has {wanted} rows, but a module gave {batch}")
+
+    def index(self, rows: Iterable[int], batch: int, device: torch.device) -> torch.Tensor:
+        change = self.change
+        first = change.prompt_rows(change.batch)[0] - change.rows[0]
+        return torch.tensor([first + r if r < change.n else change.batch + r - change.n for r in rows], device=device)

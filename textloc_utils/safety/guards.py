@@ -1,6 +1,5 @@
 """The guard: called like its pipeline, it draws toxic prompts without their toxic text."""
 
-import contextlib
 import inspect
 import json
 from collections.abc import Sequence
@@ -14,15 +13,15 @@ from tqdm.auto import tqdm
 from textloc_utils import ocr
 from textloc_utils.experiment import fingerprint, known_layers
 from textloc_utils.generate import first_call, generate, rows_per_call, save, write_rows
-from textloc_utils.models import JOINT, Model, check_layers, check_prompts, family_of
+from textloc_utils.models import ADDED, CROSS, Model, as_indices, check_layers, check_prompts, family_of
 from textloc_utils.results import unit_hash
-from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM, SafeDiffusion, _Negative, _SafeDiffusion, concept
-from textloc_utils.safety.calls import _Change, _Embedding, _Lent
+from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM, Negative, SafeDiffusion, SafeGuidance, concept
+from textloc_utils.safety.calls import Change, Embedding, Lent
 from textloc_utils.safety.detector import Detector, Finding, WordDetector, clean
 from textloc_utils.settings import TextlocError
 
 #: Arguments of pipeline calls that hold a prompt.
-PROMPTS = ("prompt", "prompt_2", "prompt_3")
+PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
 #: Arguments that are of no use when a prompt is only to be encoded, and would not fit the number of prompts.
 _OTHERS = ("generator", "latents", "callback_on_step_end")
 #: What :func:`guard` takes as ``method``. "guard" is "guard by embedding" on U-Nets, "guard by row" elsewhere.
@@ -54,28 +53,32 @@ def guard(
     TextlocError
         An unknown method or one that this pipeline cannot take, layers out of range or unknown.
     """
-    model = pipe if isinstance(pipe, Model) else Model.from_pipeline(pipe)
-    joint = family_of(model.layers) == JOINT
+    model = Model.of(pipe)
+    by_embedding = family_of(model.layers) in (CROSS, ADDED)
     if method == "guard":
-        method = "guard by row" if joint else "guard by embedding"
+        method = "guard by embedding" if by_embedding else "guard by row"
     if not isinstance(method, SafeDiffusion) and method not in METHODS:
         raise TextlocError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
-    if method == "guard by embedding" and joint:
-        raise TextlocError("in joint attention the text's keys depend on the picture: take the method guard by row")
+    if method == "guard by embedding" and not by_embedding:
+        raise TextlocError("only on U-Nets are the keys the text's alone: take the method guard by row")
     if layers is None:
         layers = known_layers(model) if str(method).startswith("guard") else ()
     check_layers(model, layers)
-    return Guard(model, tuple(layers), detector or WordDetector(), method)
+    return Guard(model, as_indices(layers, "layers"), detector or WordDetector(), method)
 
 
 class Guard:
-    """Made by :func:`guard`; called like its pipeline, whose other attributes are read and set through it, too."""
+    """Made by :func:`guard`; called like its pipeline, whose other attributes are read and set through it, too.
 
-    _OWN = ("_inner", "layers", "detector", "method", "__signature__")
+    ``fired`` is the account of the last call with toxic prompts (``patching.Fired``; None before it): which modules
+    took part, at which steps, on how many rows.
+    """
+
+    _OWN = ("_inner", "layers", "detector", "method", "fired", "__signature__")
 
     def __init__(self, model: Model, layers: tuple[int, ...], detector: Detector, method: str | SafeDiffusion):
         self._inner = model
-        self.layers, self.detector, self.method = layers, detector, method
+        self.layers, self.detector, self.method, self.fired = layers, detector, method, None
         self.__signature__ = inspect.signature(model.pipe)
 
     def __getattr__(self, name: str):
@@ -108,7 +111,11 @@ class Guard:
         return clean(prompt, findings), findings
 
     def __call__(self, *args, **kwargs):
-        """The pipeline's call. Raises TextlocError for one without prompts to read (embeddings)."""
+        """The pipeline's call.
+
+        Raises TextlocError for one without prompts to read (embeddings), and instead of a picture where what keeps the
+        toxic text out did not happen at every step: a module that took no part, rows that are not the prompts'.
+        """
         given = dict(self.__signature__.bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         if given.get("prompt") is None or given.get("prompt_embeds") is not None:
@@ -116,6 +123,10 @@ class Guard:
         # Empty second and third prompts mean the first to their pipelines; an empty first one is a prompt like others.
         named = [n for n in PROMPTS if n == "prompt" or given.get(n)]
         texts = {n: [given[n]] if isinstance(given[n], str) else list(given[n]) for n in named}
+        if any(not isinstance(text, str) for of in texts.values() for text in of):
+            raise TextlocError("the guard reads prompts, each a string")
+        if len({len(of) for of in texts.values()}) > 1:
+            raise TextlocError(f"{' and '.join(named)} must hold as many prompts, each")
         screened = {n: [self.screen(text) for text in of] for n, of in texts.items()}
         toxic = [i for i in range(len(texts["prompt"])) if any(of[i][1] for of in screened.values())]
         if not toxic:
@@ -123,6 +134,7 @@ class Guard:
         if self.method == "prompt swap":
             swapped = {n: [cleaned for cleaned, _ in of] for n, of in screened.items()}
             return self._inner.pipe(**given | swapped)
+        own = {n: [of[i] for i in toxic] for n, of in texts.items()}
         if str(self.method).startswith("guard"):
             other = {n: [of[i][0] for i in toxic] for n, of in screened.items()}
         else:
@@ -130,32 +142,42 @@ class Guard:
             other = dict.fromkeys(screened, concepts)
         copies = given.get("num_images_per_prompt") or 1
         rows = [i * copies + k for i in toxic for k in range(copies)]
-        with contextlib.ExitStack() as stack:
-            change = self._change(len(texts["prompt"]) * copies, rows, self._encode(given, other), given)
-            for handle in change.hooks():
-                stack.callback(handle.remove)
+        known = Model.from_pipeline(self._inner.pipe).denoiser
+        if known is not self._inner.denoiser:
+            raise TextlocError("the pipeline's denoiser is not the one that was guarded; guard the pipeline again")
+        encoded = self._encode(given, {n: own[n] + other[n] for n in own}, 2 * len(rows))
+        change = self._change(len(texts["prompt"]) * copies, rows, encoded, given)
+        self.fired = change.fired
+        with change.in_force():
             return self._inner.pipe(**given)
 
-    def _encode(self, given: dict, texts: dict[str, list[str]]) -> dict:
-        """What the denoiser would be called with for other prompts in the same call, without guidance."""
+    def _encode(self, given: dict, texts: dict[str, list[str]], rows: int) -> dict:
+        """What the denoiser would be called with for other prompts, ``rows`` in all, in a call without guidance."""
+        model, row = self._inner, self._inner.architecture
         kept = {n: v for n, v in given.items() if n not in _OTHERS and not n.startswith("negative_")}
-        if not getattr(self._inner.denoiser.config, "guidance_embeds", False):
-            kept["guidance_scale"] = 1.0
+        told = row.told or getattr(model.denoiser.config, "guidance_embeds", False)
+        if row.guidance in self.__signature__.parameters and not (told and row.guidance == "guidance_scale"):
+            kept[row.guidance] = row.above
         if "true_cfg_scale" in kept:
             kept["true_cfg_scale"] = 1.0
         with torch.no_grad():
-            return first_call(self._inner, **kept | texts)
+            found = first_call(model, **kept | texts)
+        if not found or len(found[row.text]) != rows:
+            raise TextlocError(
+                "the pipeline did not ask its denoiser for the prompts as they came; no picture is returned"
+            )
+        return found
 
-    def _change(self, n: int, rows: list[int], extra: dict, given: dict) -> "_Change":
+    def _change(self, n: int, rows: list[int], texts: dict, given: dict) -> Change:
         if self.method == "guard by embedding":
-            return _Embedding(self._inner, n, rows, extra, self.layers)
+            return Embedding(self._inner, n, rows, texts, self.layers)
         if self.method == "guard by row":
-            return _Lent(self._inner, n, rows, extra, self.layers)
+            return Lent(self._inner, n, rows, texts, self.layers)
         if self.method == "negative prompt":
-            return _Negative(self._inner, n, rows, extra)
+            return Negative(self._inner, n, rows, texts)
         config = {"SLD medium": SLD_MEDIUM, "SLD max": SLD_MAX}.get(self.method, self.method)
         steps = given.get("num_inference_steps", self.__signature__.parameters["num_inference_steps"].default)
-        return _SafeDiffusion(self._inner, n, rows, extra, config, round(config.warmup * steps / 50))
+        return SafeGuidance(self._inner, n, rows, texts, config, round(config.warmup * steps / 50))
 
 
 def draw(
