@@ -1,14 +1,18 @@
 """The package as a researcher meets it: a pipeline of their own, wrapped and patched by the names at the top."""
 
+import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DiffusionPipeline
 
 import textloc_utils as tl
+from textloc_utils import settings
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
@@ -32,6 +36,21 @@ def test_a_pipeline_that_the_package_did_not_load(name):
         np.testing.assert_array_equal(out[0], out[1])
         assert set(fired.steps[model.layers[0].key]) == {0, 1}
     assert np.abs(out[0] - plain[0]).mean() > 1e-3
+
+
+def test_the_page_on_own_pipelines_runs_as_written(monkeypatch, tmp_path, capsys):
+    """Its blocks, with a tiny pipeline in the place of the hub's."""
+    text = (settings.ROOT / "book" / "your_own_pipeline.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", text, re.S)[:2]
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: tiny.BUILDERS["sdxl"]())
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda self, *_, **__: self)
+    monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path))
+    names = {}
+    exec(first, names)
+    assert len(names["table"].summary()) >= len(names["model"].layers) and capsys.readouterr().out
+    monkeypatch.setattr(tl, "localize", lambda model, pairs: types.SimpleNamespace(layers=(1, 2)))
+    exec(second, names)
 
 
 def test_a_model_prints_short():

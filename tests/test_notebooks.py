@@ -243,7 +243,9 @@ def processes(mark: str) -> list[psutil.Process]:
 
 def begin(folder: Path, path: Path, *options, **environment) -> subprocess.Popen:
     """``textloc run`` in a process of its own, with its scratch files in ``folder``."""
-    code = "import sys, pathlib; from textloc_utils import cli; from textloc_utils.book import notebooks; "
+    # A shell's background jobs, and what they start, ignore Ctrl-C: not here.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "import sys, pathlib; from textloc_utils import cli; from textloc_utils.book import notebooks; "
     code += "notebooks.WORK = pathlib.Path(sys.argv[1]); sys.exit(cli.main(['run', *sys.argv[2:]]))"
     environment = {"TEXTLOC_STARTED": str(folder / "started"), "PYTHONPATH": str(settings.ROOT)} | environment
     return subprocess.Popen(
@@ -270,7 +272,7 @@ def test_a_killed_run_takes_its_children_with_it(tmp_path, how):
     wait_until((tmp_path / "started").exists)
     assert len(processes(str(tmp_path / "started"))) >= 3  # the run, papermill, the kernel
     running.send_signal(getattr(signal, how))
-    running.communicate()
+    running.communicate(timeout=300)
     wait_until(lambda: not processes(str(tmp_path / "started")), 10)
     assert path.read_bytes() == before
     (tmp_path / "started.go").touch()
@@ -284,7 +286,7 @@ def test_an_interrupted_run_starts_no_more_notebooks(tmp_path):
     running = begin(tmp_path, paths[0], *map(str, paths[1:]), "--jobs", "1")
     wait_until((tmp_path / "started").exists)
     running.send_signal(signal.SIGINT)
-    running.communicate()
+    running.communicate(timeout=300)
     wait_until(lambda: not processes(str(tmp_path / "started")), 10)
     assert (tmp_path / "started").read_text() == "started "
 
@@ -295,7 +297,9 @@ def test_a_killed_papermill_takes_its_kernel_with_it(tmp_path):
     wait_until((tmp_path / "started").exists)
     (papermill,) = psutil.Process(running.pid).children()
     papermill.kill()
-    assert "slow.ipynb: papermill was ended by signal 9" in running.communicate()[1] and running.returncode == 2
+    assert (
+        "slow.ipynb: papermill was ended by signal 9" in running.communicate(timeout=300)[1] and running.returncode == 2
+    )
     wait_until(lambda: not processes(str(tmp_path / "started")), 10)
 
 
@@ -304,11 +308,11 @@ def test_one_run_of_one_notebook_at_a_time(tmp_path):
     first = begin(tmp_path, path)
     wait_until((tmp_path / "started").exists)
     second = begin(tmp_path, path)
-    told = second.communicate()[1]
+    told = second.communicate(timeout=300)[1]
     assert "failed   slow.ipynb: another run of it is under way" in told and second.returncode == 2
     (tmp_path / "aside.go").touch()
     aside = begin(tmp_path, path, "--seed", "1", "--out", str(other), TEXTLOC_STARTED=str(tmp_path / "aside"))
-    assert "1 notebooks executed" in aside.communicate()[0] and printed(other / "slow.ipynb") == "done\n"
+    assert "1 notebooks executed" in aside.communicate(timeout=300)[0] and printed(other / "slow.ipynb") == "done\n"
     (tmp_path / "started.go").touch()
     assert "1 notebooks executed" in first.communicate()[0] and printed(path) == "done\n"
     assert "all 1 are up to date" in begin(tmp_path, path).communicate()[0]

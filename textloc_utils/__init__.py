@@ -19,6 +19,7 @@ _EXPORTS = {
     "Pair": "prompts",
     "Patch": "patching",
     "TextlocError": "settings",
+    "guard": "safety",
     "load": "models",
     "localize": "localization",
     "patched": "patching",
