@@ -290,5 +290,6 @@ def test_killed_and_started_again_gives_the_same_table_as_two_processes(tmp_path
     assert answer(again.stdout) == answer(both.stdout)
     assert [p.name for p in units(killed)] == [p.name for p in units(shared)]
     rows = [[path.read_text().splitlines()[1:-1] for path in units(folder)] for folder in (killed, shared)]
-    assert rows[0] == rows[1] and len(rows[0]) == 3
+    # The sweep of each pair, and each pair with the chosen set where that has several layers.
+    assert rows[0] == rows[1] and len(rows[0]) in (3, 6)
     assert not list(tmp_path.rglob(".part-*"))

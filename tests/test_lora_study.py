@@ -204,7 +204,7 @@ def test_an_adapter_is_trained_and_measured(small, tmp_path, capsys, monkeypatch
     assert (out / lora.FILE).stat().st_mtime_ns == written
 
     original = lora_study.measure
-    monkeypatch.setattr(lora_study, "measure", lambda *a, **k: original(*a, **k | {"steps": 1}))
+    monkeypatch.setattr(lora_study, "measure", lambda run, *a: original(replace(run, steps=1), *a))
     capsys.readouterr()
     ask = ["lora", "eval", "sd3-mini", "--adapter", str(out), "--words", "2", "--device", "cpu"]
     assert cli.main([*ask, "--json"]) == 0

@@ -57,7 +57,7 @@ def everywhere(model):
 def test_patching_nothing_changes_no_bit(model):
     rows, seeds = [ONE.source, ONE.target], [ONE.seed] * 2
     plain = sample(model, rows, seeds)
-    for patches in ([], [Patch(source=0, target=1)], [Patch(source=0, target=1, start=STEPS, **everywhere(model))]):
+    for patches in ([], [Patch(source=0, target=1)], [Patch(source=0, target=1, stop=0, **everywhere(model))]):
         with patched(model, patches, 2):
             np.testing.assert_array_equal(sample(model, rows, seeds), plain)
 

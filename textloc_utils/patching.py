@@ -207,6 +207,8 @@ class _Copy:
 def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterator[Fired]:
     """Run the model's pipeline on ``rows`` prompts with ``patches`` in force inside the block.
 
+    The block works by forward hooks and leaves the pipeline as it was, also after an exception.
+
     Parameters
     ----------
     model
@@ -229,8 +231,6 @@ def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterat
         Inside the block: a batch of neither ``rows`` nor 2 x ``rows`` rows, a module that took no part, texts whose
         lengths differ where the model cannot take that. When it is left: a denoiser that was not called, steps that
         never came, rows that were no guidance halves.
-
-    The block works by forward hooks and leaves the pipeline as it was, also after an exception.
     """
     model = Model.of(model)
     patches = (patches,) if isinstance(patches, Patch) else tuple(patches)

@@ -46,7 +46,7 @@ def list_modules(app: Sphinx, docname: str, source: list[str]) -> None:
     sections = [
         f"## {module.name.removeprefix('textloc_utils.')}\n\n```{{eval-rst}}\n.. automodule:: {module.name}\n```\n"
         for module in found
-        if not module.ispkg
+        if not module.ispkg and not module.name.endswith(".__main__")  # which would run
     ]
     source[0] = source[0].replace(MODULES, "\n".join(sections))
 

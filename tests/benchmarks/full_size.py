@@ -73,6 +73,7 @@ TINY = {
     "sd35-medium": "sd35",
     "sd35-large": "sd35",
     "flux-dev": "flux",
+    "flux-schnell": "flux",
 }
 
 

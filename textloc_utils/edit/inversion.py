@@ -44,7 +44,7 @@ def invert(
     The sampler's steps are taken back from the last to the first: DDIM's for U-Nets, Euler's for flow matching. A
     step is linear in the picture and in the denoiser's answer to it, x' = c x + d f(x); taking it back solves
     x = (x' - d f(x)) / c by ``passes`` damped fixed-point passes from x', the first of which is plain DDIM inversion.
-    Guidance is left out, here and in :func:`edit` from here on: it carries the inverted noise far from what the model
+    Guidance is left out, here and in :func:`.edit` from here on: it carries the inverted noise far from what the model
     was trained on, and its steps are harder to take back. A model of two stages inverts its first.
 
     Raises TextlocError for pictures of another kind, an autoencoder that cannot encode them, and a result that is not

@@ -25,7 +25,7 @@ def measure(model: models.Model, n: int = WORDS, *, split: str = "held-out", see
     """What a miniature can do, over ``n`` words of a split: rates with Wilson's interval, each {mean, low, high}.
 
     ``exact`` and ``cer`` are Tesseract's readings of prompts that name everything, ``exact_open`` of prompts that name
-    nothing; the named factors are read by :mod:`factors`. ``leak`` is how often the material changes when, from the
+    nothing; the named factors are read by :mod:`.factors`. ``leak`` is how often the material changes when, from the
     same noise, a prompt that names nothing asks for a word of another material's group.
     """
     rng = random.Random(seed)

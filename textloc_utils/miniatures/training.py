@@ -196,7 +196,7 @@ def train(
 
     ``budget`` defaults to the recipe's. ``only`` is the world it learns; ``cache`` the folder of the parts that it
     shares with others. For studies, ``layers`` is the number of blocks where a recipe lets it be chosen, and
-    ``seeing`` the text layers that ever see the letters (see :mod:`planted`). With ``compiled`` torch compiles the
+    ``seeing`` the text layers that ever see the letters (see :mod:`.planted`). With ``compiled`` torch compiles the
     denoiser's forward pass first. Returns the training report, None in other processes than the main one.
 
     Evaluations are logged in ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``, the
