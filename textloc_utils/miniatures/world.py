@@ -6,17 +6,12 @@ own group's material four times out of five. This link stands in for what large 
 sign that says OCEAN tends to hang by the sea. It holds for words that were never seen, because it depends on the first
 letter only.
 
-========== ==================================================== ========================== ======================
-factor     values                                               named in captions          otherwise decided by
-========== ==================================================== ========================== ======================
-text       a word of 3 to 6 letters or a random string          always
-place      any column of 16 pixels where the word fits; 5       never                      noise
-           heights
-ink        4 colours, at least 60 grey levels from the sign's   30 %                       noise
-typeface   3                                                    20 %                       noise
-sign       8 colours, 3 shapes                                  50 %, colour and shape     noise
-material   6, each with a range of colours and a free phase     40 %                       the word's first letter
-========== ==================================================== ========================== ======================
+- **text**: a word of 3 to 6 letters or a random string; always named.
+- **place**: any column of 16 pixels where the word fits, five heights; never named, the noise decides.
+- **ink**: 4 colours, at least 60 grey levels from the sign's; named in 30 % of the captions, else the noise decides.
+- **typeface**: 3; named in 20 %, else the noise decides.
+- **sign**: 8 colours and 3 shapes; both named in 50 %, else the noise decides.
+- **material**: 6, each with a range of colours and a free phase; named in 40 %, else the first letter decides.
 """
 
 import functools
