@@ -204,7 +204,7 @@ def test_the_commit_is_the_clones_own(tmp_path, monkeypatch):
 def test_the_command_names_no_path_of_this_machine(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/me/.venv/bin/textloc", "study", "--out", "/home/me/a b", "~/x", "--n=3"])
     assert results._command() == "textloc study --out 'a b' x --n=3"
-    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "/tmp/kernel.json"])
+    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "/x/kernel.json"])
     assert results._command() == "a notebook"
     monkeypatch.setenv(results.COMMAND, "textloc run 01.ipynb")
     assert results._command() == "textloc run 01.ipynb"
