@@ -77,7 +77,7 @@ def _match(x: torch.Tensor) -> list[tuple[str, str, int, int]]:
     h, w = world.CELL_HEIGHT, world.PITCH
     low, high = min(world.HEIGHTS) - SLACK, max(world.HEIGHTS) + SLACK
     top = world.HEIGHT // 2 - h // 2
-    grey = _principal(x)[:, None, top + low : top + high + h]
+    grey = principal(x)[:, None, top + low : top + high + h]
     faces = list(world.TYPEFACES)
     letters = torch.from_numpy(np.concatenate([world.atlas(f) for f in faces]))[:, None]
     letters = letters - letters.mean((2, 3), keepdim=True)
@@ -107,7 +107,7 @@ def _match(x: torch.Tensor) -> list[tuple[str, str, int, int]]:
     return out
 
 
-def _principal(x: torch.Tensor) -> torch.Tensor:
+def principal(x: torch.Tensor) -> torch.Tensor:
     """Project (n, H, W, 3) on each picture's main colour direction within the sign's band: (n, H, W)."""
     band = x[:, world.HEIGHT // 2 - 12 : world.HEIGHT // 2 + 12, 8:-8].reshape(len(x), -1, 3)
     band = band - band.median(1, keepdim=True).values

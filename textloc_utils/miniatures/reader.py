@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures.factors import principal
 from textloc_utils.prompts import LETTERS
 
 LEAST_MATCH = 0.5  #: mean correlation with the best letters below which no text is found
@@ -28,7 +29,7 @@ def read(pictures: np.ndarray, lengths: tuple[int, ...] = (3, 4, 5, 6), slack: i
     if pictures.shape[1:3] != (scenes.HEIGHT, scenes.WIDTH):
         size = (scenes.HEIGHT, scenes.WIDTH)
         x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
-    grey = _principal(x)[:, None]
+    grey = principal(x)[:, None]
     letters = torch.from_numpy(scenes.atlas()).float()[:, None]
     letters = letters - letters.mean((2, 3), keepdim=True)
     letters = letters / letters.square().sum((2, 3), keepdim=True).sqrt()
@@ -52,17 +53,3 @@ def read(pictures: np.ndarray, lengths: tuple[int, ...] = (3, 4, 5, 6), slack: i
                     score[row] = found[row]
                     out[row] = "".join(LETTERS[i] for i in which[row, top + dy, columns])
     return out
-
-
-def _principal(x: torch.Tensor) -> torch.Tensor:
-    """Project (n, H, W, 3) on each picture's main colour direction within the sign's band: (n, H, W)."""
-    band = x[:, scenes.HEIGHT // 2 - 12 : scenes.HEIGHT // 2 + 12, 8:-8].reshape(len(x), -1, 3)
-    band = band - band.median(1, keepdim=True).values
-    covariance = band.transpose(1, 2) @ band
-    direction = torch.linalg.eigh(covariance).eigenvectors[:, :, -1]
-    return (x * direction[:, None, None, :]).sum(-1)
-
-
-def character_accuracy(read_text: str, wanted: str) -> float:
-    """Share of the wanted letters that stand at their place, counted from the start."""
-    return sum(a == b for a, b in zip(read_text, wanted, strict=False)) / len(wanted)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from textloc_utils import prompts
+from textloc_utils.miniatures import world
 from textloc_utils.prompts import COLOURS, LETTERS, SHAPES
 
 HEIGHT, WIDTH = 64, 128
@@ -25,7 +26,6 @@ LEFT = 16  #: first letter's column: every letter stands in a 16-pixel column of
 HEIGHTS = (-4, -2, 0, 2, 4)  #: where the noise may hang the sign, in pixels below the middle
 MAX_LETTERS = 6
 LONG = 7  #: letters that a banner holds, which spans the picture; no miniature was trained on so many
-RUNS = "runs"
 TYPEFACE = "DejaVuSansMono-Bold.ttf"
 
 RGB = {
@@ -66,23 +66,6 @@ def atlas(typeface: str = TYPEFACE) -> np.ndarray:
     return out
 
 
-@functools.cache
-def _sign_mask(shape: str) -> np.ndarray:
-    """Coverage of a sign in the middle of a canvas with room above and below, (H + 2 max(HEIGHTS), W)."""
-    scale = 4
-    h, w = HEIGHT + 2 * max(HEIGHTS), WIDTH
-    cx, cy = w / 2, h / 2
-    half = {"sign": (58, 18), "plate": (60, 19), "banner": (w, 16)}[shape]
-    canvas = Image.new("L", (w * scale, h * scale))
-    box = [(cx - half[0]) * scale, (cy - half[1]) * scale, (cx + half[0]) * scale - 1, (cy + half[1]) * scale - 1]
-    draw = ImageDraw.Draw(canvas)
-    if shape == "plate":
-        draw.rounded_rectangle(box, 16 * scale, fill=255)
-    else:
-        draw.rectangle(box, fill=255)
-    return np.asarray(canvas.resize((w, h), Image.Resampling.BOX)).astype(np.float32) / 255
-
-
 def text_box(scene: Scene) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the letters' cells in pixels."""
     top = HEIGHT // 2 - CELL_HEIGHT // 2 + scene.dy
@@ -103,7 +86,7 @@ def render(scene: Scene, typeface: str = TYPEFACE) -> np.ndarray:
     wall, sign = (np.array(RGB[c], np.float32) for c in (scene.wall, scene.sign))
     ink = np.array(RGB["black" if scene.sign in LIGHT else "white"], np.float32)
     top = max(HEIGHTS) - scene.dy
-    mask = _sign_mask(scene.shape)[top : top + HEIGHT, :, None]
+    mask = world.sign_mask(scene.shape)[top : top + HEIGHT, :, None]
     picture = wall + (sign - wall) * mask
     letters = atlas(typeface)[[LETTERS.index(c) for c in scene.text]]
     strip = letters.transpose(1, 0, 2).reshape(CELL_HEIGHT, -1)[:, :, None]
@@ -135,19 +118,10 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return template.format(wall=scene.wall, sign=scene.sign, text=scene.text)
 
 
-def random_scene(rng: random.Random, lengths: tuple[int | str, ...] = (3, 4, 5, 6)) -> Scene:
-    """A training scene of one of the ``lengths``: a training word or a random string, half of each.
-
-    The length ``RUNS`` stands for six letters in runs, AAAAAA, AAABBB or AABBCC, for the start of a curriculum.
-    """
+def random_scene(rng: random.Random, lengths: tuple[int, ...] = (3, 4, 5, 6)) -> Scene:
+    """A training scene of one of the ``lengths``: a training word or a random string, half of each."""
     length = rng.choice(lengths)
-    if length == RUNS:
-        run = rng.choice((6, 6, 3, 2))
-        text = "".join(letter * run for letter in rng.choices(LETTERS, k=6 // run))
-    elif rng.random() < 0.5:
-        text = rng.choice(_words_by_length()[length])
-    else:
-        text = prompts.random_string(rng, length)
+    text = rng.choice(_words_by_length()[length]) if rng.random() < 0.5 else prompts.random_string(rng, length)
     wall, sign = rng.sample(COLOURS, 2)
     return Scene(wall=wall, sign=sign, shape=rng.choice(SHAPES), text=text, dy=rng.choice(HEIGHTS))
 
