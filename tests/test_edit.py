@@ -24,8 +24,10 @@ from torch.nn import functional as F
 
 from textloc_utils import cli, edit, experiment, metrics, models, ocr, prompts
 from textloc_utils.cli import editing
+from textloc_utils.edit.flowedit import carried_over
+from textloc_utils.edit.prompt_to_prompt import own_modules
 from textloc_utils.experiment import Experiment
-from textloc_utils.generate import generate
+from textloc_utils.generate import generate, step_generator
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model
 from textloc_utils.patching import Patch
@@ -131,30 +133,38 @@ def test_shared_columns_hold_the_same_tokens(small, target):
         assert len(own) == (2 if name in ("sd3", "sd35") else 1) and sources == targets
 
 
-def explicit(name, model, columns, rows, monkeypatch):
-    """All text layers compute their maps in the open, the last row's replaced: the method as its authors write it."""
+def explicit(name, model, columns, rows, own, monkeypatch):
+    """All layers compute their maps in the open, the last row's replaced: the method as its authors write it."""
     sources, targets = map(torch.tensor, columns)
     tokens = sum(len(tokens) for _, tokens in model.text_columns(FROM))
     inside, fused = [], F.scaled_dot_product_attention
-    for layer in model.layers:
-        module = model.denoiser.get_submodule(layer.name)
-        module.register_forward_pre_hook(lambda *a: inside.append(True))
+    kinds = dict.fromkeys(own_modules(model), "own") | {layer.name: "text" for layer in model.layers}
+    for each, kind in kinds.items():
+        module = model.denoiser.get_submodule(each)
+        module.register_forward_pre_hook(lambda *a, kind=kind: inside.append(kind))
         module.register_forward_hook(lambda *a: inside.clear())
 
     def attention(query, key, value, *args, **kwargs):
-        if not inside:
+        if not inside or (inside == ["own"] and not own):
             return fused(query, key, value, *args, **kwargs)
         maps = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
+        if inside == ["own"]:
+            maps[-1] = maps[-rows]
+            return maps @ value
         texts_last = name in ("sd3", "sd35")
         first = key.shape[2] - tokens if texts_last else 0
         for q in range(tokens if name == "flux" else 0, query.shape[2] - tokens * texts_last):
             maps[-1, :, q, first + targets] = maps[-rows, :, q, first + sources]
+            if own:  # the keys that are no text: none in a U-Net's cross-attention
+                pictures = slice(0, first) if texts_last else slice(tokens, None)
+                maps[-1, :, q, pictures] = maps[-rows, :, q, pictures]
         return maps @ value
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
 
 
-def test_maps_are_replaced_as_written(small, monkeypatch):
+@pytest.mark.parametrize("own", (0, 3))
+def test_maps_are_replaced_as_written(small, own, monkeypatch):
     """In double precision, the fused attention with its correction against maps in the open."""
     name, model = small[0], tiny.model(small[0])
     model.pipe.to(torch.float64)
@@ -170,10 +180,10 @@ def test_maps_are_replaced_as_written(small, monkeypatch):
 
     plain = last(generator=noise())
     columns = edit.shared_columns(model, FROM, TO)
-    with edit.replaced_maps(model, pair(), 2, 3):
+    with edit.replaced_maps(model, pair(), 2, 3, own):
         ours = last(generator=noise())
     np.testing.assert_array_equal(last(generator=noise()), plain)  # and leaves nothing behind
-    explicit(name, model, columns, 2, monkeypatch)
+    explicit(name, model, columns, 2, own, monkeypatch)
     theirs = last(generator=noise())
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
     assert np.abs(ours[1] - plain[1]).max() > 1e-4
@@ -188,9 +198,69 @@ def test_an_error_leaves_the_pipeline_as_it_was(small):
     np.testing.assert_array_equal(generate(model, [FROM, TO], [3, 3]).images, before)
 
 
+def test_own_maps_change_the_picture_beyond_the_texts(small):
+    """And equal prompts still give the source bit for bit."""
+    run = Experiment.of(small[1], steps=4)
+    without, copied = (edit.edit(run, pair(), m) for m in (edit.prompt_to_prompt(1.0), edit.prompt_to_prompt_own(1.0)))
+    assert (without.after != copied.after).any()
+    same = edit.edit(run, pair(target=FROM), edit.prompt_to_prompt_own(1.0))
+    np.testing.assert_array_equal(same.before, same.after)
+
+
 def test_an_impossible_share_is_refused():
     with pytest.raises(TextlocError, match="0 to 1"):
         edit.prompt_to_prompt(1.5)
+    with pytest.raises(TextlocError, match="0 to 1"):
+        edit.prompt_to_prompt_own(3)
+
+
+# --- FlowEdit -------------------------------------------------------------------------------------------------
+
+
+def test_flow_edit_is_what_its_equations_say():
+    """Against the method written out on the denoiser itself, in double precision."""
+    model, steps, start = tiny.model("sd3"), 4, 1
+    model.pipe.to(torch.float64)
+    picture = generate(model, [FROM], [5], steps=steps).images[0]
+    known = model.encode(picture[None]).double()
+    with carried_over(model, known, start, steps, 5) as noise, torch.no_grad():
+        arguments = model.call_arguments([FROM, TO], steps=steps, guidance=1.0, negative_prompt=None)
+        found = model.pipe(**arguments, latents=noise, output_type="latent").images
+    pipe, edited = model.pipe, known.clone()
+    pipe.scheduler.set_timesteps(steps)
+    length = {"do_classifier_free_guidance": False, "max_sequence_length": arguments["max_sequence_length"]}
+    prompts = [pipe.encode_prompt(p, p, p, **length)[::2] for p in (FROM, TO)]
+    for i in range(start, steps):
+        level, below, time = pipe.scheduler.sigmas[i], pipe.scheduler.sigmas[i + 1], pipe.scheduler.timesteps[i]
+        fresh = torch.randn(known.shape, generator=step_generator(5, i - start)).double()
+        noisy = (1 - level) * known + level * fresh
+        with torch.no_grad():
+            speed = [
+                pipe.transformer(x, text, pooled, time.expand(1), return_dict=False)[0]
+                for x, (text, pooled) in zip((noisy, edited + noisy - known), prompts, strict=True)
+            ]
+        edited = edited + (below - level) * (speed[1] - speed[0])
+    torch.testing.assert_close(found[:1], known, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[1:], edited, atol=1e-6, rtol=0)
+    assert (edited - known).abs().max() > 1e-3
+
+
+def test_flow_edit_counts_what_it_draws_and_leaves_the_scheduler():
+    model = tiny.model("sd3")
+    run, before = Experiment.of(model, steps=4), generate(model, [FROM], [3], steps=4)
+    made = edit.edit(run, pair(), edit.flow_edit(2))
+    np.testing.assert_array_equal(made.before, before.images[0])
+    assert made.row_evaluations == before.row_evaluations * 2  # four rows, and two rows in half of the steps
+    np.testing.assert_array_equal(generate(model, [FROM], [3], steps=4).images, before.images)
+    given = edit.edit(run, pair(), edit.flow_edit(2), picture=before.images[0])
+    np.testing.assert_array_equal(given.after, made.after)
+    assert given.row_evaluations == before.row_evaluations
+
+
+@pytest.mark.parametrize("name, start, said", [("ldm", 0, "needs flow matching"), ("sd3", 4, "0 to 3")])
+def test_flow_edit_where_it_cannot_work_is_refused(name, start, said):
+    with pytest.raises(TextlocError, match=said):
+        edit.edit(Experiment.of(tiny.model(name), steps=4), pair(), edit.flow_edit(start))
 
 
 # --- inversion ------------------------------------------------------------------------------------------------
