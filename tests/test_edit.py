@@ -22,13 +22,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch.nn import functional as F
 
-from textloc_utils import cli, edit, experiment, metrics, models, ocr, prompts
+from textloc_utils import cli, edit, experiment, metrics, models, ocr, prompts, scene_pairs
 from textloc_utils.cli import editing
 from textloc_utils.edit.flowedit import carried_over
 from textloc_utils.edit.prompt_to_prompt import own_modules
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import generate, step_generator
-from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures import factors, scenes, world
 from textloc_utils.models import Model
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
@@ -431,6 +431,61 @@ def test_the_curve_turns_each_dial(mini):
     starts = [m.patch.start for m in methods if m.name == "localized"]
     assert starts == [0, 2, 3, 5, 7, 10, 13] and starts == [m.patch.start for m in methods if m.name == "all layers"]
     assert [m.maps for m in methods if m.maps is not None] == list(edit.study.SHARES)
+
+
+def test_every_dial_is_turned(mini):
+    found = edit.dials(mini, LAYERS, steps=10)
+    names = [m.name for m in found]
+    assert names.count("FlowEdit") == names.count("localized") == len(edit.study.STARTS)
+    assert names.count("Prompt-to-Prompt, own maps") == len(edit.study.SHARES) - 1
+    assert names.count("same seed") == names.count("plain target") == 1
+    assert "FlowEdit" not in {m.name for m in edit.dials(tiny.model("ldm"), (0,))}
+
+
+def test_the_best_setting_keeps_most_of_those_that_spell():
+    """One that keeps more and loses words is not taken, and one that spells too little only for want of others."""
+    methods = [edit.localized((1,), k) for k in (0, 2, 4)] + [edit.prompt_to_prompt(s) for s in (0.2, 0.8)]
+    methods += [edit.same_seed()]
+    scores = {("localized", 0): (1.0, 0.7), ("localized", 2): (0.98, 0.9), ("localized", 4): (0.9, 0.95)}
+    scores |= {
+        ("Prompt-to-Prompt", 0.2): (0.6, 0.8),
+        ("Prompt-to-Prompt", 0.8): (0.4, 0.9),
+        ("same seed", 0): (1.0, 0.5),
+    }
+    rows = []
+    for (name, dial), (exact, keeps) in scores.items():
+        setting = {"start": 0, "share": dial} if name == "Prompt-to-Prompt" else {"start": dial, "share": 0.0}
+        rows += [{"method": name, **setting, "exact": i < 50 * exact, "ssim_outside": keeps} for i in range(50)]
+    chosen = edit.best(methods, pd.DataFrame(rows))
+    assert [m.name for m in chosen] == ["localized", "Prompt-to-Prompt", "same seed"]
+    assert chosen[0].patch.start == 2 and chosen[1].maps == 0.2
+
+
+def test_open_prompts_are_edited_at_settings_that_other_pairs_chose(mini, tmp_path, monkeypatch):
+    """What is kept is compared with what the source's picture showed, and the mask is of its own text."""
+    run = Experiment.of(mini, steps=2, store=Store(tmp_path))
+    asked = {}
+
+    def few(model, layers, steps):
+        return [edit.localized(layers, 1), edit.prompt_to_prompt_own(0.5), edit.flow_edit(1), edit.same_seed()]
+
+    original = edit.study.compare
+    monkeypatch.setattr(edit.study, "dials", few)
+    monkeypatch.setattr(
+        edit.study, "compare", lambda e, pairs, m: asked.setdefault(len(pairs), pairs) and original(e, pairs, m)
+    )
+    table = edit.open_table(run, LAYERS, 3, tuning=2)
+    assert {p.source_text for p in asked[2]} <= set(scene_pairs.words("tune"))
+    assert {p.target_text for p in asked[3]} <= set(scene_pairs.words("report"))
+    assert len(table) == 3 * 4 and table.start.tolist()[:4] == [1, 0, 1, 0] and table.share.tolist()[:2] == [0.0, 0.5]
+    rates = edit.kept(table)
+    first = table[table.method == "FlowEdit"]
+    assert rates.material[rates.method == "FlowEdit"].item() == (first.material_read == first.material_before).mean()
+    pictures, rows = edit.compare_pair(run, asked[3][0], few(mini, LAYERS, 2))
+    mask = factors.read(pictures)[0].outside_text()
+    assert rows[1]["ssim_outside"] == pytest.approx(metrics.ssim(pictures[2], pictures[0], mask))
+    given, _ = edit.compare_pair(run, asked[3][0], [edit.flow_edit(1)], given=True)
+    np.testing.assert_array_equal(given[0], world.render(asked[3][0].scene))
 
 
 def test_edited_pairs_are_others_than_searched_ones():
