@@ -65,7 +65,7 @@ def miniature(folder: Path) -> None:
 
 def notebook(folder: Path) -> None:
     notebooks.WORK = folder / "work"
-    notebooks.execute(notebooks.plan([folder / "one.ipynb"]))
+    notebooks.execute(notebooks.plan([folder / "one.ipynb"], {}))
 
 
 def export(folder: Path) -> None:
@@ -84,7 +84,7 @@ def rows(path: Path) -> str:
 
 
 #: What differs from run to run in a file that says where it comes from.
-UNLIKE = ("second", "created", "seal", "commit")
+UNLIKE = ("second", "created", "seal", "commit", "name_or_path")
 
 
 def untimed(path: Path) -> dict:
@@ -102,7 +102,7 @@ def untimed(path: Path) -> dict:
 JOBS: dict[Callable[[Path], None], dict[str, Callable]] = {
     sweep: {"table.csv": Path.read_bytes, "store/units/*/*": rows},
     adapters: {f"adapter/{lora.FILE}": Path.read_bytes, f"adapter/{lora.ABOUT}": untimed},
-    miniature: {"run/pipeline/*/*": Path.read_bytes, "run/pipeline/*.json": Path.read_bytes},
+    miniature: {"run/pipeline/*/*.safetensors": Path.read_bytes, "run/pipeline/**/*.json": untimed},
     notebook: {"one.ipynb": Path.read_bytes},
     export: {
         "data/results/explorer/*.csv": Path.read_bytes,
