@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,7 @@ class Experiment:
         if isinstance(subject, cls):
             return replace(subject, **given)
         model = Model.of(subject)
-        own = {"steps": model.spec.steps, "guidance": model.spec.guidance, "store": Store()}
+        own: dict[str, Any] = {"steps": model.spec.steps, "guidance": model.spec.guidance, "store": Store()}
         return cls(model=model, **own | given)
 
     @property

@@ -93,7 +93,7 @@ class Store:
             place; before anything is computed. A stored file that is damaged, or that holds another unit, is
             recomputed with a warning.
         """
-        inputs = {**inputs, **_computed_with(model)}
+        inputs = {**inputs, **computed_with(model)}
         path = self.root / "units" / _name(kind) / f"{unit_hash(kind, inputs)}.jsonl"
         if os.path.lexists(path):
             try:
@@ -234,7 +234,7 @@ def record(name: str, value):
     return value
 
 
-def _computed_with(model: "Model | None") -> dict:
+def computed_with(model: "Model | None") -> dict:
     """The inputs that a model adds to a unit's own."""
     if model is None:
         return {}

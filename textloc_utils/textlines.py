@@ -60,7 +60,7 @@ class _Line:
 def _lines(channel: np.ndarray) -> list[_Line]:
     """Rows of letters that are darker than their surroundings in a channel (H, W)."""
     height, width = channel.shape
-    best = []
+    best: list[_Line] = []
     for window in (height // 16, height // 5):
         low = ndimage.uniform_filter(channel, window) - channel
         dark = low > max(CONTRAST / 2, 0.25 * np.percentile(low, 99.5))
@@ -132,7 +132,7 @@ def _within(box, other) -> bool:
 
 def _stacked(lines: list[_Line]) -> list[list[_Line]]:
     """Lines below each other, of like height, as blocks."""
-    blocks = []
+    blocks: list[list[_Line]] = []
     for line in sorted(lines, key=lambda line: line.box[1]):
         for block in blocks:
             last = block[-1]

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from diffusers import DiffusionPipeline
 from textloc_utils.edit.inversion import UNGUIDED
 from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps
 from textloc_utils.experiment import Experiment
-from textloc_utils.models import Model, check_layers
+from textloc_utils.models import Model, as_indices, check_layers
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer
@@ -44,7 +45,7 @@ class Method:
 
 def localized(layers: Sequence[int], start: int = 0) -> Method:
     """The localized layers read the target's text from step ``start`` on."""
-    return Method(name=LOCALIZED, patch=Site(layers=layers, start=start))
+    return Method(name=LOCALIZED, patch=Site(layers=as_indices(layers, "layers"), start=start))
 
 
 def all_layers(model: Model, start: int = 0) -> Method:
@@ -127,7 +128,7 @@ def edit(
             options |= {"noise": noise.expand(len(rows), *noise.shape[1:]), "guidance": UNGUIDED}
             options |= {"negative_prompt": None}
         if method.maps is not None:
-            held = stack.enter_context(replaced_maps(model, pair, len(rows), round(method.maps * run.steps)))
+            held: Any = stack.enter_context(replaced_maps(model, pair, len(rows), round(method.maps * run.steps)))
         else:
             held = stack.enter_context(_copies(model, method.patch))
         made = run.draw(asked, seeds, **options)
@@ -146,7 +147,7 @@ def _copies(model: Model, site: Site | None) -> Iterator[SimpleNamespace]:
     held, handles = SimpleNamespace(bytes=0), []
     try:
         for layer in site.layers if site is not None else ():
-            of_layer = {}
+            of_layer: dict[object, int] = {}
 
             def count(module, args, output, of_layer=of_layer):
                 of_layer[module] = output.numel() * output.element_size()

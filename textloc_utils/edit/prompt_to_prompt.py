@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from textloc_utils.models import Model, check_hookable, image_and_text
+from textloc_utils.models import Model, TextLayer, check_hookable, image_and_text
 from textloc_utils.patching import Fired
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
@@ -75,7 +75,8 @@ class _ReplacedMaps(TorchFunctionMode):
     def __init__(self, model: Model, columns: tuple[list[int], list[int]], rows: int, fired: Fired):
         super().__init__()
         self.model, self.columns, self.rows, self.fired = model, columns, rows, fired
-        self.layer, self.bytes = None, 0
+        self.layer: TextLayer | None = None  # that is at work
+        self.bytes = 0
 
     def enter(self, layer, module, args) -> None:
         self.layer = layer if self.fired.due(layer.name, self.fired.clock.step) else None
@@ -87,15 +88,17 @@ class _ReplacedMaps(TorchFunctionMode):
         output = function(*args, **(kwargs or {}))
         if self.layer is None or function is not F.scaled_dot_product_attention:
             return output
-        return self._replace(output, *args, **(kwargs or {}))
+        return self._replace(self.layer, output, *args, **(kwargs or {}))
 
-    def _replace(self, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **other):
+    def _replace(
+        self, layer, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **other
+    ):
         """``output``, (B, heads, queries, d), with the last prompt's row as replaced maps would have it."""
         batch, _, queries, width = query.shape
         if batch not in (self.rows, 2 * self.rows):
             raise TextlocError(f"maps were asked for {self.rows} rows, but the denoiser got {batch}")
         tokens, (sources, targets) = self.fired.clock.tokens, self.columns
-        pictures, texts = image_and_text(self.model.denoiser, self.layer, queries, key.shape[2], tokens)
+        pictures, texts = image_and_text(self.model.denoiser, layer, queries, key.shape[2], tokens)
         rows = [batch - self.rows, batch - 1]
         scores = query[rows][:, :, pictures] @ key[rows].transpose(-1, -2) * (scale or 1 / math.sqrt(width))
         if attn_mask is not None:
@@ -106,5 +109,5 @@ class _ReplacedMaps(TorchFunctionMode):
         change = (maps[0][..., sources] - maps[1][..., targets]) @ value[-1][:, texts][:, targets]
         output = output.clone()
         output[-1, :, pictures] += change
-        self.fired.note(self.layer.name, 1)
+        self.fired.note(layer.name, 1)
         return output
