@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.settings import TextlocError
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 SHAPES = ("sign", "plate", "banner")
@@ -24,6 +24,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 #: count their seeds up from below.
 NOISE, RESERVED = 10_000, 1_000_000
 
+_LISTS = Path(__file__).parent / "words"
 _QUOTED = re.compile(r'(["\u201c])([^"\u201c\u201d]*)(["\u201d])')
 MILD = "mild insult"  #: the band of held-out words that stands in for toxic ones
 
@@ -89,11 +90,7 @@ class Pair:
 @functools.cache
 def words_table() -> pd.DataFrame:
     """The word list: columns word, zipf (log10 frequency per 10^9 words), band, split (see :func:`words`)."""
-    path = data_dir() / "words" / "words.csv"
-    try:
-        return pd.read_csv(path, keep_default_na=False)
-    except FileNotFoundError:
-        raise TextlocError(f"word list {path} is missing; restore data/words/words.csv") from None
+    return pd.read_csv(_LISTS / "words.csv", keep_default_na=False)
 
 
 SPLITS = ("train", "validation", "held-out")
@@ -117,11 +114,7 @@ def long_words(split: str) -> tuple[str, ...]:
 
     None of them is for validation.
     """
-    path = data_dir() / "words" / "long.csv"
-    try:
-        table = pd.read_csv(path, keep_default_na=False)
-    except FileNotFoundError:
-        raise TextlocError(f"word list {path} is missing; restore data/words/long.csv") from None
+    table = pd.read_csv(_LISTS / "long.csv", keep_default_na=False)
     _check_split(split)
     return tuple(table.word[table.split == split])
 

@@ -16,13 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def data_dir() -> Path:
-    """Folder with prompts, paper tables, miniatures and results (``TEXTLOC_DATA`` overrides it)."""
+    """Folder with paper tables, miniatures and results; a clone has it, elsewhere ``TEXTLOC_DATA`` names one."""
     return Path(os.environ.get("TEXTLOC_DATA", ROOT / "data"))
 
 
 def results_dir() -> Path:
-    """Folder of the result store (``TEXTLOC_RESULTS`` overrides it)."""
-    return Path(os.environ.get("TEXTLOC_RESULTS", data_dir() / "results"))
+    """Folder of the result store: ``TEXTLOC_RESULTS``, else with the data, else (no clone) in the user's cache."""
+    if told := os.environ.get("TEXTLOC_RESULTS"):
+        return Path(told)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return data_dir() / "results" if data_dir().is_dir() else cache / "textloc" / "results"
 
 
 #: How long a process of several waits for the others, which may have most of the work to do.

@@ -138,6 +138,8 @@ def spec(name: str) -> ModelSpec:
     known = registry()
     if name in known:
         return known[name]
+    if name in MINIATURES and not data_dir().is_dir():
+        raise TextlocError(f"{name} comes with a clone of the project; name a clone's data folder in TEXTLOC_DATA")
     hint = f"; textloc train {name} makes this one" if name in MINIATURES else ""
     raise TextlocError(f"unknown model {name!r}; known models: {', '.join(known)}{hint}")
 
