@@ -1,6 +1,5 @@
 """Pairs of scenes, and localizing every factor by one rule: on layers that are known, and on drawn pictures."""
 
-
 import pytest
 
 from textloc_utils import localization, models, prompts, scene_pairs, specificity, sweeps
