@@ -8,8 +8,10 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from textloc_utils import prompts
-from textloc_utils.miniatures import world
+from textloc_utils.miniatures import factors, world
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 
@@ -37,6 +39,16 @@ class ScenePair(Pair):
         told = {"differs": " ".join(self.differs)}
         told |= {f"source_{name}": getattr(self.scene, name) for name in FACTORS}
         return told | {f"target_{name}": getattr(self.target_scene, name) for name in FACTORS}
+
+
+def seen(pictures: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray]:
+    """What the miniatures' reader sees in pictures (n, H, W, 3), the first of which is the one to keep.
+
+    Returns a dict for each picture, every one of FACTORS under its name with ``_read``, and the mask (H, W) that is
+    True outside the first picture's own text, False nowhere if none is found in it.
+    """
+    found = factors.read(pictures)
+    return [{f"{name}_read": getattr(each, name) for name in FACTORS} for each in found], found[0].outside_text()
 
 
 def words(use: str) -> list[str]:

@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 from diffusers import DiffusionPipeline
 
-from textloc_utils import metrics, ocr, onestep, sites
+from textloc_utils import metrics, ocr, onestep, scene_pairs, sites
 from textloc_utils.experiment import Experiment, check_pairs
 from textloc_utils.generate import rows_per_call
-from textloc_utils.miniatures import factors, scenes
+from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, check_layers
 from textloc_utils.prompts import Pair
-from textloc_utils.scene_pairs import FACTORS, ScenePair
+from textloc_utils.scene_pairs import ScenePair
 from textloc_utils.sites import SOURCE, TARGET, Site
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def patch_pair(
         cost += made.row_evaluations
     pictures = np.stack([*drawn[1:2], drawn[0], *drawn[2:]] if source else drawn)
     shown = ([SOURCE] if source else []) + [TARGET, *chosen]
-    looked = _seen(model, pair, pictures)
+    looked, mask = _seen(model, pair, pictures)
     rows = [
         {
             "model": experiment.name,
@@ -136,7 +136,7 @@ def patch_pair(
         for site, text, seen in zip(shown, ocr.read(pictures), looked, strict=True)
     ]
     if source:
-        mask = ocr.outside(model.spec.text_box, pictures, pictures[0])
+        mask = ocr.outside(model.spec.text_box, pictures, pictures[0]) if mask is None else mask
         plain = np.broadcast_to(pictures[:1], pictures.shape)
         ssim = metrics.ssim(pictures, plain, mask)
         psnr = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)
@@ -169,13 +169,13 @@ def _scores(pair: Pair, text: str, seen: dict[str, str]) -> dict:
     }
 
 
-def _seen(model: Model, pair: Pair, pictures: np.ndarray) -> list[dict[str, str]]:
-    """What a miniature's readers see beside the text."""
+def _seen(model: Model, pair: Pair, pictures: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray | None]:
+    """What a miniature's readers see beside the text, and the mask outside the first picture's own text."""
     if isinstance(pair, ScenePair):
-        return [{f"{k}_read": getattr(r, k) for k in FACTORS} for r in factors.read(pictures)]
+        return scene_pairs.seen(pictures)
     if model.spec.miniature:
-        return [dict(zip(("wall_read", "sign_read"), scenes.read_colours(p), strict=True)) for p in pictures]
-    return [{}] * len(pictures)
+        return [dict(zip(("wall_read", "sign_read"), scenes.read_colours(p), strict=True)) for p in pictures], None
+    return [{} for _ in pictures], None
 
 
 def cheap(experiment: Experiment, pairs: Sequence[Pair], *, depth: str = "one-step") -> pd.DataFrame:
