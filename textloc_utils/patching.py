@@ -84,17 +84,6 @@ class Clock:
     def __init__(self):
         self.step, self.tokens, self._noise = 0, 0, None
 
-    def pre_hook(self, timed: bool):
-        """A forward pre-hook for the denoiser; only a ``timed`` one reads timesteps, for which it waits on the GPU."""
-
-        def before(denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
-            call = read_call(denoiser, args, kwargs)
-            self.tokens = call.tokens
-            if timed:
-                self.advance(float(call.noise))
-
-        return before
-
     def advance(self, noise: float) -> int:
         """Take the noise level of a call, whatever its unit, and return the call's step."""
         if self._noise is None or noise > self._noise:

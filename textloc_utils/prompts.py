@@ -103,9 +103,7 @@ def words(split: str) -> tuple[str, ...]:
     Miniatures learn from ``train``. Curricula, settings and sizes are chosen on ``validation``. What is reported is
     measured on ``held-out``, the test words.
     """
-    table = words_table()
-    _check_split(split)
-    return tuple(table.word[table.split == split])
+    return _of_split(words_table(), split)
 
 
 @functools.cache
@@ -114,14 +112,13 @@ def long_words(split: str) -> tuple[str, ...]:
 
     None of them is for validation.
     """
-    table = pd.read_csv(_LISTS / "long.csv", keep_default_na=False)
-    _check_split(split)
-    return tuple(table.word[table.split == split])
+    return _of_split(pd.read_csv(_LISTS / "long.csv", keep_default_na=False), split)
 
 
-def _check_split(split: str) -> None:
+def _of_split(table: pd.DataFrame, split: str) -> tuple[str, ...]:
     if split not in SPLITS:
         raise TextlocError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+    return tuple(table.word[table.split == split])
 
 
 @functools.cache
