@@ -428,6 +428,14 @@ def test_missing_folder(tmp_path):
         models.load("sdxl", device="cpu", model_path=tmp_path / "nowhere")
 
 
+def test_a_modular_pipeline_is_refused_by_name(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "Flux3ModularPipeline"}')
+    with pytest.raises(
+        TextlocError, match="holds a modular pipeline, as FLUX.3 does; modular pipelines cannot be patched"
+    ):
+        models.load("flux-dev", device="cpu", model_path=tmp_path)
+
+
 def test_weights_that_cannot_be_fetched(monkeypatch, tmp_path):
     import huggingface_hub.constants
 

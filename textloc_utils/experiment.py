@@ -218,8 +218,7 @@ def known_layers(model: Model) -> tuple[int, ...]:
         if table is not None:
             return tuple(table.attrs["provenance"]["found"]["layers"])
     if not model.spec.paper_layers:
-        raise TextlocError(
-            f"the localized layers of {model.spec.name} are not known: name them, or run textloc localize "
-            f"{model.spec.name} --publish first"
-        )
+        name = model.spec.name
+        how = f"run textloc localize {name} --publish first" if model.spec.source else "localize the pipeline first"
+        raise TextlocError(f"the localized layers of {name} are not known: name them, or {how}")
     return model.spec.paper_layers

@@ -53,6 +53,10 @@ def check_folder(folder: Path) -> dict[str, type]:
     than safetensors.
     """
     if not (folder / "model_index.json").exists():
+        if (folder / "modular_model_index.json").exists():
+            raise TextlocError(
+                f"{folder} holds a modular pipeline, as FLUX.3 does; modular pipelines cannot be patched"
+            )
         raise TextlocError(f"no saved pipeline in {folder} (model_index.json is missing)")
     parts = component_classes(read_config(folder / "model_index.json"), str(folder))
     for part, part_class in parts.items():
