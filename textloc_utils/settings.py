@@ -81,8 +81,11 @@ def preset(name: str) -> Preset:
         raise TextlocError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}") from None
 
 
-def check_writable(folder: str | os.PathLike) -> Path:
-    """The folder as a path, if it can be written or made; nothing is made yet. Raises TextlocError otherwise."""
+def check_writable(folder: str | os.PathLike, *, advice: str = "choose another --out") -> Path:
+    """The folder as a path, if it can be written or made; nothing is made yet. Raises TextlocError otherwise.
+
+    The advice ends its message.
+    """
     folder = Path(folder).absolute()
     try:
         link = next((p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()), None)
@@ -90,7 +93,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
         longest = os.pathconf(nearest, "PC_NAME_MAX")
         free = shutil.disk_usage(nearest).free
     except OSError as error:
-        raise TextlocError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+        raise TextlocError(f"cannot write to {folder}: {error.strerror}; {advice}") from None
     reason = None
     if link is not None:
         reason = f"{link} is a link to nothing"
@@ -103,7 +106,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
     elif free < SPARE:
         reason = f"the disk of {nearest} is full"
     if reason:
-        raise TextlocError(f"cannot write to {folder}: {reason}; choose another --out")
+        raise TextlocError(f"cannot write to {folder}: {reason}; {advice}")
     return folder
 
 
