@@ -20,6 +20,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -296,7 +297,7 @@ class _Run:
         self.learned = learned
         self.optimiser = torch.optim.AdamW(learned, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         self.ema = EMAModel(learned, decay=budget.ema, use_ema_warmup=True, power=0.75, foreach=True)
-        self.state = {"step": 0, "samples": 0, "seconds": 0.0, "joules": 0.0, "losses": []}
+        self.state: dict[str, Any] = {"step": 0, "samples": 0, "seconds": 0.0, "joules": 0.0, "losses": []}
         self.evaluations: list[dict] = []
         self._resume()
         self.ema.to(accelerator.device)
@@ -360,9 +361,9 @@ class _Run:
         distance = abs(result["exact"] - EARLY)
         if distance < min((abs(e["exact"] - EARLY) for e in self.evaluations), default=1.0):
             weights = {k: v.half().cpu().contiguous() for k, v in self.objective.denoiser.state_dict().items()}
-            with files.whole_folder(self.folder / "early") as part:
-                save_file(weights, part / "denoiser.safetensors", metadata={"format": "pt"})
-                files.write_json(part / "evaluation.json", result)
+            with files.whole_folder(self.folder / "early") as early:
+                save_file(weights, early / "denoiser.safetensors", metadata={"format": "pt"})
+                files.write_json(early / "evaluation.json", result)
         self.objective.train()
         vars(self.objective.denoiser).update(self.fast)
         self.ema.restore(self.learned)

@@ -393,4 +393,4 @@ def _training_words() -> dict[int, list[str]]:
 
 def quoted(caption: str) -> str:
     """The text that a caption asks for."""
-    return re.search(r'"([A-Z]*)"', caption).group(1)
+    return re.findall(r'"([A-Z]*)"', caption)[0]
