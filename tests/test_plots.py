@@ -140,7 +140,7 @@ def letters(figure):
 
 
 def test_figures_are_read_on_a_phone_and_in_the_dark():
-    """350 CSS pixels wide, letters have at least 11 of them; nothing lies outside; the grey stands out on both grounds."""
+    """At a width of 350 CSS pixels letters have 11; nothing lies outside; the grey stands out on both grounds."""
     interval = {"low": [0.0, 0.8], "high": [0.2, 1.0]}
     steps = pd.DataFrame({"kind": ["from step", "until step"], "step": [2, 5], "mean": [0.1, 0.9], **interval})
     lengths = pd.DataFrame({"source": [3, 3, 4], "target": [3, 4, 3], "found": [0.9, 0.5, 0.2]})

@@ -1,8 +1,8 @@
 """Figures from pictures and tidy tables: each function returns a matplotlib Figure, ``strip`` returns HTML.
 
-All figures are read on a phone, too, and in the dark. They are as wide as a phone shows without making their letters too
-small, and wide ones are stacked instead. They have no ground, and letters and lines in a grey that stands out from white
-and from black alike.
+All figures are read on a phone, too, and in the dark. They are as wide as a phone shows without making their letters
+too small, and panels are stacked instead. They have no ground, and letters and lines in a grey that stands out from
+white and from black alike.
 """
 
 import base64
@@ -34,12 +34,10 @@ STYLE = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
-    **{f"{part}.labelsize": POINTS for part in ("axes", "xtick", "ytick")},
-    **{size: POINTS for size in ("font.size", "axes.titlesize", "legend.fontsize")},
-    **{
-        part: INK
-        for part in ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    },
+    **dict.fromkeys(("font.size", "axes.titlesize", "legend.fontsize"), POINTS),
+    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize"), POINTS),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
 
 
