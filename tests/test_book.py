@@ -121,7 +121,8 @@ def test_links_lead_somewhere(site):
 
 
 def test_dead_links_are_found(tmp_path):
-    (tmp_path / "b.html").touch()
+    for name in "ab":
+        (tmp_path / f"{name}.html").touch()
     a = '<p id="here"></p><a href="#here"></a><a href="b.html#there"></a><a href="https://arxiv.org/abs/1"></a>'
     pages = {tmp_path / "a.html": Links(a), tmp_path / "b.html": Links('<p id="there"></p>')}
     assert dead_links(pages) == []
