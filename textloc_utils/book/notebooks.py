@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
@@ -50,11 +50,15 @@ MOST = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """One notebook to execute: ``source`` is read, ``out`` is written, with ``parameters`` in place of its own."""
+    """One notebook to execute: ``source`` is read, ``out`` is written, with ``parameters`` in place of its own.
+
+    ``environment`` holds variables for its kernel besides those of this process.
+    """
 
     source: Path
     out: Path
     parameters: dict
+    environment: dict = field(default_factory=dict)
 
     @property
     def in_place(self) -> bool:
@@ -197,7 +201,7 @@ def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Pa
     for name, value in execution.parameters.items():
         arguments += ["-p", name, str(value)]
     environment = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1"}
-    environment |= {results.COMMAND: execution.command}
+    environment |= {results.COMMAND: execution.command, **execution.environment}
     with log.open("w") as file:
         status = papermills.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
     if status < 0:

@@ -17,13 +17,16 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 MEAN = ("mean", "low", "high")
-HEAT = {"vmin": 0, "vmax": 1, "cmap": "rocket_r"}
 SOURCE, TARGET, QUIET = "#4878a8", "#c8553d", "#9a9a9a"
+#: From nothing, which shows the page, to a colour.
+HEAT = LinearSegmentedColormap.from_list("heat", [to_rgba(TARGET, 0), to_rgba(TARGET, 1)])
 #: Inches. A phone shows a figure 350 CSS pixels wide: letters of 10 points are then 11 pixels high.
 WIDTH, POINTS = 4.4, 10
 #: Letters and lines: a contrast of more than 4 to a white page and to a dark one.
@@ -68,6 +71,14 @@ def _legend(figure: Figure, axes: Iterable) -> None:
     """One legend below all axes, with what the fullest of them names, in two columns where they fit."""
     marks, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda each: len(each[1]))
     figure.legend(marks, labels, loc="outside lower center", ncols=1 if max(map(len, labels)) > 22 else 2)
+
+
+def _heat(axis: Axes, values: pd.DataFrame | np.ndarray, label: str, **options) -> None:
+    """A heat map of shares with a bar beside it, named ``label``, and a frame."""
+    sns.heatmap(values, ax=axis, vmin=0, vmax=1, cmap=HEAT, cbar_kws={"label": label}, **options)
+    axis.tick_params(axis="both", rotation=0)
+    for spine in axis.spines.values():
+        spine.set_visible(True)
 
 
 def _error(table: pd.DataFrame, score: str = "") -> np.ndarray:
@@ -159,9 +170,7 @@ def carried(tables: Mapping[str, pd.DataFrame]) -> Figure:
     figure, axes = _panels(tables, 1.4)
     for axis, table in zip(axes, tables.values(), strict=True):
         layers = table[table.kind == "layer"].set_index("layers")
-        bar = {"label": "share\nchanged"}
-        sns.heatmap(layers[["text", "wall", "sign"]].T, ax=axis, cbar_kws=bar, **HEAT)
-        axis.tick_params(axis="both", rotation=0)
+        _heat(axis, layers[["text", "wall", "sign"]].T, "share\nchanged")
         axis.set(xlabel="", ylabel="")
     axes[-1].set_xlabel("patched text layer")
     return figure
@@ -189,7 +198,7 @@ def lengths(tables: Mapping[str, pd.DataFrame]) -> Figure:
     figure, axes = _panels(tables, 2.2, columns=2)
     for at, (axis, table) in enumerate(zip(axes, tables.values(), strict=True)):
         grid = table.pivot(index="source", columns="target", values="found")
-        sns.heatmap(grid, ax=axis, annot=True, fmt=".2f", cbar=False, **HEAT)
+        sns.heatmap(grid, ax=axis, annot=True, fmt=".2f", cbar=False, vmin=0, vmax=1, cmap="rocket_r")
         axis.tick_params(axis="y", rotation=0)
         axis.set(xlabel="letters of the target", ylabel="" if at % 2 else "letters of the source")
     return figure
@@ -295,10 +304,8 @@ def scores_by_sign(table: pd.DataFrame) -> Figure:
     """Mean target score per patched layer and sign colour (a table of ``sweeps.table``)."""
     means = table[table.kind == "layer"].pivot_table("target_score", "sign", "layers", sort=False)
     figure, (axis,) = _panels([""], 2.6)
-    bar = {"label": "target score"}
-    sns.heatmap(means, ax=axis, cbar_kws=bar, **HEAT)
+    _heat(axis, means, "target score")
     axis.set(xlabel="patched text layer", ylabel="sign")
-    axis.tick_params(axis="both", rotation=0)
     return figure
 
 
@@ -353,10 +360,8 @@ def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
     for axis, rows in zip(axes, evaluations.values(), strict=True):
         every = math.ceil(len(rows) / 8)  # as many labels as can be read
         named = ["" if at % every else f"{s / 1000:.0f}" for at, s in enumerate(rows.samples)]
-        bar = {"label": "target letters"}
-        sns.heatmap(np.array(rows.target.tolist()).T, ax=axis, xticklabels=named, cbar_kws=bar, **HEAT)
+        _heat(axis, np.array(rows.target.tolist()).T, "target letters", xticklabels=named)
         axis.set(xlabel="thousand samples", ylabel="text layer")
-        axis.tick_params(axis="both", rotation=0)
         axis.invert_yaxis()
     return figure
 

@@ -1,12 +1,10 @@
 """What is told about runs of the notebooks: what they took, which numbers changed, and what a larger run would take."""
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import pandas as pd
 
@@ -102,9 +100,13 @@ def estimate(planned: Sequence[notebooks.Execution], steps: int, **options) -> l
     with tempfile.TemporaryDirectory(prefix="textloc-estimate-") as folder:
         for e in planned:
             store = Path(folder, e.source.stem)
-            with mock.patch.dict(os.environ, TEXTLOC_RESULTS=str(store)):
-                small = replace(e, out=Path(folder, e.source.name), parameters=e.parameters | {"PRESET": smoke.name})
-                notebooks.execute([small], **options)
+            small = replace(
+                e,
+                out=Path(folder, e.source.name),
+                parameters=e.parameters | {"PRESET": smoke.name},
+                environment={"TEXTLOC_RESULTS": str(store)},
+            )
+            notebooks.execute([small], **options)
             seconds, units = small.made()["seconds"], _unit_seconds(store)
             small.stamp.unlink()
             growth = _growth(smoke, settings.preset(e.parameters.get("PRESET", "book")), steps)
