@@ -64,7 +64,7 @@ def test_without_a_driver_there_is_the_host_alone(tmp_path, monkeypatch):
         pass
 
 
-def test_a_run_tells_what_it_took_and_which_numbers_changed(tmp_path, monkeypatch, capsys, gpu):
+def test_a_run_tells_what_it_took_and_which_numbers_changed(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path / "data")
     say = "from textloc_utils import results\n_ = results.record('score', {})\n_ = results.record('n', 3)"
     path = write(tmp_path / "one.ipynb", say.format(0.5))
@@ -84,8 +84,20 @@ def test_a_run_tells_what_it_took_and_which_numbers_changed(tmp_path, monkeypatc
     assert cli.main(["run", str(path), "--summary", str(summary), "--publish"]) == 0
     assert summary.read_text().endswith("## Numbers that changed\n\nNone.\n")
     assert compute.chapters().loc["one.ipynb"].seconds == row.seconds
-    assert cli.main(["run", str(path), "--publish", "--seed", "1", "--out", str(tmp_path / "out")]) == 2
-    assert "--publish tells of the notebooks as they are" in capsys.readouterr().err
+
+
+def test_mistakes_are_named_before_anything_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(notebooks, "_execute", lambda *a: pytest.fail("something ran"))
+    path = write(tmp_path / "one.ipynb", "1")
+    for arguments, said in (
+        (["--summary", tmp_path], "is a folder; name a file"),
+        (["--summary", tmp_path / "one.ipynb" / "x.md"], "is not a folder"),
+        (["--publish", "--seed", "1", "--out", tmp_path / "out"], "--publish tells of the notebooks as they are"),
+        (["--estimate", "--publish"], "--estimate keeps nothing"),
+    ):
+        assert cli.main(["run", str(path), *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 def test_numbers_that_came_and_went():

@@ -49,7 +49,7 @@ def _add_run(commands) -> None:
     )
     run.add_argument(
         "--summary",
-        type=options.path,
+        type=options.file,
         metavar="FILE",
         help="write Markdown on what was executed and which recorded numbers changed",
     )
@@ -75,6 +75,8 @@ def _run(args) -> None:
         parameters["SEED"] = args.seed
     if args.publish and (parameters or args.out):
         raise TextlocError("--publish tells of the notebooks as they are: leave out --out and other parameters")
+    if args.estimate and (args.publish or args.summary):
+        raise TextlocError("--estimate keeps nothing: leave out --publish and --summary")
     how = {"jobs": args.jobs, "timeout": args.timeout, "progress": sys.stderr.isatty()}
     if args.estimate:
         _estimate(notebooks.plan(args.notebooks, parameters, args.out or "executed"), args, how)
