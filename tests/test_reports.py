@@ -115,7 +115,7 @@ for i in range(2):
 """
     path = write(tmp_path / "one.ipynb", work, parameters=PARAMETERS)
     before = path.read_bytes()
-    assert cli.main(["run", str(path), "--estimate", "--models", "sdxl", "--preset", "paper", "--timeout", "60"]) == 0
+    assert cli.main(["run", str(path), "--estimate", "--models", "sdxl", "--preset", "paper"]) == 0
     told = capsys.readouterr().out
     assert "one.ipynb: about " in told and "peak of memory then: host" in told and "free disk" in told
     assert path.read_bytes() == before and not list((tmp_path / "work").glob("*.json"))

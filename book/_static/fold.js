@@ -2,6 +2,8 @@
    cell. The table comes back as soon as there is room. */
 "use strict";
 
+const PHONE = window.matchMedia("(max-width: 600px)");
+
 /* The heads of the columns and the cells of each row, as HTML, with cells that span rows or columns repeated. */
 function grid(rows) {
   const filled = rows.map(() => []);
@@ -37,7 +39,7 @@ function folded(table) {
 function fit(table) {
   const box = table.parentElement;
   table.hidden = false;
-  const wide = table.scrollWidth > box.clientWidth + 1;
+  const wide = PHONE.matches && table.scrollWidth > box.clientWidth + 1;
   if (wide && !table.folded) {
     table.folded = folded(table);
     table.after(table.folded);
