@@ -45,6 +45,7 @@ FULL = {
     "test_patching_miniatures.py",
     "test_planted_layers.py",
     "test_recipes.py",
+    "test_reports.py",
     "test_safety.py",
     "test_site.py",
     "test_training.py",

@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from scipy import stats
 
 from textloc_utils import metrics, onestep, sweeps
-from textloc_utils.experiment import Experiment, check_pairs, digest_of, published_store
+from textloc_utils.experiment import Experiment, Spent, check_pairs, digest_of, published_store
 from textloc_utils.generate import rows_per_call
 from textloc_utils.models import Model, check_distinct, key_value_numbers
 from textloc_utils.prompts import Pair
@@ -167,7 +167,7 @@ def localize(
         )
     if len({pair.seed for pair in pairs}) < len(pairs):
         raise TextlocError("two of the pairs have the same seed; give each pair one of its own")
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), Spent(experiment.store)
     if how == "exhaustive":
         found = _exhaustive(experiment, pairs, share, by)
     elif how == "budgeted":
@@ -177,9 +177,8 @@ def localize(
     found = replace(found, seconds=time.perf_counter() - began)
     if experiment.publish:
         key = _key(experiment, pairs, how, share, budget, by)
-        experiment.write(
-            _name(experiment, pairs, how), _outcome(experiment, pairs, found), found=asdict(found), key=key
-        )
+        table, about = _outcome(experiment, pairs, found), {"found": asdict(found), "key": key}
+        experiment.write(_name(experiment, pairs, how), table, seconds=spent.seconds, **about)
     return found
 
 

@@ -1,8 +1,8 @@
 """LoRA on chosen text layers (paper, section 5.1): teach a model to write better, and leave the rest of it alone.
 
-Small adapters (Hu et al. 2022) sit on the Linear modules of some text layers; everything else is frozen. Text
-embeddings and latents are computed once, before, and the gradient flows back no further than the first adapter: a set
-of late layers costs less time and memory per step than all layers do.
+Small adapters (Hu et al. 2022) are added to the Linear modules of some text layers. Nothing else is trained. Text
+embeddings and latents are computed once, before the training. The backward pass ends at the first adapter, so a set of
+late layers takes less time and memory per step than all layers do.
 """
 
 import contextlib

@@ -1,15 +1,15 @@
-"""Pictures to text: what is read, where text stands, and which reader says so.
+"""Read the text in pictures, and find where it stands.
 
 There are two readers. **Tesseract** reads the miniatures, and larger pictures where nothing else is installed.
 **RapidOCR** (``pip install 'textloc-utils[ocr]'``: PP-OCRv6 detection and recognition, offline) reads larger pictures
 where it is installed; it also knows accents and other scripts, and tells photographs without text from signs.
 
-Tesseract is run in batches, through pytesseract and a list file of image paths. It reads a tight line of dark letters
-on white far better than a letter-sized word in a scene, so text is cut out first. In a miniature the sign's colour is
-the median of the picture's middle, the ink's colour is what differs most from it there, every pixel becomes its share
-of ink, and what hangs together with the picture's edge (the wall; letters may touch the right one) is dropped. In
-larger pictures ``textlines`` finds the letters. Nothing here knows the wanted text, the colours or where the letters
-stand.
+Tesseract reads many pictures in one run, through pytesseract and a list file of image paths. It reads dark letters on
+white far better than a small word in a scene, so the text is cut out first. In a miniature this takes four steps. The
+colour of the sign is the median of the picture's middle. The colour of the ink is the one that differs most from it
+there. Each pixel becomes its share of ink. What is connected to the edge of the picture is the wall and is dropped
+(letters may touch the right edge). In larger pictures ``textlines`` finds the letters. No step knows the wanted text,
+the colours, or where the letters stand.
 """
 
 import contextlib

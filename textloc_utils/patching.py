@@ -6,14 +6,15 @@ and a patch then copies in both halves: row ``target`` over row ``source``, and 
 ``source``. Pipelines that call the denoiser once for the prompts and once for the negatives (FLUX with
 ``true_cfg_scale``) show it n rows each time.
 
-**Steps.** Step s of a run is its (s + 1)-th noise level: the count rises whenever the noise falls and starts again
-at 0 whenever the noise rises, so that one block serves several pipeline calls. Repeated calls at one timestep
-(FLUX's negatives, the doubled timestep of PNDM) belong to one step.
+**Steps.** Step 0 of a run is its first noise level, step 1 the second, and so on. The count rises whenever the noise
+falls. It starts again at 0 whenever the noise rises, so that one block serves several pipeline calls. Repeated calls
+at one timestep (FLUX's negatives, the doubled timestep of PNDM) belong to one step.
 
-**Account.** A block knows which modules must take part in each call of the denoiser, and raises where one did not:
-whatever was done to the pipeline (fused projections, caches, compilation), a patch never does nothing in silence.
+**Account.** A block knows which modules must take part in each call of the denoiser, and raises an error if one did
+not. So a patch that had no effect is always noticed, for example on a pipeline with fused projections, with caches or
+after compilation.
 
-Source and target run together, so nothing is stored and the target's text stream is always that of the same step.
+Source and target run together in one batch. So nothing is stored, and both are always at the same step.
 """
 
 import contextlib

@@ -52,6 +52,9 @@ class Store:
 
     def __init__(self, root: str | os.PathLike | None = None):
         self.root = Path(root) if root is not None else settings.results_dir()
+        #: Seconds that other runs took for the stored units that this object handed out; each unit counts once.
+        self.seconds_before = 0.0
+        self._counted: set[Path] = set()
 
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
@@ -99,6 +102,9 @@ class Store:
             try:
                 header, table = _read_unit(path)
                 if _is_current(header):
+                    if path not in self._counted:
+                        self._counted.add(path)
+                        self.seconds_before += header["provenance"].get("seconds", 0.0)
                     return table
             except _DamagedError as error:
                 warnings.warn(f"recomputing damaged result {path}: {error}", stacklevel=2)
@@ -118,14 +124,15 @@ class Store:
         }
         body = "".join(line + "\n" for line in (_json(header), *rows))
         files.write_text(path, body + _seal(body.encode()).decode(), advice=ADVICE)
+        self._counted.add(path)
         return _read_unit(path)[1]
 
-    def publish(self, name: str, table: pd.DataFrame, provenance: Mapping) -> Path:
+    def publish(self, name: str, table: pd.DataFrame, provenance: Mapping, *, model: "Model | None" = None) -> Path:
         """Write a table to ``<name>.csv`` and what it came from to ``<name>.json``; returns the CSV's path.
 
-        ``provenance`` is the caller's part (models, preset, seed ...); what :func:`provenance` tells is added where
-        the caller does not say otherwise, and so are the seconds, those of this process. Columns hold numbers,
-        booleans or texts; a missing text is kept as the empty one.
+        ``provenance`` is the caller's part (models, preset, seed ...). What :func:`provenance` tells of the ``model``
+        is added where the caller does not say otherwise, and so are the seconds, those of this process. Columns hold
+        numbers, booleans or texts; a missing text is kept as the empty one.
         """
         path = self.root / f"{_name(name)}.csv"
         table = table.reset_index(drop=True)
@@ -137,7 +144,7 @@ class Store:
             "columns": kinds,
             "sha256": _digest(text),
             "provenance": {
-                **_this_provenance(),
+                **_this_provenance(model),
                 "seconds": round(time.monotonic() - _BEGAN, 1),
                 **_plain(provenance),
             },

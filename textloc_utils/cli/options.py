@@ -97,6 +97,14 @@ def folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def file(text: str) -> Path:
+    """The type of a file to write; nothing is made yet."""
+    folder(os.path.dirname(path(text)) or ".")
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    return Path(text)
+
+
 def device(text: str) -> str:
     """The type of a device's name; whether it is there is asked when it is needed."""
     if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text) is None:
