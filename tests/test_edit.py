@@ -22,11 +22,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch.nn import functional as F
 
-from textloc_utils import cli, edit, experiment, metrics, models, ocr, prompts
+from textloc_utils import cli, edit, experiment, metrics, models, ocr, prompts, scene_pairs
 from textloc_utils.cli import editing
+from textloc_utils.edit.flowedit import carried_over
+from textloc_utils.edit.prompt_to_prompt import own_modules
 from textloc_utils.experiment import Experiment
-from textloc_utils.generate import generate
-from textloc_utils.miniatures import scenes
+from textloc_utils.generate import generate, step_generator
+from textloc_utils.miniatures import factors, scenes, world
 from textloc_utils.models import Model
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
@@ -131,30 +133,38 @@ def test_shared_columns_hold_the_same_tokens(small, target):
         assert len(own) == (2 if name in ("sd3", "sd35") else 1) and sources == targets
 
 
-def explicit(name, model, columns, rows, monkeypatch):
-    """All text layers compute their maps in the open, the last row's replaced: the method as its authors write it."""
+def explicit(name, model, columns, rows, own, monkeypatch):
+    """All layers compute their maps in the open, the last row's replaced: the method as its authors write it."""
     sources, targets = map(torch.tensor, columns)
     tokens = sum(len(tokens) for _, tokens in model.text_columns(FROM))
     inside, fused = [], F.scaled_dot_product_attention
-    for layer in model.layers:
-        module = model.denoiser.get_submodule(layer.name)
-        module.register_forward_pre_hook(lambda *a: inside.append(True))
+    kinds = dict.fromkeys(own_modules(model), "own") | {layer.name: "text" for layer in model.layers}
+    for each, kind in kinds.items():
+        module = model.denoiser.get_submodule(each)
+        module.register_forward_pre_hook(lambda *a, kind=kind: inside.append(kind))
         module.register_forward_hook(lambda *a: inside.clear())
 
     def attention(query, key, value, *args, **kwargs):
-        if not inside:
+        if not inside or (inside == ["own"] and not own):
             return fused(query, key, value, *args, **kwargs)
         maps = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
+        if inside == ["own"]:
+            maps[-1] = maps[-rows]
+            return maps @ value
         texts_last = name in ("sd3", "sd35")
         first = key.shape[2] - tokens if texts_last else 0
         for q in range(tokens if name == "flux" else 0, query.shape[2] - tokens * texts_last):
             maps[-1, :, q, first + targets] = maps[-rows, :, q, first + sources]
+            if own:  # the keys that are no text: none in a U-Net's cross-attention
+                pictures = slice(0, first) if texts_last else slice(tokens, None)
+                maps[-1, :, q, pictures] = maps[-rows, :, q, pictures]
         return maps @ value
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
 
 
-def test_maps_are_replaced_as_written(small, monkeypatch):
+@pytest.mark.parametrize("own", (0, 3))
+def test_maps_are_replaced_as_written(small, own, monkeypatch):
     """In double precision, the fused attention with its correction against maps in the open."""
     name, model = small[0], tiny.model(small[0])
     model.pipe.to(torch.float64)
@@ -170,10 +180,10 @@ def test_maps_are_replaced_as_written(small, monkeypatch):
 
     plain = last(generator=noise())
     columns = edit.shared_columns(model, FROM, TO)
-    with edit.replaced_maps(model, pair(), 2, 3):
+    with edit.replaced_maps(model, pair(), 2, 3, own):
         ours = last(generator=noise())
     np.testing.assert_array_equal(last(generator=noise()), plain)  # and leaves nothing behind
-    explicit(name, model, columns, 2, monkeypatch)
+    explicit(name, model, columns, 2, own, monkeypatch)
     theirs = last(generator=noise())
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
     assert np.abs(ours[1] - plain[1]).max() > 1e-4
@@ -188,9 +198,69 @@ def test_an_error_leaves_the_pipeline_as_it_was(small):
     np.testing.assert_array_equal(generate(model, [FROM, TO], [3, 3]).images, before)
 
 
+def test_own_maps_change_the_picture_beyond_the_texts(small):
+    """And equal prompts still give the source bit for bit."""
+    run = Experiment.of(small[1], steps=4)
+    without, copied = (edit.edit(run, pair(), m) for m in (edit.prompt_to_prompt(1.0), edit.prompt_to_prompt_own(1.0)))
+    assert (without.after != copied.after).any()
+    same = edit.edit(run, pair(target=FROM), edit.prompt_to_prompt_own(1.0))
+    np.testing.assert_array_equal(same.before, same.after)
+
+
 def test_an_impossible_share_is_refused():
     with pytest.raises(TextlocError, match="0 to 1"):
         edit.prompt_to_prompt(1.5)
+    with pytest.raises(TextlocError, match="0 to 1"):
+        edit.prompt_to_prompt_own(3)
+
+
+# --- FlowEdit -------------------------------------------------------------------------------------------------
+
+
+def test_flow_edit_is_what_its_equations_say():
+    """Against the method written out on the denoiser itself, in double precision."""
+    model, steps, start = tiny.model("sd3"), 4, 1
+    model.pipe.to(torch.float64)
+    picture = generate(model, [FROM], [5], steps=steps).images[0]
+    known = model.encode(picture[None]).double()
+    with carried_over(model, known, start, steps, 5) as noise, torch.no_grad():
+        arguments = model.call_arguments([FROM, TO], steps=steps, guidance=1.0, negative_prompt=None)
+        found = model.pipe(**arguments, latents=noise, output_type="latent").images
+    pipe, edited = model.pipe, known.clone()
+    pipe.scheduler.set_timesteps(steps)
+    length = {"do_classifier_free_guidance": False, "max_sequence_length": arguments["max_sequence_length"]}
+    prompts = [pipe.encode_prompt(p, p, p, **length)[::2] for p in (FROM, TO)]
+    for i in range(start, steps):
+        level, below, time = pipe.scheduler.sigmas[i], pipe.scheduler.sigmas[i + 1], pipe.scheduler.timesteps[i]
+        fresh = torch.randn(known.shape, generator=step_generator(5, i - start)).double()
+        noisy = (1 - level) * known + level * fresh
+        with torch.no_grad():
+            speed = [
+                pipe.transformer(x, text, pooled, time.expand(1), return_dict=False)[0]
+                for x, (text, pooled) in zip((noisy, edited + noisy - known), prompts, strict=True)
+            ]
+        edited = edited + (below - level) * (speed[1] - speed[0])
+    torch.testing.assert_close(found[:1], known, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[1:], edited, atol=1e-6, rtol=0)
+    assert (edited - known).abs().max() > 1e-3
+
+
+def test_flow_edit_counts_what_it_draws_and_leaves_the_scheduler():
+    model = tiny.model("sd3")
+    run, before = Experiment.of(model, steps=4), generate(model, [FROM], [3], steps=4)
+    made = edit.edit(run, pair(), edit.flow_edit(2))
+    np.testing.assert_array_equal(made.before, before.images[0])
+    assert made.row_evaluations == before.row_evaluations * 2  # four rows, and two rows in half of the steps
+    np.testing.assert_array_equal(generate(model, [FROM], [3], steps=4).images, before.images)
+    given = edit.edit(run, pair(), edit.flow_edit(2), picture=before.images[0])
+    np.testing.assert_array_equal(given.after, made.after)
+    assert given.row_evaluations == before.row_evaluations
+
+
+@pytest.mark.parametrize("name, start, said", [("ldm", 0, "needs flow matching"), ("sd3", 4, "0 to 3")])
+def test_flow_edit_where_it_cannot_work_is_refused(name, start, said):
+    with pytest.raises(TextlocError, match=said):
+        edit.edit(Experiment.of(tiny.model(name), steps=4), pair(), edit.flow_edit(start))
 
 
 # --- inversion ------------------------------------------------------------------------------------------------
@@ -361,6 +431,61 @@ def test_the_curve_turns_each_dial(mini):
     starts = [m.patch.start for m in methods if m.name == "localized"]
     assert starts == [0, 2, 3, 5, 7, 10, 13] and starts == [m.patch.start for m in methods if m.name == "all layers"]
     assert [m.maps for m in methods if m.maps is not None] == list(edit.study.SHARES)
+
+
+def test_every_dial_is_turned(mini):
+    found = edit.dials(mini, LAYERS, steps=10)
+    names = [m.name for m in found]
+    assert names.count("FlowEdit") == names.count("localized") == len(edit.study.STARTS)
+    assert names.count("Prompt-to-Prompt, own maps") == len(edit.study.SHARES) - 1
+    assert names.count("same seed") == names.count("plain target") == 1
+    assert "FlowEdit" not in {m.name for m in edit.dials(tiny.model("ldm"), (0,))}
+
+
+def test_the_best_setting_keeps_most_of_those_that_spell():
+    """One that keeps more and loses words is not taken, and one that spells too little only for want of others."""
+    methods = [edit.localized((1,), k) for k in (0, 2, 4)] + [edit.prompt_to_prompt(s) for s in (0.2, 0.8)]
+    methods += [edit.same_seed()]
+    scores = {("localized", 0): (1.0, 0.7), ("localized", 2): (0.98, 0.9), ("localized", 4): (0.9, 0.95)}
+    scores |= {
+        ("Prompt-to-Prompt", 0.2): (0.6, 0.8),
+        ("Prompt-to-Prompt", 0.8): (0.4, 0.9),
+        ("same seed", 0): (1.0, 0.5),
+    }
+    rows = []
+    for (name, dial), (exact, keeps) in scores.items():
+        setting = {"start": 0, "share": dial} if name == "Prompt-to-Prompt" else {"start": dial, "share": 0.0}
+        rows += [{"method": name, **setting, "exact": i < 50 * exact, "ssim_outside": keeps} for i in range(50)]
+    chosen = edit.best(methods, pd.DataFrame(rows))
+    assert [m.name for m in chosen] == ["localized", "Prompt-to-Prompt", "same seed"]
+    assert chosen[0].patch.start == 2 and chosen[1].maps == 0.2
+
+
+def test_open_prompts_are_edited_at_settings_that_other_pairs_chose(mini, tmp_path, monkeypatch):
+    """What is kept is compared with what the source's picture showed, and the mask is of its own text."""
+    run = Experiment.of(mini, steps=2, store=Store(tmp_path))
+    asked = {}
+
+    def few(model, layers, steps):
+        return [edit.localized(layers, 1), edit.prompt_to_prompt_own(0.5), edit.flow_edit(1), edit.same_seed()]
+
+    original = edit.study.compare
+    monkeypatch.setattr(edit.study, "dials", few)
+    monkeypatch.setattr(
+        edit.study, "compare", lambda e, pairs, m: asked.setdefault(len(pairs), pairs) and original(e, pairs, m)
+    )
+    table = edit.open_table(run, LAYERS, 3, tuning=2)
+    assert {p.source_text for p in asked[2]} <= set(scene_pairs.words("tune"))
+    assert {p.target_text for p in asked[3]} <= set(scene_pairs.words("report"))
+    assert len(table) == 3 * 4 and table.start.tolist()[:4] == [1, 0, 1, 0] and table.share.tolist()[:2] == [0.0, 0.5]
+    rates = edit.kept(table)
+    first = table[table.method == "FlowEdit"]
+    assert rates.material[rates.method == "FlowEdit"].item() == (first.material_read == first.material_before).mean()
+    pictures, rows = edit.compare_pair(run, asked[3][0], few(mini, LAYERS, 2))
+    mask = factors.read(pictures)[0].outside_text()
+    assert rows[1]["ssim_outside"] == pytest.approx(metrics.ssim(pictures[2], pictures[0], mask))
+    given, _ = edit.compare_pair(run, asked[3][0], [edit.flow_edit(1)], given=True)
+    np.testing.assert_array_equal(given[0], world.render(asked[3][0].scene))
 
 
 def test_edited_pairs_are_others_than_searched_ones():

@@ -6,6 +6,9 @@ pairs is r times that one's.
 **Selection rule.** Layers are put in the order of how far each alone moves the text, which is its effect and what it
 takes of the source's score: a layer may erase the source's text and need others to write. The first set that reaches
 ``share`` (0.9) is taken; then every layer of it, the weakest first, is left out if the others still reach it.
+
+With ``by="exact"`` a set's effect is the share of pairs in which the whole target is drawn. Pairs that differ in
+another factor than the text (``scene_pairs``) are searched in the same way, for the layers that hold that factor.
 """
 
 import math
@@ -33,9 +36,14 @@ if TYPE_CHECKING:
 SHARE = 0.9  #: of the all-layer patch's text effect
 BUDGET = 0.1  #: of the exhaustive sweep's cost
 SEARCHES = ("exhaustive", "budgeted", *onestep.DEPTHS)
+EFFECTS = ("score", "exact")  #: what a set's effect is, see :func:`sweeps.set_effects`
 #: The budgeted search: pairs that are screened, share of the screened effects that the first leading sets hold, pairs
 #: of the first round, and their growth from round to round.
 SCREEN, SCREENED, FIRST, GROWTH = 6, 0.98, 8, 1.5
+
+
+class NothingFoundError(TextlocError):
+    """All layers together bring nothing of the target, so that no set can be chosen."""
 
 
 # --- what is found --------------------------------------------------------------------------------------------
@@ -86,12 +94,14 @@ def reached(effects: pd.DataFrame, layers: Sequence[int]) -> np.ndarray:
     """Share of the all-layer patch's effect that a set reaches: the estimate, then bootstrap values of it.
 
     ``effects`` is a table of ``sweeps.set_effects``. Pairs are resampled whole, the same ones for every set of a table;
-    a pair counts where the set was drawn. Raises TextlocError where patching all layers brings nothing.
+    a pair counts where the set was drawn. Raises NothingFoundError where patching all layers brings nothing.
     """
     both = effects[[joined(layers), "all"]].to_numpy()
     both = np.where(np.isnan(both).any(1, keepdims=True), 0.0, both)
     if both[:, 1].sum() <= 0:
-        raise TextlocError("patching all layers brings no target text: there is nothing to localize in this model")
+        raise NothingFoundError(
+            "patching all layers brings nothing of the target: there is nothing to localize in this model"
+        )
     # Both are taken over the same pairs, so that their means over all have the ratio of their own means.
     own, every = np.concatenate([both.mean(0)[None], metrics.resampled(both)]).T
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -124,6 +134,7 @@ def localize(
     how: str = "budgeted",
     share: float = SHARE,
     budget: float = BUDGET,
+    by: str = "score",
     **settings,
 ) -> Found:
     """Find the layers that hold the text, by one of SEARCHES.
@@ -135,14 +146,19 @@ def localize(
     left or the next round would cost more than ``budget`` times the exhaustive sweep over the same pairs (the screen
     and one round are always done).
 
-    ``settings`` are those of ``experiment.Experiment``. With ``publish`` the outcome is written to the package's data
-    as ``results/localize_MODEL_SEARCH.csv``, see :func:`published`. Raises TextlocError for what cannot be searched,
-    before anything is drawn.
+    ``by`` is one of EFFECTS, for searches that draw pictures. ``settings`` are those of ``experiment.Experiment``. With
+    ``publish`` the outcome is written to the package's data as ``results/localize_MODEL_SEARCH.csv``, or
+    ``localize_MODEL_FACTOR_SEARCH.csv`` where another factor than the text differs, see :func:`published`. Raises
+    TextlocError for what cannot be searched, before anything is drawn.
     """
     experiment, pairs = Experiment.of(subject, **settings), check_pairs(pairs)
     check_distinct(experiment.model, pairs)
     if how not in SEARCHES:
         raise TextlocError(f"unknown search {how!r}; allowed: {', '.join(SEARCHES)}")
+    if by not in EFFECTS:
+        raise TextlocError(f"sets are compared by {' or '.join(EFFECTS)}, got {by!r}")
+    if len(kinds := {_factor(pair) for pair in pairs}) > 1:
+        raise TextlocError(f"one search is for one factor; the pairs differ in {', '.join(sorted(kinds))}")
     if not 0 < share <= 1:
         raise TextlocError(f"the share to reach must lie above 0 and not above 1, got {share}")
     if not 0 < budget <= 1:
@@ -153,30 +169,38 @@ def localize(
         raise TextlocError("two of the pairs have the same seed; give each pair one of its own")
     began = time.perf_counter()
     if how == "exhaustive":
-        found = _exhaustive(experiment, pairs, share)
+        found = _exhaustive(experiment, pairs, share, by)
     elif how == "budgeted":
-        found = _budgeted(experiment, pairs, share, budget)
+        found = _budgeted(experiment, pairs, share, budget, by)
     else:
         found = _cheap_only(experiment, pairs, share, how)
     found = replace(found, seconds=time.perf_counter() - began)
     if experiment.publish:
-        key = _key(experiment, pairs, how, share, budget)
-        experiment.write(_name(experiment, how), _outcome(experiment, pairs, found), found=asdict(found), key=key)
+        key = _key(experiment, pairs, how, share, budget, by)
+        experiment.write(
+            _name(experiment, pairs, how), _outcome(experiment, pairs, found), found=asdict(found), key=key
+        )
     return found
 
 
 def published(
-    experiment: Experiment, pairs: Sequence[Pair], how: str, *, share: float = SHARE, budget: float = BUDGET
+    experiment: Experiment,
+    pairs: Sequence[Pair],
+    how: str,
+    *,
+    share: float = SHARE,
+    budget: float = BUDGET,
+    by: str = "score",
 ) -> tuple[Found, pd.DataFrame]:
     """A search's outcome and its table: the published ones where they fit, otherwise the search is done now.
 
     The table holds the sweep's rows and those of the set after an exhaustive search, ``sweeps.cheap``'s rows after one
     without pictures, and one row per layer with its effect after a budgeted one.
     """
-    key = _key(experiment, pairs, how, share, budget)
-    table = None if experiment.publish else published_store().load_matching(_name(experiment, how), key)
+    key = _key(experiment, pairs, how, share, budget, by)
+    table = None if experiment.publish else published_store().load_matching(_name(experiment, pairs, how), key)
     if table is None:
-        found = localize(experiment, pairs, how=how, share=share, budget=budget)
+        found = localize(experiment, pairs, how=how, share=share, budget=budget, by=by)
         return found, _outcome(experiment, pairs, found)
     told = table.attrs["provenance"]["found"]
     intervals = {name: told[name] and metrics.Interval(**told[name]) for name in ("score", "reached")}
@@ -196,13 +220,20 @@ def _outcome(experiment: Experiment, pairs: Sequence[Pair], found: Found) -> pd.
     return pd.DataFrame({"layer": range(len(found.effects)), "effect": found.effects})
 
 
-def _name(experiment: Experiment, how: str) -> str:
-    return f"localize_{experiment.name}_{how}"
+def _factor(pair: Pair) -> str:
+    """What a search over such pairs looks for."""
+    return "text" if pair.source_text != pair.target_text else " ".join(getattr(pair, "differs", ()))
 
 
-def _key(experiment: Experiment, pairs: Sequence[Pair], how: str, share: float, budget: float) -> dict:
+def _name(experiment: Experiment, pairs: Sequence[Pair], how: str) -> str:
+    factor = _factor(pairs[0])
+    return f"localize_{experiment.name}_{how}" if factor == "text" else f"localize_{experiment.name}_{factor}_{how}"
+
+
+def _key(experiment: Experiment, pairs: Sequence[Pair], how: str, share: float, budget: float, by: str) -> dict:
     rule = {"rows": sweeps.ROWS, "pairs": digest_of(pairs), "share": share}
     rule |= {"budget": budget} if how == "budgeted" else {}
+    rule |= {"by": by} if by != "score" else {}
     rule |= {"levels": onestep.LEVELS} if how in onestep.DEPTHS else {}
     return experiment.key | rule
 
@@ -210,8 +241,8 @@ def _key(experiment: Experiment, pairs: Sequence[Pair], how: str, share: float, 
 class _Drawn:
     """Sets of layers drawn so far on some pairs; draws only what is missing."""
 
-    def __init__(self, experiment: Experiment, table: pd.DataFrame | None = None):
-        self.experiment, self.table = experiment, table
+    def __init__(self, experiment: Experiment, by: str, table: pd.DataFrame | None = None):
+        self.experiment, self.by, self.table = experiment, by, table
         self.rows = 0.0 if table is None else table.row_evaluations.sum()
         self._effects: pd.DataFrame | None = None  # of the table as it is
 
@@ -235,7 +266,7 @@ class _Drawn:
     @property
     def effects(self) -> pd.DataFrame:
         if self._effects is None:
-            self._effects = sweeps.set_effects(self.table)
+            self._effects = sweeps.set_effects(self.table, self.by)
         return self._effects
 
     def reached(self, layers: Sequence[int]) -> np.ndarray:
@@ -246,8 +277,8 @@ class _Drawn:
         return metrics.bootstrap(self.table[of_set].target_score)
 
 
-def _exhaustive(experiment: Experiment, pairs: Sequence[Pair], share: float) -> Found:
-    drawn = _Drawn(experiment, sweeps.table(experiment, pairs))
+def _exhaustive(experiment: Experiment, pairs: Sequence[Pair], share: float, by: str) -> Found:
+    drawn = _Drawn(experiment, by, sweeps.table(experiment, pairs))
     effects = sweeps.layer_table(drawn.table).mean().to_numpy()
     order = _order(_moved(drawn.table))
     for n in range(1, len(order) + 1):
@@ -264,13 +295,13 @@ def _exhaustive(experiment: Experiment, pairs: Sequence[Pair], share: float) -> 
     return _found("exhaustive", chosen, effects, drawn, share, len(pairs), drawn.rows)
 
 
-def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budget: float) -> Found:
+def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budget: float, by: str) -> Found:
     limit = budget * len(pairs) * _cost(experiment, len(single_layers(experiment.model)) + 1)
     screened = sweeps.cheap(experiment, pairs[:SCREEN])
     effects = sweeps.layer_table(screened).mean().to_numpy()
     order, spent = _order(effects), screened.row_evaluations.sum()
     leading = _leading(effects, SCREENED)
-    drawn = _Drawn(experiment)
+    drawn = _Drawn(experiment, by)
     chosen, seen = (), 0
     while True:
         # Leading sets at first; then the set that was found, against itself with one layer left out.

@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 from diffusers import DiffusionPipeline
 
-from textloc_utils import metrics, ocr, onestep, sites
+from textloc_utils import metrics, ocr, onestep, scene_pairs, sites
 from textloc_utils.experiment import Experiment, check_pairs
 from textloc_utils.generate import rows_per_call
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, check_layers
 from textloc_utils.prompts import Pair
+from textloc_utils.scene_pairs import ScenePair
 from textloc_utils.sites import SOURCE, TARGET, Site
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def patch_pair(
     target_score and source_score (``metrics.text_score``, 0..1), floor (the source's text against the target's), exact
     (spells the target), ssim_outside and psnr_outside (to the plain source, outside the text box; PSNR capped at 60
     dB), row_evaluations (the pair's, evenly over its pictures); for a miniature also the colours wall_read and
-    sign_read.
+    sign_read. A ``ScenePair`` has the columns of its ``about`` and factors_read in place of colours; where its
+    texts are equal, the scores and ``exact`` say whether the factor that differs is read as the target's or source's.
     """
     model, chosen = experiment.model, _sites(experiment, sites)
     todo = ([SOURCE] if source else []) + chosen
@@ -118,34 +120,62 @@ def patch_pair(
         cost += made.row_evaluations
     pictures = np.stack([*drawn[1:2], drawn[0], *drawn[2:]] if source else drawn)
     shown = ([SOURCE] if source else []) + [TARGET, *chosen]
+    looked, mask = _seen(model, pair, pictures)
     rows = [
         {
             "model": experiment.name,
             "seed": pair.seed,
-            **{k: getattr(pair, k) for k in ("wall", "sign", "target_wall", "target_sign")},
+            **_about(pair),
             "source_text": pair.source_text,
             "target_text": pair.target_text,
             **site.columns(experiment.steps),
             "read": text,
-            "target_score": metrics.text_score(text, pair.target_text),
-            "source_score": metrics.text_score(text, pair.source_text),
-            "floor": metrics.text_score(pair.source_text, pair.target_text),
-            "exact": metrics.exact_match(text, pair.target_text),
+            **_scores(pair, text, seen),
             "row_evaluations": cost / len(pictures),
         }
-        for site, text in zip(shown, ocr.read(pictures), strict=True)
+        for site, text, seen in zip(shown, ocr.read(pictures), looked, strict=True)
     ]
     if source:
-        mask = ocr.outside(model.spec.text_box, pictures, pictures[0])
+        mask = ocr.outside(model.spec.text_box, pictures, pictures[0]) if mask is None else mask
         plain = np.broadcast_to(pictures[:1], pictures.shape)
         ssim = metrics.ssim(pictures, plain, mask)
         psnr = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)
         for row, a, b in zip(rows, ssim, psnr, strict=True):
             row |= {"ssim_outside": float(a), "psnr_outside": float(b)}
-    if model.spec.miniature:
-        for row, picture in zip(rows, pictures, strict=True):
-            row["wall_read"], row["sign_read"] = scenes.read_colours(picture)
+    for row, seen in zip(rows, looked, strict=True):
+        row |= seen
     return pictures, rows
+
+
+def _about(pair: Pair) -> dict[str, str]:
+    if isinstance(pair, ScenePair):
+        return pair.about
+    return {k: getattr(pair, k) for k in ("wall", "sign", "target_wall", "target_sign")}
+
+
+def _scores(pair: Pair, text: str, seen: dict[str, str]) -> dict:
+    """How near a picture is to both prompts: its text, or the factor in which they differ."""
+    if pair.source_text != pair.target_text:
+        return {
+            "target_score": metrics.text_score(text, pair.target_text),
+            "source_score": metrics.text_score(text, pair.source_text),
+            "floor": metrics.text_score(pair.source_text, pair.target_text),
+            "exact": metrics.exact_match(text, pair.target_text),
+        }
+    [name], value = pair.differs, seen[f"{pair.differs[0]}_read"]
+    source, target = getattr(pair.scene, name), getattr(pair.target_scene, name)
+    return {"target_score": float(value == target), "source_score": float(value == source), "floor": 0.0} | {
+        "exact": value == target
+    }
+
+
+def _seen(model: Model, pair: Pair, pictures: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray | None]:
+    """What a miniature's readers see beside the text, and the mask outside the first picture's own text."""
+    if isinstance(pair, ScenePair):
+        return scene_pairs.seen(pictures)
+    if model.spec.miniature:
+        return [dict(zip(("wall_read", "sign_read"), scenes.read_colours(p), strict=True)) for p in pictures], None
+    return [{} for _ in pictures], None
 
 
 def cheap(experiment: Experiment, pairs: Sequence[Pair], *, depth: str = "one-step") -> pd.DataFrame:
@@ -181,14 +211,16 @@ def effect_intervals(table: pd.DataFrame) -> pd.DataFrame:
     return effects.set_axis([*sites.COLUMNS, "n", "mean", "low", "high"], axis=1)
 
 
-def set_effects(table: pd.DataFrame) -> pd.DataFrame:
-    """Text effects of sets of layers: one row per pair (its seed), one column per set, NaN where it was not drawn.
+def set_effects(table: pd.DataFrame, by: str = "score") -> pd.DataFrame:
+    """Effects of sets of layers: one row per pair (its seed), one column per set, NaN where it was not drawn.
 
-    A column is named by the set's layers, joined by spaces; that of the all-layer patch is "all".
+    A column is named by the set's layers, joined by spaces; that of the all-layer patch is "all". The effects are text
+    effects, or ``by="exact"`` 1 where the whole target was drawn and 0 elsewhere.
     """
     patched = table[table.kind.isin(["layer", "set", "all"])]
     named = patched.layers.where(patched.kind != "all", "all")
-    return _with_effect(patched).assign(set=named).pivot(index="seed", columns="set", values="effect")
+    effects = patched.assign(effect=patched.exact.astype(float)) if by == "exact" else _with_effect(patched)
+    return effects.assign(set=named).pivot(index="seed", columns="set", values="effect")
 
 
 def layer_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -52,14 +52,17 @@ def list_modules(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def keep_comments(app: Sphinx) -> None:
-    """A constant's comment stays the sentence it is: napoleon would take what stands before a colon for a type."""
+    """What is said of a constant or a property stays as written: napoleon takes what stands before a colon for a type.
+
+    A property's docstring with sections goes through napoleon all the same.
+    """
     as_written: list[str] = []
 
     def before(app: Sphinx, what: str, name: str, obj, options, lines: list[str]) -> None:
         as_written[:] = lines
 
     def after(app: Sphinx, what: str, name: str, obj, options, lines: list[str]) -> None:
-        if what in ("data", "attribute"):
+        if what in ("data", "attribute") or (what == "property" and as_written.count("") < 2):
             lines[:] = as_written
 
     app.connect("autodoc-process-docstring", before, priority=400)

@@ -6,7 +6,10 @@ An edit knows a source prompt, whose picture is to stay, and a target prompt, th
 - **localized** and **all layers**: the source prompt, its text keys and values copied from the target's row
   (``patching``) in some or all layers, from a step on;
 - **Prompt-to-Prompt** (Hertz et al. 2023): the target prompt; in every text layer, up to a share of the steps, the
-  picture attends to the words that both prompts share as the source's row does;
+  picture attends to the words that both prompts share as the source's row does; "own maps" copies for half as long
+  how the picture attends to itself, too, as the authors' code does;
+- **FlowEdit** (Kulikov et al. 2025), for flow matching: the source's picture moves by the difference of what the two
+  prompts ask for;
 - **same seed**: the target prompt from the source's noise;
 - **plain target**: the target prompt from other noise. It spells as well as the model can and knows nothing of the
   source's picture: the upper bound of the one, and what keeping nothing looks like.
@@ -20,18 +23,22 @@ import copy
 from textloc_utils.edit.inversion import Inverted, check_picture, invert
 from textloc_utils.edit.method import (
     ALL,
+    FLOW,
     LOCALIZED,
     P2P,
+    P2P_OWN,
     PLAIN,
     SAME_SEED,
     Edit,
     Method,
     all_layers,
     edit,
+    flow_edit,
     localized,
     methods,
     plain_target,
     prompt_to_prompt,
+    prompt_to_prompt_own,
     same_seed,
 )
 from textloc_utils.edit.picture import (
@@ -48,11 +55,15 @@ from textloc_utils.edit.study import (
     ROUND_TRIP,
     SCORES,
     TABLES,
+    best,
     compare,
     compare_pair,
     curve,
+    dials,
     differences,
     held_out_pairs,
+    kept,
+    open_table,
     rendered,
     summarise,
     table,

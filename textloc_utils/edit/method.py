@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from textloc_utils.edit.flowedit import carried_over
 from textloc_utils.edit.inversion import UNGUIDED
 from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps
 from textloc_utils.experiment import Experiment
@@ -20,6 +21,7 @@ from textloc_utils.sites import Site, every_layer
 #: What the plain target adds to a pair's seed; sets of pairs count their seeds up from below.
 RESEED = 1_000_000
 LOCALIZED, ALL, P2P = "localized", "all layers", "Prompt-to-Prompt"
+P2P_OWN, FLOW = "Prompt-to-Prompt, own maps", "FlowEdit"
 SAME_SEED, PLAIN = "same seed", "plain target"
 
 
@@ -28,18 +30,22 @@ class Method:
     """A way to draw the source's picture with the target's text.
 
     ``patch``: draw the source prompt with this site patched from the target's row. ``maps``: draw the target prompt
-    with the source's attention maps up to this share of the steps. Neither: draw the target prompt, from the noise
-    of the pair's seed plus ``reseed``.
+    with the source's attention maps up to this share of the steps, and up to the share ``own_maps`` with those by which
+    the picture attends to itself. ``flow_from``: carry the source's picture over by FlowEdit, from this step on. None
+    of them: draw the target prompt, from the noise of the pair's seed plus ``reseed``.
     """
 
     name: str
     patch: Site | None = None
     maps: float | None = None
+    own_maps: float = 0.0
+    flow_from: int | None = None
     reseed: int = 0
 
     def __post_init__(self):
-        if self.maps is not None and not 0 <= self.maps <= 1:
-            raise TextlocError(f"maps are replaced up to a share of the steps from 0 to 1, got {self.maps}")
+        for share in (self.maps or 0.0, self.own_maps):
+            if not 0 <= share <= 1:
+                raise TextlocError(f"maps are replaced up to a share of the steps from 0 to 1, got {share}")
 
 
 def localized(layers: Sequence[int], start: int = 0) -> Method:
@@ -55,6 +61,16 @@ def all_layers(model: Model, start: int = 0) -> Method:
 def prompt_to_prompt(share: float = SHARE) -> Method:
     """Prompt-to-Prompt in its published form, see :class:`_ReplacedMaps`."""
     return Method(name=P2P, maps=share)
+
+
+def prompt_to_prompt_own(share: float) -> Method:
+    """Prompt-to-Prompt with the picture's own maps copied, too: those for half as many steps, as its code has it."""
+    return Method(name=P2P_OWN, maps=share, own_maps=share / 2)
+
+
+def flow_edit(start: int) -> Method:
+    """FlowEdit from step ``start`` on, see :func:`.carried_over`."""
+    return Method(name=FLOW, flow_from=start)
 
 
 def same_seed() -> Method:
@@ -96,6 +112,7 @@ def edit(
     method: Method,
     *,
     noise: torch.Tensor | None = None,
+    picture: np.ndarray | None = None,
     before: bool = True,
     **settings,
 ) -> Edit:
@@ -103,10 +120,13 @@ def edit(
 
     Everything is one batch from one noise, that of the pair's seed or ``noise`` (1, ...) of an inversion; rows are the
     source (where ``before`` or the method asks for it), the target (where the method reads it) and the edited one.
+    FlowEdit starts from the source's ``picture``, uint8 (H, W, 3), and draws it first where it is not given.
     Raises TextlocError for layers out of range, before anything is drawn.
     """
     run = Experiment.of(subject, **settings)
     model = run.model
+    if method.flow_from is not None:
+        return _flow_edited(run, pair, method, picture)
     if method.patch is not None:
         check_layers(model, method.patch.layers)
     source, target = (pair.source, pair.seed), (pair.target, pair.seed + method.reseed)
@@ -127,7 +147,8 @@ def edit(
             options |= {"noise": noise.expand(len(rows), *noise.shape[1:]), "guidance": UNGUIDED}
             options |= {"negative_prompt": None}
         if method.maps is not None:
-            held = stack.enter_context(replaced_maps(model, pair, len(rows), round(method.maps * run.steps)))
+            until, own = round(method.maps * run.steps), round(method.own_maps * run.steps)
+            held = stack.enter_context(replaced_maps(model, pair, len(rows), until, own))
         else:
             held = stack.enter_context(_copies(model, method.patch))
         made = run.draw(asked, seeds, **options)
@@ -137,6 +158,23 @@ def edit(
         row_evaluations=made.row_evaluations,
         seconds=made.seconds,
         cache_bytes=held.bytes,
+    )
+
+
+def _flow_edited(run: Experiment, pair: Pair, method: Method, picture: np.ndarray | None) -> Edit:
+    rows, seconds = 0, 0.0
+    if picture is None:
+        made = run.draw([pair.source], [pair.seed])
+        picture, rows, seconds = made.images[0], made.row_evaluations, made.seconds
+    known = run.model.encode(picture[None])
+    with carried_over(run.model, known, method.flow_from, run.steps, pair.seed) as noise:
+        made = run.draw([pair.source, pair.target], [pair.seed] * 2, noise=noise, batch_size=2)
+    return Edit(
+        before=picture,
+        after=made.images[-1],
+        row_evaluations=rows + made.row_evaluations,
+        seconds=seconds + made.seconds,
+        cache_bytes=2 * known.numel() * known.element_size(),
     )
 
 

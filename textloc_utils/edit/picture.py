@@ -71,13 +71,16 @@ def open_picture(path: str | Path, spec: ModelSpec) -> np.ndarray:
         raise TextlocError(f"cannot read a picture from {path}: {reason}") from None
 
 
-def picture_scores(model: Model, pictures: np.ndarray, source: np.ndarray) -> list[dict[str, float]]:
+def picture_scores(
+    model: Model, pictures: np.ndarray, source: np.ndarray, outside: np.ndarray | None = None
+) -> list[dict[str, float]]:
     """How much of a source picture (H, W, 3) each of the pictures (n, H, W, 3) keeps, whole and outside the text.
 
-    Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``.
+    Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``. What is outside the text is boolean
+    ``outside`` (H, W), by default ``ocr.outside``.
     """
     plain = np.broadcast_to(source, pictures.shape)
-    parts = {"": None, "_outside": ocr.outside(model.spec.text_box, pictures, source)}
+    parts = {"": None, "_outside": ocr.outside(model.spec.text_box, pictures, source) if outside is None else outside}
     columns = {}
     for end, mask in parts.items():
         columns[f"ssim{end}"] = metrics.ssim(pictures, plain, mask)

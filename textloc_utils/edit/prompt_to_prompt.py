@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from textloc_utils.models import Model, check_hookable, image_and_text
+from textloc_utils.models import Model, check_hookable, image_and_text, self_attention
 from textloc_utils.patching import Fired
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
@@ -36,20 +36,24 @@ def shared_columns(model: Model, source: str, target: str) -> tuple[list[int], l
 
 
 @contextlib.contextmanager
-def replaced_maps(model: Model, pair: Pair, rows: int, until: int) -> Iterator["_ReplacedMaps"]:
+def replaced_maps(model: Model, pair: Pair, rows: int, until: int, own: int = 0) -> Iterator["_ReplacedMaps"]:
     """Prompt-to-Prompt on a batch of prompts, in the steps before ``until``; leaves the pipeline as it was.
 
-    The first of the ``rows`` is the pair's source, the last its target. Raises TextlocError where a text layer computed
-    its attention so that its maps could not be replaced.
+    The first of the ``rows`` is the pair's source, the last its target. In the steps before ``own``, at most ``until``,
+    the maps by which the picture attends to itself are replaced, too. Raises TextlocError where a layer computed its
+    attention so that its maps could not be replaced.
     """
-    fired, handles = Fired({layer.name: {(0, until)} for layer in model.layers}), []
-    maps = _ReplacedMaps(model, shared_columns(model, pair.source, pair.target), rows, fired)
+    own = min(own, until)
+    layers: dict = {layer.name: layer for layer in model.layers}
+    modules: dict = dict.fromkeys(own_modules(model)) if own else {}
+    fired, handles = Fired({n: {(0, until)} for n in layers} | {n: {(0, own)} for n in modules}), []
+    maps = _ReplacedMaps(model, shared_columns(model, pair.source, pair.target), rows, fired, own)
     check_hookable(model.denoiser)
     try:
         handles += fired.watch(model.denoiser)
-        for layer in model.layers:
-            attention = model.denoiser.get_submodule(layer.name)
-            handles.append(attention.register_forward_pre_hook(functools.partial(maps.enter, layer)))
+        for name, layer in (layers | modules).items():
+            attention = model.denoiser.get_submodule(name)
+            handles.append(attention.register_forward_pre_hook(functools.partial(maps.enter, name, layer)))
             handles.append(attention.register_forward_hook(maps.leave, always_call=True))
         with maps:
             yield maps
@@ -59,52 +63,70 @@ def replaced_maps(model: Model, pair: Pair, rows: int, until: int) -> Iterator["
             handle.remove()
 
 
+def own_modules(model: Model) -> list[str]:
+    """Dotted names of the attention modules through which the picture attends to itself alone."""
+    names = [name for name in self_attention(model.denoiser) if name.endswith(".to_q")]
+    return [name.removesuffix(".to_q") for name in names]
+
+
 class _ReplacedMaps(TorchFunctionMode):
     """Gives one row of a batch another row's attention maps, wherever a text layer computes attention.
 
     As published: the picture's queries see the shared tokens as in the source's run, tokens of their own as they
-    are, in the prompts' half of a guided batch, and nothing is normalised again. (The authors' code also copies the
-    maps of coarse self-attention layers for some of the steps; their paper does not, and neither does this.) In joint
-    attention these are the text's columns of the picture's rows.
+    are, in the prompts' half of a guided batch, and nothing is normalised again. In joint attention these are the
+    text's columns of the picture's rows. The authors' code also copies the maps of coarse self-attention layers for
+    some of the steps, which their paper does not say: with ``own`` steps this copies those of all such layers, and the
+    picture's columns where text and picture stand in one map.
 
     Stock attention hands queries, keys and values to torch's fused attention, which tells no maps. The mode sees this
     call in all of diffusers' processors; the maps of the two rows alone are computed beside it, and what they change
     in the output is added. So equal prompts change no bit.
     """
 
-    def __init__(self, model: Model, columns: tuple[list[int], list[int]], rows: int, fired: Fired):
+    def __init__(self, model: Model, columns: tuple[list[int], list[int]], rows: int, fired: Fired, own: int):
         super().__init__()
-        self.model, self.columns, self.rows, self.fired = model, columns, rows, fired
-        self.layer, self.bytes = None, 0
+        self.model, self.columns, self.rows, self.fired, self.own = model, columns, rows, fired, own
+        self.name, self.layer, self.bytes = None, None, 0
 
-    def enter(self, layer, module, args) -> None:
-        self.layer = layer if self.fired.due(layer.name, self.fired.clock.step) else None
+    def enter(self, name, layer, module, args) -> None:
+        due = self.fired.due(name, self.fired.clock.step)
+        self.name, self.layer = (name, layer) if due else (None, None)
 
     def leave(self, module, args, output) -> None:
-        self.layer = None
+        self.name = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if self.layer is None or function is not F.scaled_dot_product_attention:
+        if self.name is None or function is not F.scaled_dot_product_attention:
             return output
         return self._replace(output, *args, **(kwargs or {}))
+
+    def _where(self, queries: int, keys: int) -> tuple[slice, list[int], list[int]]:
+        """The picture's queries, and the keys whose columns are replaced: in the source's row and in the target's."""
+        if self.layer is None:
+            return slice(0, queries), list(range(keys)), list(range(keys))
+        pictures, texts = image_and_text(self.model.denoiser, self.layer, queries, keys, self.fired.clock.tokens)
+        sources, targets = ([texts.start + i for i in columns] for columns in self.columns)
+        if self.fired.clock.step < self.own:
+            alike = [i for i in range(keys) if not texts.start <= i < texts.stop]
+            sources, targets = sources + alike, targets + alike
+        return pictures, sources, targets
 
     def _replace(self, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **other):
         """``output``, (B, heads, queries, d), with the last prompt's row as replaced maps would have it."""
         batch, _, queries, width = query.shape
         if batch not in (self.rows, 2 * self.rows):
             raise TextlocError(f"maps were asked for {self.rows} rows, but the denoiser got {batch}")
-        tokens, (sources, targets) = self.fired.clock.tokens, self.columns
-        pictures, texts = image_and_text(self.model.denoiser, self.layer, queries, key.shape[2], tokens)
+        pictures, sources, targets = self._where(queries, key.shape[2])
         rows = [batch - self.rows, batch - 1]
         scores = query[rows][:, :, pictures] @ key[rows].transpose(-1, -2) * (scale or 1 / math.sqrt(width))
         if attn_mask is not None:
             hidden = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -torch.inf)
             scores = scores + hidden.expand(batch, -1, -1, -1)[rows][:, :, pictures if hidden.shape[2] > 1 else 0 : 1]
-        maps = scores.softmax(-1)[..., texts]
+        maps = scores.softmax(-1)
         self.bytes = max(self.bytes, 2 * scores.numel() * scores.element_size())
-        change = (maps[0][..., sources] - maps[1][..., targets]) @ value[-1][:, texts][:, targets]
+        change = (maps[0][..., sources] - maps[1][..., targets]) @ value[-1][:, targets]
         output = output.clone()
         output[-1, :, pictures] += change
-        self.fired.note(self.layer.name, 1)
+        self.fired.note(self.name, 1)
         return output

@@ -7,16 +7,30 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from textloc_utils import metrics, ocr
+from textloc_utils import metrics, ocr, scene_pairs
 from textloc_utils.edit.inversion import DAMPED, PASSES, invert
-from textloc_utils.edit.method import LOCALIZED, Method, all_layers, edit, localized, methods, prompt_to_prompt
+from textloc_utils.edit.method import (
+    LOCALIZED,
+    SAME_SEED,
+    Method,
+    all_layers,
+    edit,
+    flow_edit,
+    localized,
+    methods,
+    plain_target,
+    prompt_to_prompt,
+    prompt_to_prompt_own,
+    same_seed,
+)
 from textloc_utils.edit.picture import picture_scores
 from textloc_utils.experiment import Experiment, digest_of
-from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures import scenes, world
 from textloc_utils.models import Model, as_indices, check_layers
 from textloc_utils.prompts import Pair, make_pairs
+from textloc_utils.scene_pairs import ScenePair
 from textloc_utils.settings import TextlocError
 
 ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
@@ -25,10 +39,13 @@ STARTS, SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8), (0.0, 0.2, 0.4, 0.6, 0.8,
 #: Added to the seed of the pairs that are edited: the layers were found on pairs of the seed itself.
 HELD_OUT = 1_000
 ROUND_TRIP = "round trip"
+LOSS = 0.02  #: of the exact rate, see :func:`best`
 
 
 def rendered(pair: Pair) -> np.ndarray:
     """A picture that shows the pair's source prompt and that no model drew, uint8 (H, W, 3)."""
+    if isinstance(pair, ScenePair):
+        return world.render(pair.scene)
     dy = scenes.HEIGHTS[pair.seed % len(scenes.HEIGHTS)]
     scene = scenes.Scene(wall=pair.wall, sign=pair.sign, shape=pair.shape, text=pair.source_text, dy=dy)
     return scenes.render(scene)
@@ -58,7 +75,8 @@ def compare_pair(
     source_text, target_text, method, start (step), share (of the steps), given, source_read, read (by OCR), f1, cer,
     exact, target_score, source_score (``metrics``), ssim, psnr, mse to the source's picture, whole and
     ``_outside`` the text box (PSNR capped at 60 dB), row_evaluations, seconds and cache_bytes of the edit, and
-    inversion_rows, inversion_seconds.
+    inversion_rows, inversion_seconds. A ``ScenePair`` adds the columns of its ``about`` and what is read of every
+    factor, in the edited picture (``_read``) and in the source's (``_before``); its mask is of the source's own text.
     """
     run = Experiment.of(subject, **settings)
     noise, cost, drawn = None, {"inversion_rows": 0, "inversion_seconds": 0.0}, []
@@ -72,7 +90,7 @@ def compare_pair(
         source = run.draw([pair.source], [pair.seed]).images[0]
     for method in methods:
         mine = replace(pair, target=pair.source) if method.name == ROUND_TRIP else pair
-        drawn.append(edit(run, mine, method, noise=noise, before=False))
+        drawn.append(edit(run, mine, method, noise=noise, picture=source, before=False))
     pictures = np.stack([source, *(made.after for made in drawn)])
     source_read, *read = ocr.read(pictures)
     rows = [
@@ -82,8 +100,7 @@ def compare_pair(
             "source_text": pair.source_text,
             "target_text": pair.target_text,
             "method": method.name,
-            "start": method.patch.start if method.patch is not None else 0,
-            "share": 0.0 if method.maps is None else method.maps,
+            **dict(zip(("start", "share"), _setting(method), strict=True)),
             "given": given,
             "source_read": source_read,
             "read": text,
@@ -95,7 +112,12 @@ def compare_pair(
         }
         for method, made, text in zip(methods, drawn, read, strict=True)
     ]
-    for row, scores in zip(rows, picture_scores(run.model, pictures[1:], source), strict=True):
+    outside = None
+    if isinstance(pair, ScenePair):
+        (kept, *looked), outside = scene_pairs.seen(pictures)
+        kept = {name.replace("_read", "_before"): value for name, value in kept.items()}
+        rows = [row | pair.about | kept | each for row, each in zip(rows, looked, strict=True)]
+    for row, scores in zip(rows, picture_scores(run.model, pictures[1:], source, outside), strict=True):
         row |= scores
     return pictures, rows
 
@@ -112,10 +134,46 @@ def _text_scores(read: str, pair: Pair) -> dict[str, float]:
 
 def curve(model: Model, layers: Sequence[int], steps: int | None = None) -> list[Method]:
     """The methods that have a dial, at the settings of STARTS and SHARES."""
-    steps = model.spec.steps if steps is None else steps
-    starts = sorted({round(share * steps) for share in STARTS})
+    starts = _starts(model, steps)
     late = [localized(layers, start) for start in starts] + [all_layers(model, start) for start in starts]
     return late + [prompt_to_prompt(share) for share in SHARES]
+
+
+def dials(model: Model, layers: Sequence[int], steps: int | None = None) -> list[Method]:
+    """Every method at every setting of its dial, those without a dial once; FlowEdit where the model has flows."""
+    turned = curve(model, layers, steps) + [prompt_to_prompt_own(share) for share in SHARES if share]
+    if isinstance(model.pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        turned += [flow_edit(start) for start in _starts(model, steps)]
+    return [*turned, same_seed(), plain_target()]
+
+
+def _starts(model: Model, steps: int | None) -> list[int]:
+    steps = model.spec.steps if steps is None else steps
+    return sorted({round(share * steps) for share in STARTS})
+
+
+def best(methods: Sequence[Method], table: pd.DataFrame) -> list[Method]:
+    """Of every method the setting that is reported, from a table of :func:`dials` on pairs that choose it.
+
+    It is the one that keeps most of the picture (SSIM outside the text) of those whose exact rate is at most LOSS below
+    that of the new prompt from the same noise; where there is none, the one with the highest exact rate.
+    """
+    means = table.groupby(["method", "start", "share"])[["exact", "ssim_outside"]].mean()
+    least = means.exact.xs(SAME_SEED).item() - LOSS
+    chosen = []
+    for name in dict.fromkeys(method.name for method in methods):
+        mine = [method for method in methods if method.name == name]
+        found = [tuple(means.loc[(name, *_setting(method))]) for method in mine]
+        enough = [(keeps, i) for i, (exact, keeps) in enumerate(found) if exact >= least]
+        at = max(enough)[1] if enough else max((exact, -i) for i, (exact, _) in enumerate(found))[1] * -1
+        chosen.append(mine[at])
+    return chosen
+
+
+def _setting(method: Method) -> tuple[int, float]:
+    """The columns start and share of a table: from which step, up to which share of the steps."""
+    start = method.patch.start if method.patch is not None else method.flow_from or 0
+    return start, 0.0 if method.maps is None else method.maps
 
 
 def compare(
@@ -130,7 +188,10 @@ def compare(
 
 
 def _key(methods: Sequence[Method], given: bool) -> dict:
-    about = {"edit_rows": ROWS, "methods": [asdict(method) for method in methods], "given": given}
+    # What a method does not use says nothing of it, and came later than tables that were made without it.
+    new = {"own_maps": 0.0, "flow_from": None}
+    told = [{k: v for k, v in asdict(method).items() if (k, v) not in new.items()} for method in methods]
+    about = {"edit_rows": ROWS, "methods": told, "given": given}
     return about | ({"passes": [PASSES, DAMPED]} if given else {})
 
 
@@ -164,6 +225,37 @@ def table(experiment: Experiment, name: str, layers: Sequence[int], pairs: Seque
     inputs = _key(chosen, given) | {"pairs": digest_of(pairs)}
     made = functools.partial(compare, experiment, pairs, chosen, given=given)
     return experiment.table(f"edit_{experiment.name}_{name}", inputs, made)
+
+
+def open_table(
+    experiment: Experiment, layers: Sequence[int], n: int, seed: int = 42, *, tuning: int = 48
+) -> pd.DataFrame:
+    """Every method at its best setting on ``n`` pairs of test words whose prompts name the text alone.
+
+    The two words of a pair go with different materials, so that the new prompt asks for another one without a word.
+    Settings are chosen by :func:`best` on ``tuning`` such pairs of other words. Published as
+    ``results/edit_MODEL_open.csv``, and what chose the settings as ``results/edit_MODEL_dials.csv``.
+    """
+    turned = dials(experiment.model, layers, experiment.steps)
+    known = _open(experiment, "dials", turned, tuning, "tune", seed)
+    return _open(experiment, "open", best(turned, known), n, "report", seed)
+
+
+def _open(experiment: Experiment, name: str, methods: Sequence[Method], n: int, use: str, seed: int) -> pd.DataFrame:
+    pairs = scene_pairs.make(n, use, seed, template=world.OPEN, two_groups=True)
+    inputs = _key(methods, False) | {"pairs": digest_of(pairs)}
+    made = functools.partial(compare, experiment, pairs, methods)
+    return experiment.table(f"edit_{experiment.name}_{name}", inputs, made)
+
+
+def kept(table: pd.DataFrame) -> pd.DataFrame:
+    """How often each method keeps each factor of the source's picture, from the table of :func:`open_table`.
+
+    One row per method: columns method, start, share, n, and for every factor and for exact its rate under its name,
+    with ``_low`` and ``_high`` (Wilson's interval).
+    """
+    columns = {name: table[f"{name}_read"] == table[f"{name}_before"] for name in scene_pairs.FACTORS}
+    return metrics.summarise(table.assign(**columns), ["method", "start", "share"], [*columns, "exact"])
 
 
 SCORES = ("f1", "cer", "exact", "ssim", "psnr", "mse", "ssim_outside", "psnr_outside", "mse_outside")

@@ -1,0 +1,132 @@
+"""Pairs of scenes, and localizing every factor by one rule: on layers that are known, and on drawn pictures."""
+
+import shutil
+
+import pytest
+
+from textloc_utils import localization, models, prompts, scene_pairs, specificity, sweeps
+from textloc_utils.experiment import Experiment
+from textloc_utils.miniatures import world
+from textloc_utils.results import Store
+from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.sites import Site
+
+
+def test_pairs_differ_in_what_was_asked_for_alone():
+    for differs in (("text",), ("material",), ("ink",), ("typeface",), ("sign",), ("text", "ink")):
+        for pair in scene_pairs.make(40, "report", differs=differs):
+            for name in ("text", "shape", *scene_pairs.FACTORS):
+                same = getattr(pair.scene, name) == getattr(pair.target_scene, name)
+                assert same == (name not in differs)
+            for scene in (pair.scene, pair.target_scene):
+                assert scene.ink in world.READABLE[scene.sign]
+                world.render(scene)  # it fits
+            assert (pair.source_text == pair.target_text) == ("text" not in differs)
+            assert pair.about["differs"] == " ".join(differs) and pair.about["target_ink"] == pair.target_scene.ink
+
+
+def test_each_use_has_words_of_its_own():
+    of = {use: set(scene_pairs.words(use)) for use in scene_pairs.USES}
+    assert not of["select"] & of["tune"] and not (of["select"] | of["tune"]) & of["report"]
+    assert of["select"] | of["tune"] == set(prompts.words("validation"))
+    assert not any(words & set(prompts.words("train")) for words in of.values())
+    for use, words in of.items():
+        pairs = scene_pairs.make(60, use)
+        assert {p.source_text for p in pairs} | {p.target_text for p in pairs} <= words
+        assert len({p.seed for p in pairs}) == 60
+
+
+def test_open_prompts_name_the_text_alone_and_groups_can_be_asked_for():
+    for pair in scene_pairs.make(30, "tune", template=world.OPEN, two_groups=True):
+        assert pair.source == f'The word "{pair.source_text}".'
+        assert world.OWN[pair.source_text[0]] != world.OWN[pair.target_text[0]]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [({"use": "test"}, "select, tune, report"), ({"n": 0}, "at least one"), ({"differs": ("wall",)}, "material, ink")],
+)
+def test_pairs_that_cannot_be_made_are_refused(options, said):
+    with pytest.raises(TextlocError, match=said):
+        scene_pairs.make(**{"n": 3, "use": "select"} | options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load("sd3-mini", device="cpu")
+
+
+def test_rows_say_what_is_seen_of_each_factor(model):
+    pair = scene_pairs.make(1, "report", differs=("ink",))[0]
+    _, rows = sweeps.patch_pair(Experiment.of(model, steps=2), pair, [Site(kind="found", layers=(3,))])
+    for row in rows:
+        seen = row["ink_read"]
+        assert row["target_score"] == (seen == pair.target_scene.ink) == row["exact"]
+        assert row["source_score"] == (seen == pair.scene.ink) and row["floor"] == 0
+        assert row["source_text"] == row["target_text"] and "wall_read" not in row
+
+
+#: Which layers of twelve hold which factor; nothing holds the sign.
+HELD = {"text": {4, 5}, "material": {8}, "ink": {4, 5}, "typeface": {2}, "sign": set()}
+
+
+def known(experiment, pair, sites=None, *, source=True):
+    """What :func:`sweeps.patch_pair` would give if HELD were true."""
+    sites = sweeps._sites(experiment, sites)
+    rows = []
+    for site in [*([Site(kind="source")] if source else []), Site(kind="target"), *sites]:
+        moved = {name: site.kind == "target" or bool(held) and held <= set(site.layers) for name, held in HELD.items()}
+        text = pair.target_text if moved["text"] else pair.source_text
+        kind = pair.differs[0]
+        share = 1.0 if site.kind == "target" else len(HELD[kind] & set(site.layers)) / max(1, len(HELD[kind]))
+        row = {"model": experiment.name, "seed": pair.seed, **pair.about, **site.columns(experiment.steps)}
+        for name in scene_pairs.FACTORS:
+            row[f"{name}_read"] = getattr(pair.target_scene if moved[name] else pair.scene, name)
+        row |= {"source_text": pair.source_text, "target_text": pair.target_text, "read": text}
+        row |= {"target_score": share, "source_score": 1 - share, "floor": 0.0, "exact": moved[kind]}
+        rows.append(row | {"ssim_outside": 1.0, "psnr_outside": 60.0, "row_evaluations": 1.0})
+    return None, rows
+
+
+@pytest.fixture
+def experiment(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "patch_pair", known)
+    monkeypatch.setattr(localization, "check_distinct", lambda model, pairs: None)  # nothing is drawn by the model
+    shutil.copytree(data_dir() / "words", tmp_path / "data" / "words")
+    monkeypatch.setenv("TEXTLOC_DATA", str(tmp_path / "data"))
+    return Experiment.of(model, steps=4, store=Store(tmp_path / "units"), publish=True)
+
+
+def test_every_factor_is_found_where_it_is(experiment):
+    sets = {factor: specificity.search(experiment, factor, 6) for factor in specificity.SEARCHED}
+    assert sets.pop("sign") is None
+    assert {factor: set(found.layers) for factor, found in sets.items()} == {k: HELD[k] for k in sets}
+    layers = {factor: found.layers for factor, found in sets.items()}
+    rates = specificity.rates(specificity.reported(experiment, layers, 10)).set_index(["differs", "kind"])
+    for factor in sets:
+        assert rates.exact[factor, "found"].item() == rates.exact[factor, "all"].item() == 1.0
+        assert rates.exact[factor, "others"].item() == 0.0
+        assert rates.n[factor, "all"].item() == 10 and 0.5 < rates.exact_low[factor, "all"].item() < 1
+    # Ink is where the text is, material is not.
+    assert rates.exact["ink", "text set"].item() == 1.0 and rates.exact["material", "text set"].item() == 0.0
+    assert rates.exact["text", "random"].item() < 0.5 and rates.n["text", "random"].item() == 50
+
+
+def test_what_the_texts_layers_carry_besides(experiment):
+    moved = specificity.moved(specificity.carried(experiment, (4, 5), 8)).set_index(["factor", "kind"])
+    assert moved.moved.xs("found", level="kind").to_dict() == {"material": 0, "ink": 1, "typeface": 0, "sign": 0}
+    assert moved.moved["material", "all"] == 1.0 and (moved.exact.xs("found", level="kind") == 1).all()
+
+
+def test_exact_match_selects_what_scores_would_not(experiment):
+    """One of two layers brings half of the letters in every pair, and no whole word."""
+    pairs = scene_pairs.make(6, "select")
+    half = localization.localize(experiment, pairs, how="exhaustive", share=0.5)
+    assert len(half.layers) == 1
+    assert set(localization.localize(experiment, pairs, how="exhaustive", share=0.5, by="exact").layers) == {4, 5}
+    assert localization.localize(experiment, pairs, how="exhaustive", by="exact", share=0.5).reached.mean == 1.0
+    with pytest.raises(TextlocError, match="score or exact"):
+        localization.localize(experiment, pairs, by="cer")
+    mixed = [*pairs[:2], scene_pairs.make(1, "select", 99, differs=("ink",))[0]]
+    with pytest.raises(TextlocError, match="differ in ink, text"):
+        localization.localize(experiment, mixed)

@@ -1,0 +1,127 @@
+"""Pairs of prompts about scenes of the miniatures' world, which differ in the text, in another factor, or in both.
+
+Pairs that select a set of layers, pairs that choose a setting, and pairs that are reported are made of different words,
+see USES.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from textloc_utils import prompts
+from textloc_utils.miniatures import factors, world
+from textloc_utils.prompts import Pair
+from textloc_utils.settings import TextlocError
+
+#: What pairs are used for, and their words: halves of the validation words, and the test words.
+USES = ("select", "tune", "report")
+#: What can differ in a pair beside the text.
+FACTORS = ("material", "ink", "typeface", "sign")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenePair(Pair):
+    """A pair of prompts whose scenes are known.
+
+    ``differs`` names what the target's scene has otherwise: "text", one of FACTORS, or both. What the prompts leave
+    open is in the scenes all the same; a rendered picture of the source shows ``scene``.
+    """
+
+    scene: world.Scene
+    target_scene: world.Scene
+    differs: tuple[str, ...]
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Columns of a table: what differs, and every factor of both scenes."""
+        told = {"differs": " ".join(self.differs)}
+        told |= {f"source_{name}": getattr(self.scene, name) for name in FACTORS}
+        return told | {f"target_{name}": getattr(self.target_scene, name) for name in FACTORS}
+
+
+def seen(pictures: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray]:
+    """What the miniatures' reader sees in pictures (n, H, W, 3), the first of which is the one to keep.
+
+    Returns a dict for each picture, every one of FACTORS under its name with ``_read``, and the mask (H, W) that is
+    True outside the first picture's own text, False nowhere if none is found in it.
+    """
+    found = factors.read(pictures)
+    return [{f"{name}_read": getattr(each, name) for name in FACTORS} for each in found], found[0].outside_text()
+
+
+def words(use: str) -> list[str]:
+    """The words of pairs for one of USES, none of them a mild insult."""
+    if use not in USES:
+        raise TextlocError(f"unknown use {use!r}; allowed: {', '.join(USES)}")
+    if use == "report":
+        return prompts.test_words()
+    # The list is sorted by frequency: both halves have common words and rare ones.
+    return list(prompts.words("validation"))[USES.index(use) :: 2]
+
+
+def make(
+    n: int,
+    use: str,
+    seed: int = 42,
+    *,
+    differs: tuple[str, ...] = ("text",),
+    template: str = world.NAMED,
+    two_groups: bool = False,
+) -> list[ScenePair]:
+    """``n`` pairs over the words of one of USES whose scenes differ in ``differs``.
+
+    Two words share no letter at the same place, so that a letter that is read back belongs to one of them. With
+    ``two_groups`` their first letters go with different materials, see ``world.GROUPS``. The ink of both scenes is
+    readable on their signs. Every pair has a seed of its own, counted up from ``seed``.
+    """
+    known = ("text", *FACTORS)
+    if n < 1:
+        raise TextlocError(f"at least one pair is needed, got {n}")
+    if not differs or any(name not in known for name in differs):
+        raise TextlocError(f"pairs differ in some of {', '.join(known)}, got {' '.join(differs) or 'nothing'}")
+    pool, rng = words(use), random.Random(f"{use} {seed} {differs} {template}")
+    pairs: list[ScenePair] = []
+    while len(pairs) < n:
+        source, target = rng.sample(pool, 2)
+        if any(a == b for a, b in zip(source, target, strict=False)):
+            continue
+        if two_groups and world.OWN[source[0]] == world.OWN[target[0]]:
+            continue
+        scene = world.random_scene(rng, text=source)
+        other = {name: _others(scene, name) for name in differs if name != "text"}
+        if not all(other.values()):
+            continue
+        changed = {name: rng.choice(values) for name, values in other.items()}
+        text = target if "text" in differs else source
+        room = world.COLUMNS - len(text)
+        target_scene = replace(scene, text=text, column=min(scene.column, room), **changed)
+        pairs.append(
+            ScenePair(
+                source=_prompt(scene, template),
+                target=_prompt(target_scene, template),
+                source_text=source,
+                target_text=text,
+                wall="",
+                sign="",
+                shape="",
+                seed=seed + len(pairs),
+                scene=scene,
+                target_scene=target_scene,
+                differs=tuple(differs),
+            )
+        )
+    return pairs
+
+
+def _others(scene: world.Scene, name: str) -> list[str]:
+    """The values of a factor that the scene does not have and that keep its text readable."""
+    if name == "sign":
+        return [sign for sign, inks in world.READABLE.items() if scene.ink in inks and sign != scene.sign]
+    values = {"ink": world.READABLE[scene.sign], "typeface": world.TYPEFACES, "material": world.MATERIALS}[name]
+    return [value for value in values if value != getattr(scene, name)]
+
+
+def _prompt(scene: world.Scene, template: str) -> str:
+    used = {name: getattr(scene, name) for name in world.FACTORS if f"{{{name}}}" in template}
+    return world.prompt(scene.text, template, **used)
