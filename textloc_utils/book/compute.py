@@ -62,9 +62,11 @@ def trainings() -> pd.DataFrame:
 def _spent(part: Mapping, device: str) -> dict:
     """Processes, seconds and energy of a part; an autoencoder and text encoders are trained by one process."""
     processes, seconds = part.get("processes", 1), part.get("seconds")
-    told, guessed = part.get("watt_hours"), device == "cpu" and seconds is not None
-    energy = told or (watt_hours(seconds, processes) if guessed else None)
-    return {"processes": processes, "seconds": seconds, "watt_hours": energy, "estimated": not told and guessed}
+    told, guessed = part.get("watt_hours"), None
+    if not told and device == "cpu" and seconds is not None:
+        guessed = watt_hours(seconds, processes)
+    energy = {"watt_hours": told or guessed, "estimated": guessed is not None}
+    return {"processes": processes, "seconds": seconds} | energy
 
 
 def tables() -> pd.DataFrame:

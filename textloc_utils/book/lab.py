@@ -21,6 +21,7 @@ import string
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,14 +65,14 @@ class _Tokens:
     """Stands in for a tokenizer while a call is traced: the prompts' padded tokens are the graph's inputs."""
 
     def __init__(self, tokenizer, texts: Sequence[str]):
-        self.tokenizer, self.texts, self.inputs = tokenizer, list(texts), None
+        self.tokenizer, self.texts = tokenizer, list(texts)
+        self.inputs: tuple[Any, ...] = ()  # ids and mask, from the first call on
 
     def __call__(self, text, **options):
         made = self.tokenizer(text, **options)
         if text == self.texts and options.get("padding") == "max_length":
             found = made["input_ids"], made["attention_mask"]
-            if self.inputs is None:
-                self.inputs = found
+            self.inputs = self.inputs or found
             made["input_ids"], made["attention_mask"] = self.inputs
         return made
 
@@ -124,7 +125,8 @@ class _Denoiser(nn.Module):
     def __init__(self, model: Model, given: dict):
         super().__init__()
         self.model, self.denoiser, self.given = model, model.denoiser, given
-        self.halves, self.fired = model.evaluations(), set()
+        self.halves = model.evaluations()
+        self.fired: set[str] = set()
 
     def forward(
         self,
@@ -136,7 +138,7 @@ class _Denoiser(nn.Module):
     ) -> torch.Tensor:
         rows = torch.cat([texts + 2 * half for half in range(self.halves)])
         given = _fill(self.given, iter([value[rows] for value in conditions]))
-        sites = {}
+        sites: dict[str, int] = {}
         for layer in self.model.layers:
             sites |= {layer.key: layer.index, layer.value: layer.index}
         if self.model.pooled_site:
@@ -185,7 +187,7 @@ def _call(model: Model, texts: Sequence[str]) -> dict:
 
 def _tensors(given: Mapping, before: str = "") -> dict[str, torch.Tensor]:
     """The tensors of a denoiser's arguments by their dotted names."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, value in given.items():
         if isinstance(value, Mapping):
             found |= _tensors(value, f"{before}{name}.")
@@ -259,7 +261,7 @@ def _noise(model: Model, seeds: Sequence[int], text: str) -> np.ndarray:
     taken: list = []
 
     def take(denoiser, args, kwargs):
-        taken.append(read_call(denoiser, args, kwargs).picture[: len(seeds)].clone())
+        taken.append(torch.stack([*read_call(denoiser, args, kwargs).picture[: len(seeds)]]))
         raise EnoughError
 
     handle = model.denoiser.register_forward_pre_hook(take, with_kwargs=True)
@@ -524,7 +526,7 @@ def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequ
     half = tuple(range(len(model.layers) // 2))
     patch = Patch(source=2, target=0, layers=half, pooled=bool(model.pooled_site))
     wanted = generate(model, [target, source, source], [about["seeds"][1]] * 3, patches=[patch]).images
-    tokens = {}
+    tokens: dict[str, np.ndarray] = {}
     for name, known in about["tokenizers"].items():
         made = getattr(model.pipe, name)([target, source], padding="max_length", max_length=known["length"])
         tokens |= {f"{name}.ids": np.array(made.input_ids), f"{name}.mask": np.array(made.attention_mask)}
@@ -543,8 +545,8 @@ def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequ
             "texts": texts_of,
             "mask": mask,
         }
-        asked = {i.name for i in run["denoiser"].get_inputs()}
-        answers.append(run["denoiser"].run(None, {k: v for k, v in (feed | given).items() if k in asked})[0])
+        wants = {i.name for i in run["denoiser"].get_inputs()}
+        answers.append(run["denoiser"].run(None, {k: v for k, v in (feed | given).items() if k in wants})[0])
         terms = zip(row, [noise, *answers], strict=True)
         picture = sum(amount * part.astype(np.float64) for amount, part in terms).astype(np.float32)
     drawn = run["decoder"].run(None, {"latents": picture})[0]
@@ -610,7 +612,7 @@ def _runtime(log) -> None:
         ran = npm(command, return_completed_process=True, capture_output=True, text=True)
         missing = [path for path in RUNTIME if not (folder / "node_modules" / path).is_file()]
         if ran.returncode or missing:
-            said = (ran.stderr.strip().splitlines() or [f"{missing} not installed"])[0]
+            said = (str(ran.stderr).strip().splitlines() or [f"{missing} not installed"])[0]
             raise TextlocError(f"npm cannot install the lab's runtime: {said}; is its registry reachable?")
         (folder / "digest").write_text(digest)
 
