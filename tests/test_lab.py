@@ -188,7 +188,7 @@ def test_models_that_the_lab_cannot_run_are_refused(family, why, tmp_path):
 
 def test_no_miniature_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TEXTLOC_DATA", str(tmp_path))
-    with pytest.raises(TextlocError, match="holds no miniature"):
+    with pytest.raises(TextlocError, match="there is no miniature for the lab"):
         lab.build()
 
 
