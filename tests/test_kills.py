@@ -79,12 +79,16 @@ def rows(path: Path) -> str:
     return "\n".join(path.read_text().splitlines()[1:-1])
 
 
+#: What differs from run to run in a file that says where it comes from.
+UNLIKE = ("second", "created", "seal", "commit")
+
+
 def untimed(path: Path) -> dict:
-    """What a JSON file says, without when it was made and how long that took."""
+    """What a JSON file says, without when and by what code it was made, and how long that took."""
 
     def clean(value):
         if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if not any(t in k for t in ("second", "created", "seal"))}
+            return {k: clean(v) for k, v in value.items() if not any(part in k for part in UNLIKE)}
         return value
 
     return clean(json.loads(path.read_text()))

@@ -287,7 +287,7 @@ HARD = {
     "Cyrillic": lambda: signs.draw(512, random.Random(10), "ЖИЗНЬ").picture,
     "numbers": lambda: signs.draw(512, random.Random(11), "31415926").picture,
     "one letter often": lambda: signs.draw(512, random.Random(12), "IIIIII").picture,
-    "blurred": lambda: degrade(signs.draw(512, random.Random(13), "GUITAR").picture[None], 4.0, 0)[0],
+    "blurred": lambda: degrade(signs.draw(512, random.Random(13), "GUITAR").picture[None], 2.5, 0)[0],
     "noisy": lambda: degrade(signs.draw(512, random.Random(14), "VIOLIN").picture[None], 0.5, 40)[0],
     "small": lambda: np.pad(signs.draw(256, random.Random(15), "FOREST").picture, ((0, 256), (0, 256), (0, 0)), "edge"),
     "two lines": lambda: signs.draw(512, random.Random(16), "OCEAN\nHARBOR").picture,

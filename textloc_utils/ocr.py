@@ -442,10 +442,19 @@ def _rapid(pictures: list[np.ndarray]) -> list[Reading]:
         texts = getattr(found, "txts", None) or [""] * len(boxes)
         scores = found.scores if getattr(found, "txts", None) else [0.0] * len(boxes)
         kept = [(b, t.strip() if s >= LEAST_SCORE else "") for b, t, s in zip(boxes, texts, scores, strict=True)]
+        if not all(
+            text for _, text in kept
+        ):  # RapidOCR sees text in textures, too: there has to be something like letters
+            seen = [block.box for block in textlines.find(picture)]
+            kept = [(box, text) for box, text in kept if text or any(_meet(box, other) for other in seen)]
         lines = _in_lines(kept)
         text = "\n".join(line for line in (" ".join(t for _, t in parts if t) for parts in lines) if line)
         out.append(Reading(text=text, boxes=tuple(b for parts in lines for b, _ in parts), reader=name))
     return out
+
+
+def _meet(box: tuple, other: tuple) -> bool:
+    return all(max(box[i], other[i]) < min(box[i + 2], other[i + 2]) for i in (0, 1))
 
 
 def _in_lines(parts: list[tuple]) -> list[list[tuple]]:

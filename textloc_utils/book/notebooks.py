@@ -196,18 +196,18 @@ def _execute(execution: Execution, key: str, timeout: int, papermills: _Papermil
 
 
 def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Papermills) -> str | None:
-    scratch, log, runtime = (execution.stamp.with_suffix(suffix) for suffix in (".ipynb", ".log", ".runtime"))
+    scratch, log, temporary = (execution.stamp.with_suffix(suffix) for suffix in (".ipynb", ".log", ".tmp"))
     arguments = ["--no-progress-bar", "--execution-timeout", str(timeout), "--kernel", "python3"]
     arguments += [str(execution.source), str(scratch)]
     for name, value in execution.parameters.items():
         arguments += ["-p", name, str(value)]
     environment = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1"}
-    # Here the kernel writes down how to reach it; one that is killed leaves that behind.
-    environment |= {results.COMMAND: execution.command, "JUPYTER_RUNTIME_DIR": str(runtime), **execution.environment}
-    runtime.mkdir(exist_ok=True)
+    # A papermill that is killed leaves behind how to reach its kernel; the next run of the notebook removes it.
+    environment |= {results.COMMAND: execution.command, "TMPDIR": str(temporary), **execution.environment}
+    temporary.mkdir(exist_ok=True)
     with log.open("w") as file:
         status = papermills.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
-    shutil.rmtree(runtime, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     if status < 0:
         return f"papermill was ended by signal {-status} (see {log})"
     if status:
