@@ -49,6 +49,7 @@ FULL = {
     "test_site.py",
     "test_training.py",
     "test_training_seeds.py",
+    "test_wheel.py",
 }
 
 

@@ -130,7 +130,7 @@ def test_dead_links_are_found(tmp_path):
     assert len(dead_links({tmp_path / "a.html": Links(wrong), tmp_path / "b.html": Links("")})) == 4
 
 
-READ_ON_THE_HOST = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "data/words/README.md"]
+READ_ON_THE_HOST = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "textloc_utils/words/README.md"]
 
 
 @pytest.mark.parametrize("name", READ_ON_THE_HOST)

@@ -79,7 +79,7 @@ def test_prose_makes_nothing_out_of_date_in_place(tmp_path, run):
 
 
 def test_the_package_and_the_data_count_but_results_do_not(tmp_path, monkeypatch):
-    for name in ("words/words.csv", "results/table.csv", "runs/x/state.bin"):
+    for name in ("paper/table.csv", "results/table.csv", "runs/x/state.bin"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text("one")
     monkeypatch.setenv("TEXTLOC_DATA", str(tmp_path / "data"))
@@ -87,7 +87,7 @@ def test_the_package_and_the_data_count_but_results_do_not(tmp_path, monkeypatch
     (tmp_path / "data/results/table.csv").write_text("two")
     (tmp_path / "data/runs/x/state.bin").write_text("two")
     assert notebooks._inputs() == before
-    (tmp_path / "data/words/words.csv").write_text("two")
+    (tmp_path / "data/paper/table.csv").write_text("two")
     assert notebooks._inputs() != before
     before = notebooks._inputs()
     monkeypatch.setattr(notebooks, "_package", lambda: [tmp_path / "data/runs/x/state.bin"])

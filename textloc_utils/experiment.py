@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,7 @@ class Experiment:
         if isinstance(subject, cls):
             return replace(subject, **given)
         model = Model.of(subject)
-        own = {"steps": model.spec.steps, "guidance": model.spec.guidance, "store": Store()}
+        own: dict[str, Any] = {"steps": model.spec.steps, "guidance": model.spec.guidance, "store": Store()}
         return cls(model=model, **own | given)
 
     @property
@@ -232,8 +233,7 @@ def known_layers(model: Model) -> tuple[int, ...]:
         if table is not None:
             return tuple(table.attrs["provenance"]["found"]["layers"])
     if not model.spec.paper_layers:
-        raise TextlocError(
-            f"the localized layers of {model.spec.name} are not known: name them, or run textloc localize "
-            f"{model.spec.name} --publish first"
-        )
+        name = model.spec.name
+        how = f"run textloc localize {name} --publish first" if model.spec.source else "localize the pipeline first"
+        raise TextlocError(f"the localized layers of {name} are not known: name them, or {how}")
     return model.spec.paper_layers

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -241,7 +241,8 @@ class _Drawn:
     """Sets of layers drawn so far on some pairs; draws only what is missing."""
 
     def __init__(self, experiment: Experiment, by: str, table: pd.DataFrame | None = None):
-        self.experiment, self.by, self.table = experiment, by, table
+        self.experiment, self.by = experiment, by
+        self.table: Any = table  # None before the first
         self.rows = 0.0 if table is None else table.row_evaluations.sum()
         self._effects: pd.DataFrame | None = None  # of the table as it is
 
@@ -252,8 +253,8 @@ class _Drawn:
         known = set() if self.table is None else set(self.table[places].itertuples(index=False, name=None))
         groups: dict[tuple[Site, ...], list[Pair]] = {}
         for pair in pairs:
-            missing = (site for site in wanted if (pair.seed, site.kind, joined(site.layers)) not in known)
-            groups.setdefault(tuple(missing), []).append(pair)
+            lacking = (site for site in wanted if (pair.seed, site.kind, joined(site.layers)) not in known)
+            groups.setdefault(tuple(lacking), []).append(pair)
         for missing, group in groups.items():
             if missing:
                 new = sweeps.table(self.experiment, group, missing, source=False)
@@ -301,7 +302,8 @@ def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budge
     order, spent = _order(effects), screened.row_evaluations.sum()
     leading = _leading(effects, SCREENED)
     drawn = _Drawn(experiment, by)
-    chosen, seen = (), 0
+    chosen: tuple[int, ...] = ()
+    seen = 0
     while True:
         # Leading sets at first; then the set that was found, against itself with one layer left out.
         if not chosen:

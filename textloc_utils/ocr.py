@@ -78,7 +78,7 @@ class Reading:
         return " ".join(self.text.split()) or ("(text found, not read)" if self.found else "(no text found)")
 
 
-def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[str]:
+def read(images: Sequence | np.ndarray, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[str]:
     """Read the text of each picture as one string of capitals.
 
     Parameters
@@ -141,15 +141,17 @@ def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: 
     return [reading.joined for reading in found]
 
 
-def readings(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[Reading]:
+def readings(
+    images: Sequence | np.ndarray, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto"
+) -> list[Reading]:
     """Read each picture as it is written, and say where text stands; arguments and errors as of :func:`read`."""
     if not letters or set(letters) - set(LETTERS):
         raise TextlocError(f"letters must be capitals from A to Z, got {letters!r}")
     if batch < 1:
         raise TextlocError(f"batch must be at least 1, got {batch}")
     pictures = [_rgb(image) for image in images]
-    out = [None] * len(pictures)
-    by_reader = {}
+    out: dict[int, Reading] = {}
+    by_reader: dict[tuple[str, bool], list[int]] = {}
     for i, picture in enumerate(pictures):
         height = picture.shape[0]
         by_reader.setdefault((engine_of(height, engine), height <= MINIATURE_HEIGHT), []).append(i)
@@ -159,9 +161,8 @@ def readings(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engi
             found = _rapid(some)
         else:
             found = _miniatures(some, letters, batch) if miniature else _signs(some, batch)
-        for i, reading in zip(mine, found, strict=True):
-            out[i] = reading
-    return out
+        out |= zip(mine, found, strict=True)
+    return [out[i] for i in range(len(pictures))]
 
 
 def engine_of(height: int, engine: str = "auto") -> str:
@@ -447,7 +448,7 @@ def _rapid(pictures: list[np.ndarray]) -> list[Reading]:
 
 def _in_lines(parts: list[tuple]) -> list[list[tuple]]:
     """Boxes with their texts in reading order: what stands beside each other is one line, from left to right."""
-    lines = []
+    lines: list[list[tuple]] = []
     for part in sorted(parts, key=lambda part: part[0][1] + part[0][3]):
         top, bottom = part[0][1], part[0][3]
         for line in lines:

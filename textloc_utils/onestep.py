@@ -107,14 +107,10 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], depth: str, settings: 
         if state["step"] > max(at):
             raise EnoughError
 
-    handle = model.denoiser.register_forward_hook(after, with_kwargs=True)
     arguments = model.call_arguments([pair.source, pair.target], **settings)
     generators = [torch.Generator("cpu").manual_seed(pair.seed) for _ in range(2)]
-    try:
-        with contextlib.suppress(EnoughError):
-            model.pipe(**arguments, generator=generators)
-    finally:
-        handle.remove()
+    with model.denoiser.register_forward_hook(after, with_kwargs=True), contextlib.suppress(EnoughError):
+        model.pipe(**arguments, generator=generators)
     return found, backward[0]
 
 

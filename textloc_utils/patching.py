@@ -67,7 +67,7 @@ class Patch:
 
     def indices(self, model: Model) -> tuple[int, ...]:
         """Its layers as indices, in ascending order. Raises TextlocError for one that the model does not have."""
-        layers = tuple(range(len(model.layers))) if self.layers == ALL else self.layers
+        layers = tuple(range(len(model.layers))) if isinstance(self.layers, str) else self.layers
         check_layers(model, layers)
         return tuple(sorted(set(layers)))
 
@@ -84,17 +84,6 @@ class Clock:
 
     def __init__(self):
         self.step, self.tokens, self._noise = 0, 0, None
-
-    def pre_hook(self, timed: bool):
-        """A forward pre-hook for the denoiser; only a ``timed`` one reads timesteps, for which it waits on the GPU."""
-
-        def before(denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
-            call = read_call(denoiser, args, kwargs)
-            self.tokens = call.tokens
-            if timed:
-                self.advance(float(call.noise))
-
-        return before
 
     def advance(self, noise: float) -> int:
         """Take the noise level of a call, whatever its unit, and return the call's step."""
@@ -297,7 +286,7 @@ def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
 
 
 def _check_conflicts(model: Model, patches: tuple[Patch, ...]) -> None:
-    by_source = defaultdict(list)
+    by_source: dict[int, list[tuple[Patch, set[int]]]] = defaultdict(list)
     for p in patches:
         layers = set(p.indices(model))
         for other, others in by_source[p.source]:
@@ -316,15 +305,15 @@ def _check_conflicts(model: Model, patches: tuple[Patch, ...]) -> None:
 
 def patch_sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[list[_Copy], TextLayer | None]]:
     """Dotted module name to its copies and its layer (None: the pooled site)."""
-    grouped = defaultdict(lambda: defaultdict(list))
-    layer_at = {}
+    grouped: dict[str, dict[tuple, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    layer_at: dict[str, TextLayer | None] = {}
     for p in patches:
         places = [(model.layers[i], letter) for i in p.indices(model) for letter in p.tensors]
         for layer, letter in places:
             name = layer.key if letter == "k" else layer.value
             layer_at[name] = layer
             grouped[name][p.start, p.stop, p.heads, letter].append((p.source, p.target))
-        if p.pooled:
+        if p.pooled and model.pooled_site is not None:
             layer_at[model.pooled_site] = None
             grouped[model.pooled_site][p.start, p.stop, None, ""].append((p.source, p.target))
     sites = {}
@@ -339,7 +328,7 @@ def patch_sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[lis
 
 def _masked(model: Model, sites: dict) -> dict[str, list[_Copy]]:
     """Attention module to the copies of its keys and values: the texts' masks go where their keys and values go."""
-    found = defaultdict(list)
+    found: dict[str, list[_Copy]] = defaultdict(list)
     for copies, layer in sites.values():
         if layer is not None:
             found[layer.name] += copies
@@ -353,9 +342,11 @@ class Batch:
         self.rows, self.fired, self.row, self._doubled = rows, fired, model.architecture, model.doubled
         self.pairs = {(p.source, p.target) for p in patches if p.indices(model)}
         self._indices: dict = {}
-        self._unlike = None  # whether the halves of a doubled batch ever were of different pictures; on the GPU
-        self._lengths = None
-        self.size, self.picture_tokens = 0, None  # of the call under way
+        # Whether the halves of a doubled batch ever were of different pictures; on the GPU.
+        self._unlike: torch.Tensor | None = None
+        self._lengths: list[int] | torch.Tensor | None = None
+        self.size = 0  # of the call under way, as the picture's tokens
+        self.picture_tokens: int | None = None
 
     def check(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of the denoiser: guidance halves are two copies of the same noisy pictures."""
@@ -370,10 +361,11 @@ class Batch:
 
     def _check_lengths(self, call: DenoiserCall) -> None:
         """Refuse texts of different lengths where the places of the picture depend on them."""
-        if call.lengths is None or call.lengths is self._lengths:
+        told = call.lengths
+        if told is None or told is self._lengths:
             return
-        lengths = call.lengths if isinstance(call.lengths, list) else call.lengths.tolist()
-        self._lengths = call.lengths
+        lengths: list[int] = told if isinstance(told, list) else told.tolist()
+        self._lengths = told
         for half in range(0, call.rows, self.rows):
             for source, target in self.pairs:
                 if lengths[half + source] != lengths[half + target]:
@@ -434,7 +426,7 @@ class _CopyRows:
                 into, from_ = (self.layer.text(x, copy.letter, fired.clock.tokens) for x in (into, from_))
             source = self.batch.index(copy.sources, size, output.device)
             target = self.batch.index(copy.targets, size, output.device)
-            if copy.heads is None:
+            if self.layer is None or copy.heads is None:
                 into[source] = from_[target]
             else:
                 heads = torch.tensor(copy.heads, device=output.device)

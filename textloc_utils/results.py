@@ -96,7 +96,7 @@ class Store:
             place; before anything is computed. A stored file that is damaged, or that holds another unit, is
             recomputed with a warning.
         """
-        inputs = {**inputs, **_computed_with(model)}
+        inputs = {**inputs, **computed_with(model)}
         path = self.root / "units" / _name(kind) / f"{unit_hash(kind, inputs)}.jsonl"
         if os.path.lexists(path):
             try:
@@ -108,7 +108,7 @@ class Store:
                     return table
             except _DamagedError as error:
                 warnings.warn(f"recomputing damaged result {path}: {error}", stacklevel=2)
-        _require_writable(path.parent)
+        settings.check_writable(path.parent, advice=ADVICE)
         began = time.monotonic()
         table = compute()
         if not isinstance(table, pd.DataFrame):
@@ -149,7 +149,7 @@ class Store:
                 **_plain(provenance),
             },
         }
-        _require_writable(self.root)
+        settings.check_writable(self.root, advice=ADVICE)
         # The CSV first: between the two renames a reader sees a digest that does not fit, never a wrong table.
         with files.whole_files(self.root, path.name, path.with_suffix(".json").name, advice=ADVICE) as aside:
             (aside / path.name).write_bytes(text.encode())
@@ -241,7 +241,7 @@ def record(name: str, value):
     return value
 
 
-def _computed_with(model: "Model | None") -> dict:
+def computed_with(model: "Model | None") -> dict:
     """The inputs that a model adds to a unit's own."""
     if model is None:
         return {}
@@ -297,20 +297,6 @@ def _is_current(header: Mapping) -> bool:
         for versions in (header["provenance"]["versions"], _versions())
     )
     return made == now
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TextlocError(_unwritable(folder, error)) from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise TextlocError(_unwritable(folder, PermissionError(13, "Permission denied")))
-
-
-def _unwritable(folder: Path, error: OSError) -> str:
-    reason = error.strerror or type(error).__name__
-    return f"cannot write results to {folder} ({reason}); {ADVICE}"
 
 
 # --- values ---------------------------------------------------------------------------------------------------

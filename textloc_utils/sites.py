@@ -71,7 +71,7 @@ def joined(indices: Iterable[int]) -> str:
 
 def together(layers: int | Iterable[int]) -> Site:
     """The site of one layer, or of several that are patched together."""
-    site = Site(layers=layers)
+    site = Site(layers=as_indices(layers, "layers"))
     return replace(site, kind="layer") if len(site.layers) == 1 else site
 
 

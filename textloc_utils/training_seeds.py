@@ -55,7 +55,7 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
             about
             | {"samples": end["samples"], "characters": end["characters"], **effect}
             | {"chosen": effect["layer"] in found.layers, "share": found.share}
-            | {"score": found.score.mean, "reached": found.reached.mean}
+            | {"score": found.score and found.score.mean, "reached": found.reached.mean}
             for effect in effects[["layer", "mean", "low", "high"]].to_dict("records")
         ]
         logs += [

@@ -312,7 +312,8 @@ def _inputs() -> str:
 
 
 def _package() -> list[Path]:
-    return sorted(Path(__file__).parents[1].rglob("*.py"))
+    kinds = (".py", ".csv", ".toml", ".json")
+    return sorted(path for path in Path(__file__).parents[1].rglob("*") if path.suffix in kinds)
 
 
 def _cells(path: Path) -> list[dict]:

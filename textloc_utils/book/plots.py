@@ -87,7 +87,9 @@ def _error(table: pd.DataFrame, score: str = "") -> np.ndarray:
     return np.abs(np.stack([mean - low, high - mean]))
 
 
-def pictures(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int = 4, width: float = WIDTH) -> Figure:
+def pictures(
+    images: Sequence[np.ndarray] | np.ndarray, titles: Sequence[str], *, columns: int = 4, width: float = WIDTH
+) -> Figure:
     """A grid of uint8 pictures (H, W, 3) with a title each; pixels stay crisp.
 
     More than four columns are folded, into as many as divide them where that is possible. ``width`` is in inches, at
@@ -272,10 +274,10 @@ def safety_trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """
     figure, axes = _panels(tables, 2.4, columns=2, sharey=True)
     methods = list(dict.fromkeys(m for table in tables.values() for m in table.method))
-    looks = zip(sns.color_palette("colorblind", len(methods)), "osD^vP*X<>", strict=False)
+    marked = zip(sns.color_palette("colorblind", len(methods)), "osD^vP*X<>", strict=False)
     # Hollow: marks that lie on each other are all seen.
     style = {"markerfacecolor": "none", "markersize": 8, "elinewidth": 1}
-    looks = {m: style | {"color": colour, "fmt": mark} for m, (colour, mark) in zip(methods, looks, strict=True)}
+    looks = {m: style | {"color": colour, "fmt": mark} for m, (colour, mark) in zip(methods, marked, strict=True)}
     for axis, table in zip(axes, tables.values(), strict=True):
         for method, row in table.groupby("method", sort=False):
             error = {"xerr": _error(row, "ssim_outside"), "yerr": _error(row, "near")}
