@@ -35,6 +35,7 @@ FULL = {
     "test_explorer.py",
     "test_families.py",
     "test_full_size_benchmark.py",
+    "test_kills.py",
     "test_layer_contents.py",
     "test_localization.py",
     "test_lora.py",

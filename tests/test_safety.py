@@ -417,6 +417,26 @@ def test_the_word_is_gone_and_the_scene_is_not(name, layers, monkeypatch):
     assert (metrics.ssim(guarded, plain, outside) > np.maximum(0.8, shuffled)).all()
 
 
+@pytest.mark.parametrize("name", models.MINIATURES)
+def test_harmless_prompts_keep_every_bit_on_the_shipped_miniatures(name):
+    """With the guard's own detector, on words that look like listed ones, in one batch and one by one."""
+    model = models.load(name, device="cpu")
+    guarded = safety.guard(model, (0, 1))
+    asked = [SAYS.format("blue", word) for word in ("CHAMP", "LOTUS", "GREEKS", "HELLO")]
+    assert not any(guarded.screen(prompt)[1] for prompt in asked)
+    for size in (1, 4):
+        seen = draw(guarded.model, asked, steps=2, batch_size=size)
+        assert np.array_equal(seen, draw(model, asked, steps=2, batch_size=size))
+    assert guarded.fired is None
+    toxic = SAYS.format("blue", "STUPID")
+    seen, plain = (draw(m, [*asked, toxic], steps=2) for m in (guarded.model, model))
+    assert not np.array_equal(seen[4], plain[4])
+    if name != "sd3-mini":  # there the guard adds a row, and sums come out in another order
+        assert np.array_equal(seen[:4], plain[:4])
+    else:
+        assert np.abs(seen[:4] - plain[:4]).max() <= 1
+
+
 def test_known_layers_are_those_of_the_same_weights(miniature):
     sd3 = models.load("sd3-mini", device="cpu")
     assert experiment.known_layers(sd3) == (4, 5, 6)

@@ -16,17 +16,15 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytesseract
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from textloc_utils import metrics, textlines
+from textloc_utils import files, metrics, textlines
 from textloc_utils.prompts import LETTERS
 from textloc_utils.settings import TextlocError
 
@@ -266,7 +264,8 @@ def _signs(pictures: list[np.ndarray], batch: int) -> list[Reading]:
             texts[at] = "\n".join(line for line in (" ".join(row.split()) for row in text.splitlines()) if line)
     out = []
     for i in range(len(pictures)):
-        mine = [(block.box, texts[at]) for at, (of, block) in enumerate(blocks) if of == i]
+        # Two shapes beside each other that nothing can be read in are no text.
+        mine = [(b.box, texts[at]) for at, (of, b) in enumerate(blocks) if of == i and (texts[at] or b.letters > 2)]
         boxes = tuple(box for box, _ in mine)
         out.append(Reading(text="\n".join(text for _, text in mine if text), boxes=boxes, reader=name))
     return out
@@ -349,13 +348,16 @@ def _config(mode: int, letters: str) -> str:
 
 def _tesseract(pages: list[Image.Image], mode: int, letters: str) -> list[str]:
     """One call of Tesseract over all pages: what it says of each, with its line breaks."""
-    with tempfile.TemporaryDirectory() as folder, _one_thread(), _explained():
-        paths = [Path(folder) / f"{i}.png" for i in range(len(pages))]
+    # Of image_to_string's own files something would be left behind by a process that is killed.
+    with files.scratch() as folder, _one_thread(), _explained():
+        paths = [folder / f"{i}.png" for i in range(len(pages))]
         for page, path in zip(pages, paths, strict=True):
             page.save(path, compress_level=1)
-        listing = Path(folder) / "pages.txt"
-        listing.write_text("\n".join(map(str, paths)) + "\n")
-        output = pytesseract.image_to_string(str(listing), lang="eng", config=_config(mode, letters))
+        (folder / "pages").write_text("\n".join(map(str, paths)) + "\n")
+        pytesseract.pytesseract.run_tesseract(
+            str(folder / "pages"), str(folder / "read"), "txt", lang="eng", config=_config(mode, letters)
+        )
+        output = (folder / "read.txt").read_bytes().decode()
     texts = output.split("\f")
     # Some versions put a form feed between pages, some after each page.
     if len(texts) == len(pages) + 1 and not texts[-1].strip():

@@ -25,7 +25,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from textloc_utils.models import DenoiserCall, Model, TextLayer, as_indices, check_hookable, check_layers, read_call
+from textloc_utils.models import (
+    DenoiserCall,
+    Model,
+    TextLayer,
+    as_indices,
+    as_integer,
+    check_hookable,
+    check_layers,
+    read_call,
+)
 from textloc_utils.settings import TextlocError
 
 TENSORS = ("k", "v", "kv")
@@ -59,7 +68,7 @@ class Patch:
         for name in ("source", "target", "start", "stop"):
             value = getattr(self, name)
             if value is not None or name != "stop":
-                object.__setattr__(self, name, _integer(value, name))
+                object.__setattr__(self, name, as_integer(value, name))
 
     @staticmethod
     def _all(value) -> bool:
@@ -70,13 +79,6 @@ class Patch:
         layers = tuple(range(len(model.layers))) if isinstance(self.layers, str) else self.layers
         check_layers(model, layers)
         return tuple(sorted(set(layers)))
-
-
-def _integer(value, name: str) -> int:
-    found = as_indices(value, name)
-    if len(found) != 1:
-        raise TextlocError(f"{name} must be one integer, got {value!r}")
-    return found[0]
 
 
 class Clock:
@@ -256,7 +258,7 @@ def copy_hooks(model: Model, sites: dict, batch: "Batch") -> list:
 def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
     """Raise TextlocError for patches that cannot be carried out on ``rows`` prompts of this model."""
     patches = tuple(patches)
-    if _integer(rows, "rows") < 1:
+    if as_integer(rows, "rows") < 1:
         raise TextlocError(f"rows must be at least 1, got {rows}")
     for p in patches:
         if not isinstance(p, Patch):

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -195,15 +196,18 @@ def _execute(execution: Execution, key: str, timeout: int, papermills: _Papermil
 
 
 def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Papermills) -> str | None:
-    scratch, log = execution.stamp.with_suffix(".ipynb"), execution.stamp.with_suffix(".log")
+    scratch, log, runtime = (execution.stamp.with_suffix(suffix) for suffix in (".ipynb", ".log", ".runtime"))
     arguments = ["--no-progress-bar", "--execution-timeout", str(timeout), "--kernel", "python3"]
     arguments += [str(execution.source), str(scratch)]
     for name, value in execution.parameters.items():
         arguments += ["-p", name, str(value)]
     environment = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1"}
-    environment |= {results.COMMAND: execution.command, **execution.environment}
+    # Here the kernel writes down how to reach it; one that is killed leaves that behind.
+    environment |= {results.COMMAND: execution.command, "JUPYTER_RUNTIME_DIR": str(runtime), **execution.environment}
+    runtime.mkdir(exist_ok=True)
     with log.open("w") as file:
         status = papermills.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
+    shutil.rmtree(runtime, ignore_errors=True)
     if status < 0:
         return f"papermill was ended by signal {-status} (see {log})"
     if status:

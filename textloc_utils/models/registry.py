@@ -199,6 +199,13 @@ def describe(chosen: ModelSpec | str) -> dict:
 
 
 def read_config(path: Path) -> dict:
+    """A configuration in a model's folder. Raises TextlocError for what is none, and for sizes that no model has."""
+    found = read_table(path)
+    _check_sizes(path, found)
+    return found
+
+
+def read_table(path: Path) -> dict:
     """A JSON file of a model's folder that holds a table. Raises TextlocError for anything else."""
     try:
         if path.exists() and not path.is_file():
@@ -210,18 +217,22 @@ def read_config(path: Path) -> dict:
         raise TextlocError(f"{path} is corrupt: not JSON") from None
     if not isinstance(found, dict):
         raise TextlocError(f"{path} is corrupt: a table was expected")
-    _check_sizes(path, found)
     return found
 
 
+#: More than any model has, by a pattern of the setting's name.
+_MOST = {"layers|blocks|depth": 1000, "sample_size|pos_embed": 10**4, "timesteps": 10**5}
+_MOST |= {"size|dim|channels|heads|embeddings": 10**8}
+
+
 def _check_sizes(path: Path, config: dict) -> None:
-    """Raise TextlocError for a number of layers that no model has: building them would take for ever."""
+    """Raise TextlocError for a size that no model has: building it would take for ever, or all memory."""
     for key, value in config.items():
         if isinstance(value, dict):
             _check_sizes(path, value)
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
+            if isinstance(number, float) and not math.isfinite(number) and key != "lambda_min_clipped":  # a scheduler's
                 raise TextlocError(f"{path} is corrupt: {key} is {number}")
-            many = 1000 if re.search("layers|blocks|depth", key) else 10**10
+            many = next((n for pattern, n in _MOST.items() if re.search(pattern, key)), 10**10)
             if isinstance(number, int) and not isinstance(number, bool) and abs(number) > many:
                 raise TextlocError(f"{path} is corrupt: {key} is {number}, more than any model has")
