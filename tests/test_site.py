@@ -191,10 +191,10 @@ def test_wide_tables_are_folded_on_a_phone(open_page):
     lists, tables = page.locator(".folded:visible"), page.locator(".bd-article table:visible")
     assert lists.count() >= 2 and lists.count() + tables.count() == wide
     assert page.evaluate(TABLES_THAT_OVERFLOW) == []
-    entries, left = page.locator(".folded:visible dl"), page.locator(".bd-article tbody tr:visible")
+    entries, left = page.locator(".folded:visible > div"), page.locator(".bd-article tbody tr:visible")
     assert entries.count() + left.count() == rows
     # Each cell stands behind the head of its column.
-    first = lists.first.locator("dl").first
+    first = lists.first.locator("dl").first  # of the first row
     assert first.locator("dt").count() >= 3 and first.locator("dd").count() >= first.locator("dt").count()
     assert serious(page) == [] and watch.wrong == []
     page.set_viewport_size({"width": 1440, "height": 900})

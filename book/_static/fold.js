@@ -25,12 +25,14 @@ function folded(table) {
   const list = document.createElement("div");
   list.className = "folded";
   for (const cells of [...table.tBodies].flatMap((body) => grid([...body.rows]))) {
-    const entry = document.createElement("dl");
+    const entry = document.createElement("div");
+    const named = document.createElement("dl");
     cells.forEach((cell, x) => {
       const head = heads.map((row) => row[x] || "").filter((text) => text).join(", ");
-      if (head) entry.insertAdjacentHTML("beforeend", `<dt>${head}</dt>`);
-      entry.insertAdjacentHTML("beforeend", `<dd${head ? "" : ' class="bare"'}>${cell || "(empty)"}</dd>`);
+      if (head) named.insertAdjacentHTML("beforeend", `<dt>${head}</dt><dd>${cell || "(empty)"}</dd>`);
+      else if (cell) entry.insertAdjacentHTML("beforeend", `<div class="bare">${cell}</div>`);
     });
+    if (named.childElementCount) entry.append(named);
     list.append(entry);
   }
   return list;

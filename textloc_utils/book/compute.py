@@ -62,11 +62,10 @@ def trainings() -> pd.DataFrame:
 def _spent(part: Mapping, device: str) -> dict:
     """Processes, seconds and energy of a part; an autoencoder and text encoders are trained by one process."""
     processes, seconds = part.get("processes", 1), part.get("seconds")
-    told, guessed = part.get("watt_hours"), None
-    if not told and device == "cpu" and seconds is not None:
-        guessed = watt_hours(seconds, processes)
-    energy = {"watt_hours": told or guessed, "estimated": guessed is not None}
-    return {"processes": processes, "seconds": seconds} | energy
+    energy, estimated = part.get("watt_hours"), False
+    if not energy and device == "cpu" and seconds is not None:
+        energy, estimated = watt_hours(seconds, processes), True
+    return {"processes": processes, "seconds": seconds, "watt_hours": energy, "estimated": estimated}
 
 
 def tables() -> pd.DataFrame:

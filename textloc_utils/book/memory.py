@@ -59,9 +59,8 @@ class Log:
 
     def _read(self) -> None:
         host, at = psutil.virtual_memory(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        rows: list[tuple[str, float, float, float | None]] = [
-            (HOST, (host.total - host.available) / 2**30, host.total / 2**30, None)
-        ]
+        rows: list[tuple[str, float, float, float | None]]
+        rows = [(HOST, (host.total - host.available) / 2**30, host.total / 2**30, None)]
         rows += [(f"GPU {index}", used, total, watts) for index, _, used, total, watts in accelerators()]
         self._write("a", [(at, d, f"{u:.2f}", f"{t:.2f}", "" if w is None else w) for d, u, t, w in rows])
 
