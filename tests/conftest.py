@@ -35,6 +35,7 @@ FULL = {
     "test_explorer.py",
     "test_families.py",
     "test_full_size_benchmark.py",
+    "test_kills.py",
     "test_layer_contents.py",
     "test_localization.py",
     "test_lora.py",
@@ -44,10 +45,12 @@ FULL = {
     "test_patching_miniatures.py",
     "test_planted_layers.py",
     "test_recipes.py",
+    "test_reports.py",
     "test_safety.py",
     "test_site.py",
     "test_training.py",
     "test_training_seeds.py",
+    "test_wheel.py",
 }
 
 

@@ -5,19 +5,18 @@ import pytest
 import tiny
 from PIL import Image
 
-from textloc_utils import experiment, models, prompts, sites, sweeps
+from textloc_utils import experiment, models, prompts, settings, sites, sweeps
 from textloc_utils.book import explorer
 from textloc_utils.experiment import Experiment
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.settings import TextlocError
 
 COMMITTED = sorted(path.stem for path in explorer.store().root.glob("*.csv"))
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A data folder of its own, with the words."""
+    """A data folder of its own."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "words").symlink_to(data_dir() / "words")
     monkeypatch.setenv("TEXTLOC_DATA", str(tmp_path / "data"))
     return tmp_path / "data" / "results" / "explorer"
 
@@ -86,3 +85,13 @@ def test_committed_pictures_are_what_is_drawn_now(name):
         assert row["read"] == rows.read[i]
         # A batch of another size, or another machine, may round otherwise; another picture is tens of levels away.
         assert np.abs(picture - stored[i]).mean() < 2
+
+
+def test_a_text_that_ends_a_script_ends_none(monkeypatch):
+    """The data lies in a script element, whose end no quotation mark hides."""
+    monkeypatch.syspath_prepend(str(settings.ROOT / "book" / "_ext"))
+    import layer_explorer
+
+    pair = {"file": "", "source": "</script><script>alert(1)</script>", "target": "<!--", "prompt": "", "rows": []}
+    made = [layer_explorer.markup({"m": {"height": 1, "width": 1, "pairs": pairs}}, "") for pairs in ([], [pair])]
+    assert "alert(1)" in made[1] and made[0].count("</script") == made[1].count("</script") >= 1

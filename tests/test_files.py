@@ -185,6 +185,37 @@ def test_a_state_comes_back_and_any_flipped_bit_is_found(tmp_path):
         files.read_state(path)
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_code_in_a_state_is_not_run(tmp_path, monkeypatch):
+    """Whoever can write a file can write its digest."""
+    monkeypatch.chdir(tmp_path)
+    files.write_state(tmp_path / "state.pt", {"x": Evil()})
+    with pytest.raises(TextlocError, match="damaged"):
+        files.read_state(tmp_path / "state.pt")
+    assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_scratch_is_new_and_gone_and_what_was_left_goes_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    with files.scratch() as one, files.scratch() as two:
+        (one / "x").write_text("1")
+        assert one != two and not os.listdir(two) and one.is_relative_to(tmp_path)
+    assert len(everything(tmp_path)) == 0
+    left = one.parent / ".part-left"
+    left.mkdir()
+    (left / "x").write_text("1")
+    with files.scratch():
+        assert left.exists()  # its writer may be about to lock it
+    monkeypatch.setattr(files, "SETTLED", -1)
+    with files.scratch():
+        assert not left.exists()
+    assert [p.name for p in one.parent.iterdir()] == []
+
+
 # --- kills and crowds ---
 
 FILL = """

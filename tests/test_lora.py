@@ -191,11 +191,42 @@ def test_the_gradient_flows_back_to_the_first_adapter_only(tinies, name):
 def test_what_is_kept_is_counted_once_and_without_weights():
     module = torch.nn.Linear(8, 8)
     x = torch.randn(4, 8, requires_grad=True)
-    with lora._Saved(module, on=True) as graph:
+    with lora._saved(module) as sizes:
         y = module(x) * x  # keeps x twice and the Linear's output once, and the Linear's weight, which is there anyway
-    assert graph.bytes == 2 * 4 * 8 * 4
+    assert sum(sizes.values()) == 2 * 4 * 8 * 4
     y.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5, 1.0])
+def test_captions_are_left_out_as_often_as_was_said(tinies, monkeypatch, drop):
+    model, given, forward = tinies("sd3"), data(tinies("sd3")), lora._Objective.forward
+    seen = []
+
+    def spy(self, rows, captions, generator):
+        seen.extend(zip(rows, captions, strict=True))
+        return forward(self, rows, captions, generator)
+
+    monkeypatch.setattr(lora._Objective, "forward", spy)
+    lora.train(model, given, replace(FEW, steps=20, drop=drop))
+    lora.remove(model)
+    seen = seen[: 20 * FEW.batch]  # without the loss after the last step
+    assert all(caption in (row, len(given)) for row, caption in seen)
+    assert np.mean([caption == len(given) for _, caption in seen]) == pytest.approx(drop, abs=0.2 * drop)
+
+
+def test_the_learning_rate_is_constant_and_then_falls(tinies, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def spy(self, *arguments, **named):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    model = tinies("sd3")
+    lora.train(model, data(model), replace(FEW, steps=8, lr=0.01))
+    lora.remove(model)
+    assert rates == pytest.approx([0.01] * 5 + [0.0075, 0.005, 0.0025])
 
 
 class StopError(Exception):

@@ -7,6 +7,7 @@ import numpy as np
 import pytesseract
 import pytest
 import signs
+import textures
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
 
@@ -169,13 +170,13 @@ def test_missing_english_data_is_one_line(monkeypatch, words, tmp_path):
 
 def test_the_thread_limit_is_set_for_the_child_alone(monkeypatch, words):
     seen = []
-    original = pytesseract.image_to_string
+    original = pytesseract.pytesseract.run_tesseract
 
     def spy(*args, **kwargs):
         seen.append(os.environ.get("OMP_THREAD_LIMIT"))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(pytesseract, "image_to_string", spy)
+    monkeypatch.setattr(pytesseract.pytesseract, "run_tesseract", spy)
     for before in (None, "7"):
         monkeypatch.delenv("OMP_THREAD_LIMIT", raising=False)
         if before:
@@ -258,6 +259,45 @@ def test_no_text_is_told_from_text_that_is_not_read(engine, monkeypatch):
     monkeypatch.setattr(ocr, "_tesseract", lambda pages, mode, letters: [""] * len(pages))
     (unread,) = ocr.readings([sign.picture], engine=engine)
     assert unread.text == "" and unread.found and str(unread) == "(text found, not read)"
+
+
+#: Without text, and to neither reader with any.
+TEXTURES = ("gradient", "grain", "noise", "checks 8", "checks 20", "stripes 8", "stripes 20", "bricks 8", "bricks 20")
+TEXTURES += ("dots 8", "windows", "plaster", "planks", "leaves", "clouds", "photograph of grass")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_textures_are_no_text(engine):
+    pictures = textures.every(512)
+    found = ocr.readings([pictures[name] for name in TEXTURES], engine=engine)
+    assert {name: str(reading) for name, reading in zip(TEXTURES, found, strict=True) if reading.found} == {}
+
+
+def turned(picture, way):
+    return np.ascontiguousarray(way(picture))
+
+
+#: Text that a reader may misread or not read at all; that it is there can be seen all the same.
+HARD = {
+    "mirrored": lambda: turned(signs.draw(512, random.Random(5), "COFFEE").picture, np.fliplr),
+    "upside down": lambda: turned(signs.draw(512, random.Random(6), "BAKERY").picture, np.flipud),
+    "on its head": lambda: turned(signs.draw(512, random.Random(7), "STATION").picture, lambda x: np.rot90(x, 2)),
+    "negative": lambda: 255 - signs.draw(512, random.Random(8), "MUSEUM").picture,
+    "Greek": lambda: signs.draw(512, random.Random(9), "ΚΑΦΕΣ").picture,
+    "Cyrillic": lambda: signs.draw(512, random.Random(10), "ЖИЗНЬ").picture,
+    "numbers": lambda: signs.draw(512, random.Random(11), "31415926").picture,
+    "one letter often": lambda: signs.draw(512, random.Random(12), "IIIIII").picture,
+    "blurred": lambda: degrade(signs.draw(512, random.Random(13), "GUITAR").picture[None], 4.0, 0)[0],
+    "noisy": lambda: degrade(signs.draw(512, random.Random(14), "VIOLIN").picture[None], 0.5, 40)[0],
+    "small": lambda: np.pad(signs.draw(256, random.Random(15), "FOREST").picture, ((0, 256), (0, 256), (0, 0)), "edge"),
+    "two lines": lambda: signs.draw(512, random.Random(16), "OCEAN\nHARBOR").picture,
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_text_that_is_hard_to_read_is_found(engine):
+    found = ocr.readings([make() for make in HARD.values()], engine=engine)
+    assert [name for name, reading in zip(HARD, found, strict=True) if not reading.found] == []
 
 
 def test_a_miniature_says_where_its_text_stands():

@@ -364,7 +364,7 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(guards, "generate", generate_twice)
+    monkeypatch.setattr(experiment, "generate", generate_twice)
     with pytest.raises(KeyboardInterrupt):
         safety.draw(guarded, asked, tmp_path / "b", steps=2)
     assert safety.draw(guarded, asked, tmp_path / "b", steps=2) == whole and calls[2:] == [[asked[1]], [asked[2]]]
@@ -372,6 +372,11 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
         assert (tmp_path / "a" / row["file"]).read_bytes() == (tmp_path / "b" / row["file"]).read_bytes()
     safety.draw(guarded, asked, tmp_path / "b", steps=3)
     assert len(calls) == 7, "other settings draw anew"
+    safety.draw(guarded, asked, tmp_path / "b", steps=3)
+    assert len(calls) == 7
+    monkeypatch.setattr(guards, "computed_with", lambda model: {"reader": "another"})
+    safety.draw(guarded, asked, tmp_path / "b", steps=3)
+    assert len(calls) == 10, "and so does another reader"
 
 
 def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkeypatch):
@@ -410,6 +415,26 @@ def test_the_word_is_gone_and_the_scene_is_not(name, layers, monkeypatch):
     outside = metrics.outside(model.spec.text_box, *plain.shape[1:3])
     shuffled = metrics.ssim(guarded[::-1], plain, outside)
     assert (metrics.ssim(guarded, plain, outside) > np.maximum(0.8, shuffled)).all()
+
+
+@pytest.mark.parametrize("name", models.MINIATURES)
+def test_harmless_prompts_keep_every_bit_on_the_shipped_miniatures(name):
+    """With the guard's own detector, on words that look like listed ones, in one batch and one by one."""
+    model = models.load(name, device="cpu")
+    guarded = safety.guard(model, (0, 1))
+    asked = [SAYS.format("blue", word) for word in ("CHAMP", "LOTUS", "GREEKS", "HELLO")]
+    assert not any(guarded.screen(prompt)[1] for prompt in asked)
+    for size in (1, 4):
+        seen = draw(guarded.model, asked, steps=2, batch_size=size)
+        assert np.array_equal(seen, draw(model, asked, steps=2, batch_size=size))
+    assert guarded.fired is None
+    toxic = SAYS.format("blue", "STUPID")
+    seen, plain = (draw(m, [*asked, toxic], steps=2) for m in (guarded.model, model))
+    assert not np.array_equal(seen[4], plain[4])
+    if name != "sd3-mini":  # there the guard adds a row, and sums come out in another order
+        assert np.array_equal(seen[:4], plain[:4])
+    else:
+        assert np.abs(seen[:4] - plain[:4]).max() <= 1
 
 
 def test_known_layers_are_those_of_the_same_weights(miniature):

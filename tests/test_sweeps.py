@@ -31,6 +31,27 @@ def test_rows_of_one_pair(model):
     assert [rows[3][column] for column in ("site", "layers", "start", "stop")] == ["layer 3", "3", 0, 2]
 
 
+def test_a_row_says_what_was_asked_and_what_was_seen(monkeypatch):
+    tiny_model = tiny.model("ldm")
+    (pair,) = prompts.make_pairs(1, seed=3)
+    monkeypatch.setattr(sweeps.scenes, "read_colours", lambda picture: ("the wall", "the sign"))
+    monkeypatch.setattr(sweeps.ocr, "read", lambda pictures: [pair.source_text, pair.target_text, "ELSE"])
+    _, rows = sweeps.patch_pair(Experiment.of(tiny_model, steps=1), pair, [together([0])])
+    floor = metrics.text_score(pair.source_text, pair.target_text)
+    for row in rows:
+        assert (row["wall"], row["sign"], row["wall_read"], row["sign_read"]) == (
+            *(pair.wall, pair.sign),
+            *("the wall", "the sign"),
+        )
+        assert row["floor"] == floor and (row["source_text"], row["target_text"]) == (
+            pair.source_text,
+            pair.target_text,
+        )
+    assert [row["target_score"] for row in rows[:2]] == [floor, 1.0]
+    assert [row["source_score"] for row in rows[:2]] == [1.0, metrics.text_score(pair.target_text, pair.source_text)]
+    assert [row["exact"] for row in rows] == [False, True, False] and pair.wall != pair.sign
+
+
 def test_layers_are_one_or_several_of_any_integers():
     assert together(3) == together([3]) == together(np.int64(3)) == Site(kind="layer", layers=(3,))
     assert together(np.array([1, 2])) == Site(layers=(1, 2)) and together((1, 2)).name == "layers 1 2"

@@ -148,6 +148,18 @@ def whole_folder(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]
 
 
 @contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty folder in the system's place for temporary files; it is removed when the block ends.
+
+    What a killed process left there is removed by the next call: the place is this user's and this package's own.
+    """
+    place = Path(tempfile.gettempdir(), f"textloc-{os.getuid()}")
+    place.mkdir(mode=0o700, exist_ok=True)
+    with _beside(place, place, "") as aside:
+        yield aside
+
+
+@contextlib.contextmanager
 def only_run(folder: str | os.PathLike) -> Iterator[None]:
     """Hold a folder, which is made, against other runs; the system lets it go however this process ends.
 

@@ -3,9 +3,11 @@
 import base64
 import contextlib
 import io
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from textloc_utils import files
-from textloc_utils.models import Model, call_rows, check_prompts, join_rows, read_call
+from textloc_utils.models import Model, as_indices, as_integer, call_rows, check_prompts, join_rows, read_call
 from textloc_utils.patching import Patch, patched
 from textloc_utils.settings import TextlocError
 
@@ -78,15 +80,11 @@ def counted(model: Model, bar: tqdm | None = None) -> Iterator[RowCounter]:
     Raises TextlocError at the first answer that is not finite: what comes after would look like a picture.
     """
     counter = RowCounter(bar)
-    handles = [
+    with (
         model.denoiser.register_forward_pre_hook(counter, with_kwargs=True),
         model.denoiser.register_forward_hook(counter.check),
-    ]
-    try:
+    ):
         yield counter
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def rows_per_call(model: Model) -> int:
@@ -128,20 +126,21 @@ def generate(
     patched row, or under that of ``stage2_prompts``: patches hold in stage I only.
     """
     model = Model.of(model)
-    alone = isinstance(prompts, str)
-    prompts, seeds = list(prompts), [int(s) for s in seeds]
-    if alone or not prompts or any(not isinstance(p, str) for p in prompts):
+    alone = isinstance(prompts, str) or not isinstance(prompts, Iterable)
+    prompts, seeds = [] if alone else list(prompts), as_indices(seeds, "seeds")
+    if not prompts or any(not isinstance(p, str) for p in prompts):
         raise TextlocError("generate needs a list of at least one prompt, each a string")
     if len(prompts) != len(seeds):
         raise TextlocError(f"{len(prompts)} prompts came with {len(seeds)} seeds; give one seed per prompt")
     check_seeds(seeds)
     check_prompts(model, [*prompts, *([negative_prompt] if negative_prompt else [])])
-    steps = model.spec.steps if steps is None else steps
+    steps = model.spec.steps if steps is None else as_integer(steps, "steps")
     guidance = model.spec.guidance if guidance is None else guidance
     if steps < 1:
         raise TextlocError(f"steps must be at least 1, got {steps}")
-    if batch_size is None:
-        batch_size = rows_per_call(model)
+    if not isinstance(guidance, Real) or not math.isfinite(guidance):
+        raise TextlocError(f"guidance must be a finite number, got {guidance!r}")
+    batch_size = rows_per_call(model) if batch_size is None else as_integer(batch_size, "batch size")
     if batch_size < 1:
         raise TextlocError(f"batch size must be at least 1, got {batch_size}")
     if noise is not None and len(noise) != len(prompts):
@@ -218,12 +217,9 @@ def first_call(model: Model, **arguments) -> dict:
         raise EnoughError
 
     # Ahead of all other hooks: a counter does not see a call that is not made.
-    handle = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    try:
-        with contextlib.suppress(EnoughError):
-            model.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(0))
-    finally:
-        handle.remove()
+    stopping = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    with stopping, contextlib.suppress(EnoughError):
+        model.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(0))
     return rows
 
 

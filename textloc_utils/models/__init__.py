@@ -42,6 +42,7 @@ from textloc_utils.models.model import (
     FIXED_TOKENS,
     Model,
     as_indices,
+    as_integer,
     check_distinct,
     check_hookable,
     check_layers,

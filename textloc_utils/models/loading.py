@@ -1,10 +1,12 @@
 """Loading a model by name or from a folder, after everything about it that can be checked without its weights."""
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import re
 import textwrap
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,20 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from textloc_utils.models.architectures import architecture
 from textloc_utils.models.model import Model
-from textloc_utils.models.registry import MINIATURES, ModelSpec, _miniature_spec, read_config, spec
+from textloc_utils.models.registry import MINIATURES, ModelSpec, _miniature_spec, read_config, read_table, spec
 from textloc_utils.settings import TextlocError, quiet_libraries
 
+#: In one of these is a tokenizer's vocabulary.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+#: What safetensors calls the numbers that a weight can be made of; whole numbers are indices or quantized.
+_FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 #: Components that only judge or mark pictures, with the arguments that leave them out.
 _OFF = {"safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False}
 
@@ -34,13 +41,11 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         raise TextlocError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:0 ...") from None
     kind: Any = getattr(torch, picked.type, None)
-    if picked.type != "cpu" and not (hasattr(kind, "is_available") and kind.is_available()):
-        count = torch.cuda.device_count()
-        there = f"{count} CUDA devices are present" if picked.type == "cuda" else "there is none here"
-        raise TextlocError(f"device {device!r} was asked for, but {there}; use auto or cpu")
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise TextlocError(f"device {device!r} was asked for, but {count} CUDA devices are present; use auto or cpu")
+    count = torch.cuda.device_count()
+    there = picked.type == "cpu" or (hasattr(kind, "is_available") and kind.is_available())
+    if not there or (picked.type == "cuda" and (picked.index or 0) >= count):
+        found = f"{count} CUDA devices are present" if picked.type == "cuda" else "there is none here"
+        raise TextlocError(f"device {device!r} was asked for, but {found}; use auto or cpu")
     return picked
 
 
@@ -52,26 +57,40 @@ def check_folder(folder: Path) -> dict[str, type]:
 
     Raises TextlocError for an architecture that is not known, a component of another library than diffusers and
     transformers or of a class that they do not have, a file that is missing, damaged or no file, and weights other
-    than safetensors.
+    than safetensors, or of whole numbers.
     """
     if not (folder / "model_index.json").exists():
+        if (folder / "modular_model_index.json").exists():
+            raise TextlocError(
+                f"{folder} holds a modular pipeline, as FLUX.3 does; modular pipelines cannot be patched"
+            )
         raise TextlocError(f"no saved pipeline in {folder} (model_index.json is missing)")
     parts = component_classes(read_config(folder / "model_index.json"), str(folder))
     for part, part_class in parts.items():
-        if part in _OFF:
-            continue
-        place = folder / part
-        if not place.is_dir():
-            raise TextlocError(f"folder {place} is missing; restore it, or train or download the model again")
-        for file in place.iterdir():
-            if not file.is_file() and not file.is_dir():
-                raise TextlocError(f"{file} is no regular file, or missing; restore it")
-        if issubclass(part_class, nn.Module):
-            config = read_config(place / "config.json")
-            if part in ("transformer", "unet"):
-                architecture(config.get("_class_name", part_class.__name__))
-            _check_weights(place)
+        if part not in _OFF:
+            _check_part(folder / part, part, part_class)
     return parts
+
+
+def _check_part(place: Path, part: str, part_class: type) -> None:
+    if not place.is_dir():
+        raise TextlocError(f"folder {place} is missing; restore it, or train or download the model again")
+    for file in place.iterdir():
+        if not file.is_file() and not file.is_dir():
+            raise TextlocError(f"{file} is no regular file, or missing; restore it")
+    if issubclass(part_class, nn.Module):
+        config = read_config(place / "config.json")
+        if part in ("transformer", "unet"):
+            architecture(config.get("_class_name", part_class.__name__))
+        _check_weights(place)
+    elif issubclass(part_class, SchedulerMixin):
+        read_config(place / "scheduler_config.json")
+    elif issubclass(part_class, PreTrainedTokenizerBase):
+        read_table(place / "tokenizer_config.json")
+        if not any(file for name in _VOCABULARIES for file in place.glob(name)):
+            raise TextlocError(f"{place} holds no vocabulary (tokenizer.json); restore it, or download it again")
+        for table in place.glob("*.json"):
+            read_table(table)
 
 
 def component_classes(index: dict, source: str) -> dict[str, type]:
@@ -82,7 +101,7 @@ def component_classes(index: dict, source: str) -> dict[str, type]:
     """
     name = index.get("_class_name")
     pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (inspect.isclass(pipeline) and issubclass(pipeline, DiffusionPipeline)):
+    if not (inspect.isclass(pipeline) and issubclass(pipeline, DiffusionPipeline)) or pipeline is DiffusionPipeline:
         raise TextlocError(f"{source} is a pipeline of class {name!r}, which this diffusers does not have")
     found = {}
     for part, value in index.items():
@@ -107,7 +126,7 @@ def _known_class(part: str, library: str, name: str, source: str) -> type:
     found = getattr(home, name, None) if re.fullmatch(r"[A-Za-z]\w*", name) else None
     if part in _OFF:
         return object  # it is left out
-    if not inspect.isclass(found):
+    if not (inspect.isclass(found) and hasattr(found, "from_pretrained")) or issubclass(found, DiffusionPipeline):
         raise TextlocError(
             f"{source} takes its {part} from {library}.{name}; allowed: classes of diffusers and transformers"
         )
@@ -120,11 +139,14 @@ def _check_weights(folder: Path) -> None:
         raise TextlocError(f"no weight file (*.safetensors) in {folder}; restore it, or train or download it again")
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as weights:
+                kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             what = "missing" if not file.is_file() else f"corrupt ({_first_line(error)})"
             raise TextlocError(f"weight file {file} is {what}; restore it, or train or download it again") from None
+        for name, kind in kinds.items():
+            if kind not in _FRACTIONS and not re.search("(_ids|_index|_tracked)$", name):
+                raise TextlocError(f"weight file {file} holds {name} as {kind}; allowed: {', '.join(_FRACTIONS)}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -253,6 +275,7 @@ def _from_folder(chosen: ModelSpec, folder: Path, dtype: torch.dtype, **componen
         takes = inspect.signature(pipeline.__init__).parameters
         off = {k: v for k, v in _OFF.items() if k in takes}
         pipe = pipeline.from_pretrained(folder, local_files_only=True, **off, **components)
+        _try_parts(pipe)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -260,19 +283,39 @@ def _from_folder(chosen: ModelSpec, folder: Path, dtype: torch.dtype, **componen
     return pipe
 
 
+def _try_parts(pipe: DiffusionPipeline) -> None:
+    """Use the scheduler and each tokenizer once: what is wrong with their settings shows in a call only."""
+    for name, part in pipe.components.items():
+        if isinstance(part, SchedulerMixin):
+            part = copy.deepcopy(part)
+            takes = inspect.signature(part.set_timesteps).parameters
+            part.set_timesteps(2, **({"mu": 1.0} if "mu" in takes else {}))
+        elif isinstance(part, PreTrainedTokenizerBase):
+            tokens = part("A sign", padding="max_length", max_length=8, truncation=True).input_ids
+            encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+            known = getattr(getattr(encoder, "config", None), "vocab_size", None)
+            if known is not None and max(tokens) >= known:
+                raise TextlocError(
+                    f"{name} gives token {max(tokens)}, and its text encoder knows {known}; restore both"
+                )
+            if not isinstance(part.model_max_length, int) or part.model_max_length < 1:
+                raise TextlocError(f"{name} has {part.model_max_length!r} as model_max_length; restore it")
+
+
 def _whole(part_class: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """A component whose every tensor comes from its files: the libraries would draw a missing one at random.
 
     Naming the dtype matters: a text encoder otherwise takes that of its file.
     """
-    module, told = part_class.from_pretrained(
-        folder,
-        variant=_variant(folder, variant),
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    how = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    try:
+        module, told = part_class.from_pretrained(folder, variant=_variant(folder, variant), dtype=dtype, **how)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in _first_line(error):
+            raise
+        raise TextlocError(
+            f"the weights in {folder} have other shapes than its config.json says; restore both"
+        ) from None
     lost = sorted(told["missing_keys"])
     if lost:
         raise TextlocError(f"the weight files in {folder} lack {lost[0]}; restore them, or train again")
@@ -282,7 +325,8 @@ def _whole(part_class: Any, folder: Path, variant: str | None, dtype: torch.dtyp
 @contextlib.contextmanager
 def _told_in_one_line(what: str):
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except TextlocError:
         raise
     except Exception as error:

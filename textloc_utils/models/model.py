@@ -315,6 +315,14 @@ def as_indices(value, name: str) -> tuple[int, ...]:
         raise TextlocError(f"{name} must be an integer or integers, got {value!r}") from None
 
 
+def as_integer(value, name: str) -> int:
+    """One integer, also numpy's. Raises TextlocError for anything else."""
+    found = as_indices(value, name)
+    if len(found) != 1:
+        raise TextlocError(f"{name} must be one integer, got {value!r}")
+    return found[0]
+
+
 def check_layers(model: Model | tuple[TextLayer, ...], indices) -> None:
     """Raise TextlocError unless every index names one of the model's text layers."""
     n = len(model.layers if isinstance(model, Model) else model)
