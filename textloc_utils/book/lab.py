@@ -64,7 +64,8 @@ class _Tokens:
     """Stands in for a tokenizer while a call is traced: the prompts' padded tokens are the graph's inputs."""
 
     def __init__(self, tokenizer, texts: Sequence[str]):
-        self.tokenizer, self.texts, self.inputs = tokenizer, list(texts), None
+        self.tokenizer, self.texts = tokenizer, list(texts)
+        self.inputs: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, text, **options):
         made = self.tokenizer(text, **options)
@@ -110,7 +111,7 @@ class _Text(nn.Module):
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """The prompts' own tokens; the first call learns them."""
         self.forward()
-        return tuple(part for tokens in self.tokenizers.values() for part in tokens.inputs)
+        return tuple(part for tokens in self.tokenizers.values() for part in tokens.inputs or ())
 
 
 class _Denoiser(nn.Module):
@@ -124,7 +125,8 @@ class _Denoiser(nn.Module):
     def __init__(self, model: Model, given: dict):
         super().__init__()
         self.model, self.denoiser, self.given = model, model.denoiser, given
-        self.halves, self.fired = model.evaluations(), set()
+        self.halves = model.evaluations()
+        self.fired: set[str] = set()
 
     def forward(
         self,
@@ -136,7 +138,7 @@ class _Denoiser(nn.Module):
     ) -> torch.Tensor:
         rows = torch.cat([texts + 2 * half for half in range(self.halves)])
         given = _fill(self.given, iter([value[rows] for value in conditions]))
-        sites = {}
+        sites: dict[str, int] = {}
         for layer in self.model.layers:
             sites |= {layer.key: layer.index, layer.value: layer.index}
         if self.model.pooled_site:
@@ -185,7 +187,7 @@ def _call(model: Model, texts: Sequence[str]) -> dict:
 
 def _tensors(given: Mapping, before: str = "") -> dict[str, torch.Tensor]:
     """The tensors of a denoiser's arguments by their dotted names."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, value in given.items():
         if isinstance(value, Mapping):
             found |= _tensors(value, f"{before}{name}.")
@@ -259,7 +261,9 @@ def _noise(model: Model, seeds: Sequence[int], text: str) -> np.ndarray:
     taken: list = []
 
     def take(denoiser, args, kwargs):
-        taken.append(read_call(denoiser, args, kwargs).picture[: len(seeds)].clone())
+        noisy = read_call(denoiser, args, kwargs).picture
+        assert isinstance(noisy, torch.Tensor)
+        taken.append(noisy[: len(seeds)].clone())
         raise EnoughError
 
     handle = model.denoiser.register_forward_pre_hook(take, with_kwargs=True)
@@ -339,7 +343,7 @@ def choices(spec: ModelSpec) -> dict:
         "material": world.MATERIALS,
     }
     named = [
-        name for _, name, _, _ in string.Formatter().parse(spec.prompt_template) if name not in (None, "text", "a")
+        name for _, name, _, _ in string.Formatter().parse(spec.prompt_template) if name and name not in ("text", "a")
     ]
     if unknown := sorted(set(named) - set(values)):
         raise TextlocError(f"the template of {spec.name} names {unknown[0]}; the lab knows {', '.join(values)}")
@@ -427,7 +431,7 @@ def export(model: Model, folder: Path, key: str = "") -> dict:
     texts = [world.prompt(word, spec.prompt_template, **known["default"]) for word in ("WATER", "HELLO")]
     text = _Text(model, texts)
     with torch.no_grad():
-        tokens = text.inputs()
+        tokens_of = text.inputs()
         given = first_call(model, **_call(model, texts))
         timesteps = sampler(model.pipe.scheduler, spec.steps)
     conditions = _tensors(given)
@@ -439,7 +443,7 @@ def export(model: Model, folder: Path, key: str = "") -> dict:
     arguments = ["picture", "timestep", "texts", "mask"]
     own = _Denoiser(model, given)
     graphs = {
-        "text.onnx": _graph(text, tokens, names, list(conditions)),
+        "text.onnx": _graph(text, tokens_of, names, list(conditions)),
         "denoiser.onnx": _graph(
             own,
             (*noisy, *conditions.values()),
@@ -464,11 +468,11 @@ def export(model: Model, folder: Path, key: str = "") -> dict:
         "prompts": known,
         "tokenizers": {
             name: {
-                "length": tokens.inputs[0].shape[1],
+                "length": ids.shape[1],
                 "tokenizer": _plain(json.loads(tokens.tokenizer.backend_tokenizer.to_str())),
                 "pad": tokens.tokenizer.pad_token_id,
             }
-            for name, tokens in text.tokenizers.items()
+            for (name, tokens), ids in zip(text.tokenizers.items(), tokens_of[::2], strict=True)
         },
         **timesteps,
     }
@@ -524,7 +528,7 @@ def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequ
     half = tuple(range(len(model.layers) // 2))
     patch = Patch(source=2, target=0, layers=half, pooled=bool(model.pooled_site))
     wanted = generate(model, [target, source, source], [about["seeds"][1]] * 3, patches=[patch]).images
-    tokens = {}
+    tokens: dict[str, np.ndarray] = {}
     for name, known in about["tokenizers"].items():
         made = getattr(model.pipe, name)([target, source], padding="max_length", max_length=known["length"])
         tokens |= {f"{name}.ids": np.array(made.input_ids), f"{name}.mask": np.array(made.attention_mask)}
@@ -535,7 +539,8 @@ def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequ
     mask[2, list(half) + [len(model.layers)] * about["pooled"]] = 1
     size = about["noise"]
     noise = np.frombuffer(graphs["noise.bin"], "<f4").reshape(-1, *size)[[1, 1, 1]]
-    picture, answers, texts_of = noise, [], np.array([0, 1, 1])
+    picture, texts_of = noise, np.array([0, 1, 1])
+    answers: list[np.ndarray] = []
     for timestep, row in zip(about["timesteps"], about["update"], strict=True):
         feed = {
             "picture": picture,
@@ -543,7 +548,7 @@ def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequ
             "texts": texts_of,
             "mask": mask,
         }
-        asked = {i.name for i in run["denoiser"].get_inputs()}
+        asked = [i.name for i in run["denoiser"].get_inputs()]
         answers.append(run["denoiser"].run(None, {k: v for k, v in (feed | given).items() if k in asked})[0])
         terms = zip(row, [noise, *answers], strict=True)
         picture = sum(amount * part.astype(np.float64) for amount, part in terms).astype(np.float32)
@@ -610,7 +615,7 @@ def _runtime(log) -> None:
         ran = npm(command, return_completed_process=True, capture_output=True, text=True)
         missing = [path for path in RUNTIME if not (folder / "node_modules" / path).is_file()]
         if ran.returncode or missing:
-            said = (ran.stderr.strip().splitlines() or [f"{missing} not installed"])[0]
+            said = (str(ran.stderr).strip().splitlines() or [f"{missing} not installed"])[0]
             raise TextlocError(f"npm cannot install the lab's runtime: {said}; is its registry reachable?")
         (folder / "digest").write_text(digest)
 
