@@ -21,7 +21,6 @@ import string
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,13 +65,14 @@ class _Tokens:
 
     def __init__(self, tokenizer, texts: Sequence[str]):
         self.tokenizer, self.texts = tokenizer, list(texts)
-        self.inputs: tuple[Any, ...] = ()  # ids and mask, from the first call on
+        self.inputs: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, text, **options):
         made = self.tokenizer(text, **options)
         if text == self.texts and options.get("padding") == "max_length":
             found = made["input_ids"], made["attention_mask"]
-            self.inputs = self.inputs or found
+            if self.inputs is None:
+                self.inputs = found
             made["input_ids"], made["attention_mask"] = self.inputs
         return made
 
@@ -111,7 +111,7 @@ class _Text(nn.Module):
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """The prompts' own tokens; the first call learns them."""
         self.forward()
-        return tuple(part for tokens in self.tokenizers.values() for part in tokens.inputs)
+        return tuple(part for tokens in self.tokenizers.values() for part in tokens.inputs or ())
 
 
 class _Denoiser(nn.Module):
@@ -261,7 +261,9 @@ def _noise(model: Model, seeds: Sequence[int], text: str) -> np.ndarray:
     taken: list = []
 
     def take(denoiser, args, kwargs):
-        taken.append(torch.stack([*read_call(denoiser, args, kwargs).picture[: len(seeds)]]))
+        noisy = read_call(denoiser, args, kwargs).picture
+        assert isinstance(noisy, torch.Tensor)
+        taken.append(noisy[: len(seeds)].clone())
         raise EnoughError
 
     handle = model.denoiser.register_forward_pre_hook(take, with_kwargs=True)
@@ -341,7 +343,7 @@ def choices(spec: ModelSpec) -> dict:
         "material": world.MATERIALS,
     }
     named = [
-        name for _, name, _, _ in string.Formatter().parse(spec.prompt_template) if name not in (None, "text", "a")
+        name for _, name, _, _ in string.Formatter().parse(spec.prompt_template) if name and name not in ("text", "a")
     ]
     if unknown := sorted(set(named) - set(values)):
         raise TextlocError(f"the template of {spec.name} names {unknown[0]}; the lab knows {', '.join(values)}")
@@ -429,7 +431,7 @@ def export(model: Model, folder: Path, key: str = "") -> dict:
     texts = [world.prompt(word, spec.prompt_template, **known["default"]) for word in ("WATER", "HELLO")]
     text = _Text(model, texts)
     with torch.no_grad():
-        tokens = text.inputs()
+        tokens_of = text.inputs()
         given = first_call(model, **_call(model, texts))
         timesteps = sampler(model.pipe.scheduler, spec.steps)
     conditions = _tensors(given)
@@ -441,7 +443,7 @@ def export(model: Model, folder: Path, key: str = "") -> dict:
     arguments = ["picture", "timestep", "texts", "mask"]
     own = _Denoiser(model, given)
     graphs = {
-        "text.onnx": _graph(text, tokens, names, list(conditions)),
+        "text.onnx": _graph(text, tokens_of, names, list(conditions)),
         "denoiser.onnx": _graph(
             own,
             (*noisy, *conditions.values()),
@@ -466,11 +468,11 @@ def export(model: Model, folder: Path, key: str = "") -> dict:
         "prompts": known,
         "tokenizers": {
             name: {
-                "length": tokens.inputs[0].shape[1],
+                "length": ids.shape[1],
                 "tokenizer": _plain(json.loads(tokens.tokenizer.backend_tokenizer.to_str())),
                 "pad": tokens.tokenizer.pad_token_id,
             }
-            for name, tokens in text.tokenizers.items()
+            for (name, tokens), ids in zip(text.tokenizers.items(), tokens_of[::2], strict=True)
         },
         **timesteps,
     }
@@ -537,7 +539,8 @@ def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequ
     mask[2, list(half) + [len(model.layers)] * about["pooled"]] = 1
     size = about["noise"]
     noise = np.frombuffer(graphs["noise.bin"], "<f4").reshape(-1, *size)[[1, 1, 1]]
-    picture, answers, texts_of = noise, [], np.array([0, 1, 1])
+    picture, texts_of = noise, np.array([0, 1, 1])
+    answers: list[np.ndarray] = []
     for timestep, row in zip(about["timesteps"], about["update"], strict=True):
         feed = {
             "picture": picture,
@@ -545,8 +548,8 @@ def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequ
             "texts": texts_of,
             "mask": mask,
         }
-        wants = {i.name for i in run["denoiser"].get_inputs()}
-        answers.append(run["denoiser"].run(None, {k: v for k, v in (feed | given).items() if k in wants})[0])
+        asked = [i.name for i in run["denoiser"].get_inputs()]
+        answers.append(run["denoiser"].run(None, {k: v for k, v in (feed | given).items() if k in asked})[0])
         terms = zip(row, [noise, *answers], strict=True)
         picture = sum(amount * part.astype(np.float64) for amount, part in terms).astype(np.float32)
     drawn = run["decoder"].run(None, {"latents": picture})[0]
