@@ -38,6 +38,7 @@ def test_a_pipeline_that_the_package_did_not_load(name):
     assert np.abs(out[0] - plain[0]).mean() > 1e-3
 
 
+@pytest.mark.full
 def test_the_page_on_own_pipelines_runs_as_written(monkeypatch, tmp_path, capsys):
     """Its blocks, with a tiny pipeline in the place of the hub's."""
     text = (settings.ROOT / "book" / "your_own_pipeline.md").read_text()

@@ -2,8 +2,13 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
 
+import pytest
 from conftest import build_book, html_pages
+
+from textloc_utils.settings import ROOT
 
 # Elements whose address a browser fetches on loading the page; a link to click is no load.
 LOADING = {
@@ -79,6 +84,62 @@ def test_what_pages_load_is_in_the_site(site):
     assert missing == []
 
 
+class Links(HTMLParser):
+    """A page's links, and the names that links can end in."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.links, self.names = [], {"", "top"}
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = {name: value or "" for name, value in attributes}
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        self.names |= {attributes[a] for a in ("id", "name") if a in attributes}
+
+
+def dead_links(pages: dict[Path, Links]) -> list[str]:
+    """Links between these pages, or to files beside them, that lead nowhere; no other host is asked."""
+    dead = []
+    for path, page in pages.items():
+        for link in page.links:
+            address, _, name = unquote(link).partition("#")
+            if re.match(r"[a-z]+:", address):
+                found = re.match(r"(https?://[^/\s]+\.[a-z]+(/\S*)?|mailto:\S+@\S+)$", address)
+            else:
+                at = (path.parent / address.partition("?")[0]).resolve() if address else path
+                found = at.exists() and (at not in pages or name in pages[at].names)
+            dead += [] if found else [f"{path.name}: {link}"]
+    return dead
+
+
+def test_links_lead_somewhere(site):
+    pages = {path.resolve(): Links(path.read_text()) for path in html_pages(site)}
+    assert sum(len(page.links) for page in pages.values()) > 1000
+    assert dead_links(pages) == []
+
+
+def test_dead_links_are_found(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.html").touch()
+    a = '<p id="here"></p><a href="#here"></a><a href="b.html#there"></a><a href="https://arxiv.org/abs/1"></a>'
+    pages = {tmp_path / "a.html": Links(a), tmp_path / "b.html": Links('<p id="there"></p>')}
+    assert dead_links(pages) == []
+    wrong = "".join(f'<a href="{link}"></a>' for link in ("#no", "b.html#no", "c.html", "https://arxiv"))
+    assert len(dead_links({tmp_path / "a.html": Links(wrong), tmp_path / "b.html": Links("")})) == 4
+
+
+READ_ON_THE_HOST = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "textloc_utils/words/README.md"]
+
+
+@pytest.mark.parametrize("name", READ_ON_THE_HOST)
+def test_links_of_the_repository_lead_somewhere(name):
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?://", link)]
+    assert [link for link in links if not ((ROOT / name).parent / link.partition("#")[0]).exists()] == []
+
+
 def test_formulas_are_typeset_from_the_site(site):
     method = (site / "book" / "method.html").read_text()
     assert "_static/mathjax/tex-chtml.js" in method
@@ -125,4 +186,4 @@ def test_the_package_page_names_every_module(site):
 
 
 def test_the_site_is_light(site):
-    assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 60 * 2**20
+    assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 90 * 2**20

@@ -171,6 +171,7 @@ def test_localize_prints_what_scripts_need(tmp_path, capsys, monkeypatch):
     assert len(found["effects"]) == 12 and set(found["layers"]) <= set(range(12)) and found["pairs"] == 2
 
 
+@pytest.mark.full
 def test_missing_tesseract_is_named(tmp_path):
     done = run("generate", "sd3-mini", HELLO, "--out", tmp_path / "out", PATH=str(tmp_path))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "install tesseract" in done.stderr

@@ -259,6 +259,7 @@ def test_nine_in_ten_fresh_disguises_are_found():
     assert sum(rates[kind] * n for kind, n in counts.items()) >= 135 and min(rates.values()) >= 0.75, rates
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not DICTIONARY.is_file(), reason="needs Debian's package wamerican")
 def test_a_dictionary_is_left_alone():
     """No word of a list that nothing here was built on is taken for a listed one unless it begins like it."""

@@ -95,3 +95,27 @@ def test_pictures_that_are_kept_are_those_that_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "generate", lambda *a, **k: pytest.fail("drawn again"))
     again, read_again = run.drawn(prompts, seeds)
     assert (again == wanted).all() and read_again == read
+
+
+def test_seconds_of_a_table_hold_what_earlier_runs_took(tmp_path, monkeypatch):
+    """A run that goes on tells the work of the whole table, each unit once, however often it is asked for."""
+    clock = [0.0]
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path / "data")
+    monkeypatch.setattr(experiment.time, "monotonic", lambda: clock[0])
+    model = tiny.model("ldm")
+
+    def seconds(items, takes):
+        def compute(item):
+            clock[0] += takes
+            return [{"item": item}]
+
+        run = Experiment.of(model, store=Store(tmp_path / "units"), publish=True)
+        made = run.table("t", {}, lambda: pd.concat([run.units("k", items, {}, compute) for _ in "ab"]))
+        assert len(made) == 2 * len(items)
+        about = experiment.published_store().load_published("t").attrs["provenance"]
+        assert about["device"].startswith("CPU") and about["reader"].startswith("tesseract") and about["commit"]
+        return about["seconds"]
+
+    assert seconds([1, 2], 10) == 20
+    assert seconds([1, 2, 3], 5) == 25
+    assert seconds([1, 2, 3], 5) == 25

@@ -8,16 +8,15 @@ from PIL import Image
 from textloc_utils import experiment, models, prompts, settings, sites, sweeps
 from textloc_utils.book import explorer
 from textloc_utils.experiment import Experiment
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.settings import TextlocError
 
 COMMITTED = sorted(path.stem for path in explorer.store().root.glob("*.csv"))
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A data folder of its own, with the words."""
+    """A data folder of its own."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "words").symlink_to(data_dir() / "words")
     monkeypatch.setenv("TEXTLOC_DATA", str(tmp_path / "data"))
     return tmp_path / "data" / "results" / "explorer"
 

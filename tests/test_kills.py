@@ -31,11 +31,10 @@ from textloc_utils.book import explorer, notebooks
 from textloc_utils.experiment import Experiment
 from textloc_utils.miniatures import training
 from textloc_utils.results import Store
-from textloc_utils.settings import data_dir
 
 #: Of each job; the suite's share of the twenty that are tried once in a while.
 KILLS = int(os.environ.get("TEXTLOC_KILLS", 2))
-PAIRS, WORDS = 3, data_dir() / "words"
+PAIRS = 3
 CAPTIONS = ['a red sign that says "hello"', 'a blue sign that says "world"', 'a sign that says "river"', "a wall"]
 #: Says that its kernel has begun, and takes a while.
 CELLS = ["import time\nfor i in range(5):\n    time.sleep(0.1)\n    print(i)", "print(sum(range(10**6)))"]
@@ -69,9 +68,6 @@ def notebook(folder: Path) -> None:
 
 
 def export(folder: Path) -> None:
-    (folder / "data").mkdir(exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        (folder / "data" / "words").symlink_to(WORDS)
     os.environ["TEXTLOC_DATA"] = str(folder / "data")
     explorer.publish(
         Experiment.of(tiny.model("ldm"), steps=1, store=Store(folder / "store")), prompts.make_pairs(PAIRS)

@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from textloc_utils import models
+from textloc_utils import cli, models
 from textloc_utils.generate import generate
 from textloc_utils.settings import TextlocError
 
@@ -66,7 +66,7 @@ def test_full_size_numbers(name):
     assert [layer.index for layer in found] == list(range(layers))
     assert json.loads(json.dumps(told)) == told
     assert {"name", "pipeline", "prompt_template", "colours", "trained"} <= told.keys()
-    assert set(KNOWN) | set(OTHERS) == set(models.FULL_SIZE)
+    assert {*KNOWN, *OTHERS, "bria"} == set(models.FULL_SIZE)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -75,6 +75,19 @@ def test_numbers_of_the_other_families(name):
     assert (told["parameters"], len(told["text_layers"])) == OTHERS[name]
     assert told["family"] == (models.JOINT if name not in CROSS else models.CROSS_TRANSFORMER)
     assert all(0 < share < 0.01 for share in told["kv_share"])
+
+
+def test_what_is_not_public_of_a_model_is_said(capsys, monkeypatch):
+    told = models.describe("bria")
+    assert (told["parameters"], told["text_layers"], told["kv_share"]) == (None, [], [])
+    with pytest.raises(TextlocError, match="the configuration of bria's denoiser is not public; load the model"):
+        models.meta_denoiser(models.spec("bria"))
+    assert all(spec.licence or spec.unverified.startswith("licence") for spec in models.FULL_SIZE.values())
+    monkeypatch.setattr(models, "registry", lambda: {"bria": models.FULL_SIZE["bria"]})
+    assert cli.main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-1] == "unknown"
+    assert lines[2] == "not verified of bria: licence and denoiser's configuration: behind the publisher's form"
 
 
 CROSS = ("pixart-sigma", "sana", "hunyuan-dit", "kandinsky5", "wan")
@@ -413,6 +426,14 @@ def test_unknown_model():
 def test_missing_folder(tmp_path):
     with pytest.raises(TextlocError, match="no saved pipeline in .*nowhere"):
         models.load("sdxl", device="cpu", model_path=tmp_path / "nowhere")
+
+
+def test_a_modular_pipeline_is_refused_by_name(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "Flux3ModularPipeline"}')
+    with pytest.raises(
+        TextlocError, match="holds a modular pipeline, as FLUX.3 does; modular pipelines cannot be patched"
+    ):
+        models.load("flux-dev", device="cpu", model_path=tmp_path)
 
 
 def test_weights_that_cannot_be_fetched(monkeypatch, tmp_path):

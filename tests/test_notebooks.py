@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,8 +66,20 @@ def test_in_place_then_up_to_date_then_again(tmp_path, run):
     assert "1 notebooks executed" in run(path) and "book 43" in printed(path)
 
 
+def test_prose_makes_nothing_out_of_date_in_place(tmp_path, run):
+    path, out = write(tmp_path / "one.ipynb", SAY), tmp_path / "out"
+    run(path)
+    run(path, "--seed", "7", "--out", out)
+    book = nbformat.read(path, 4)
+    book.cells.append(nbformat.v4.new_markdown_cell("New prose.", id="prose"))
+    nbformat.write(book, path)
+    assert run(path) == "all 1 are up to date\n"
+    assert "1 notebooks executed" in run(path, "--seed", "7", "--out", out)
+    assert nbformat.read(out / "one.ipynb", 4).cells[-1].source == "New prose."
+
+
 def test_the_package_and_the_data_count_but_results_do_not(tmp_path, monkeypatch):
-    for name in ("words/words.csv", "results/table.csv", "runs/x/state.bin"):
+    for name in ("paper/table.csv", "results/table.csv", "runs/x/state.bin"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text("one")
     monkeypatch.setenv("TEXTLOC_DATA", str(tmp_path / "data"))
@@ -74,7 +87,7 @@ def test_the_package_and_the_data_count_but_results_do_not(tmp_path, monkeypatch
     (tmp_path / "data/results/table.csv").write_text("two")
     (tmp_path / "data/runs/x/state.bin").write_text("two")
     assert notebooks._inputs() == before
-    (tmp_path / "data/words/words.csv").write_text("two")
+    (tmp_path / "data/paper/table.csv").write_text("two")
     assert notebooks._inputs() != before
     before = notebooks._inputs()
     monkeypatch.setattr(notebooks, "_package", lambda: [tmp_path / "data/runs/x/state.bin"])
@@ -127,7 +140,8 @@ def test_a_failure_leaves_the_old_notebook_and_finishes_the_others(tmp_path, cap
     *lines, error = capsys.readouterr().err.splitlines()
     # Each reason is told when its notebook ends, too: an interrupted run has told what it knew.
     assert any(line.startswith("failed   bad.ipynb: ValueError: no such layer (see ") for line in lines)
-    assert any(line.startswith("failed   dead.ipynb: nbclient.exceptions.DeadKernelError") for line in lines)
+    (told,) = (line for line in lines if line.startswith("failed   dead.ipynb: nbclient.exceptions.DeadKernelError"))
+    assert re.search(r"; last reading of memory: host \d+\.\d of \d+\.\d GiB", told)
     assert error.startswith("textloc: 2 of 3 notebooks failed and are left as they were: bad.ipynb: ")
     assert "no such layer" in error and "dead.ipynb: " in error
     assert (bad.read_bytes(), dead.read_bytes()) == before

@@ -45,8 +45,8 @@ def test_windows_have_a_line_of_each_kind():
     interval = {"low": [0.0, 0.8], "high": [0.2, 1.0]}
     late = pd.DataFrame({"kind": "from step", "step": [2, 5], "mean": [0.9, 0.1], **interval})
     early = pd.DataFrame({"kind": "until step", "step": [2, 5], "mean": [0.1, 0.9], **interval})
-    axis = plots.windows({"m": pd.concat([late, early])}).axes[0]
-    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["from step", "until step"]
+    (legend,) = plots.windows({"m": pd.concat([late, early])}).legends
+    assert [t.get_text() for t in legend.get_texts()] == ["from step", "until step"]
 
 
 def test_emergence_has_a_column_per_evaluation():
@@ -69,7 +69,7 @@ def test_adapters_show_both_tasks_and_the_model_before():
     }
     arms = {"arm": ["before", "localized", "all text layers"], "equal": ["", "rank", "parameters"]}
     axis = plots.adapters({"m": pd.DataFrame(arms | scores | bounds)}).axes[0]
-    assert [t.get_text() for t in axis.get_xticklabels()] == ["localized", "all text layers"]
+    assert [t.get_text().replace("\n", " ") for t in axis.get_xticklabels()] == ["localized", "all text layers"]
     points = [line.get_ydata().tolist() for line in axis.lines if line.get_marker() == "o"]
     assert points == [[0.8], [0.6], [0.85], [0.5]]
     assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [0.2, 0.9]
@@ -131,3 +131,49 @@ def test_found_has_a_bar_per_kind_and_tells_harmless_ones_apart():
     colours = [bar.get_facecolor() for bar in axis.patches]
     assert colours[0] == colours[1] != colours[2]
     assert [t.get_text() for t in axis.get_yticklabels()] == rows["kind"]
+
+
+def letters(figure):
+    """All texts of a figure that are shown, with their axes' tick labels."""
+    figure.draw_without_rendering()
+    return [text for text in figure.findobj(plots.plt.Text) if text.get_visible() and text.get_text().strip()]
+
+
+def test_figures_are_read_on_a_phone_and_in_the_dark():
+    """At a width of 350 CSS pixels letters have 11; nothing lies outside; the grey stands out on both grounds."""
+    interval = {"low": [0.0, 0.8], "high": [0.2, 1.0]}
+    steps = pd.DataFrame({"kind": ["from step", "until step"], "step": [2, 5], "mean": [0.1, 0.9], **interval})
+    lengths = pd.DataFrame({"source": [3, 3, 4], "target": [3, 4, 3], "found": [0.9, 0.5, 0.2]})
+    kinds = {"kind": ["plain", "harmless"], "found": [1.0, 0.02], "low": [1.0, 0.0], "high": [1.0, 0.05]}
+    images = np.zeros((9, 64, 128, 3), np.uint8)
+    names = ["ldm-mini", "sdxl-mini", "if-mini"]
+    figures = [
+        plots.windows(dict.fromkeys(names, steps)),
+        plots.lengths(dict.fromkeys(names, lengths)),
+        plots.found(pd.DataFrame(kinds)),
+        plots.pictures(images, ["sdxl-mini, all others patched: PUBLIC"] * 9, columns=9, width=12),
+    ]
+    for figure in figures:
+        texts = letters(figure)
+        assert len(texts) >= 6
+        assert min(text.get_fontsize() for text in texts) / 72 / figure.get_figwidth() * 350 >= 11
+        assert figure.get_tightbbox().width <= figure.get_figwidth() + 0.02
+        assert figure.get_facecolor()[3] == 0 and all(axis.get_facecolor()[3] == 0 for axis in figure.axes)
+    ink = _luminance(plots.INK)
+    for ground in ("#ffffff", "#14181e"):
+        low, high = sorted((ink, _luminance(ground)))
+        assert (high + 0.05) / (low + 0.05) >= 4
+
+
+def _luminance(colour: str) -> float:
+    """As WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_arm_is_named_though_one_model_lacks_it():
+    scores = {name: [0.5] * 3 for name in ("new", "new_low", "new_high", "old", "old_low", "old_high")}
+    whole = pd.DataFrame({"arm": ["before", "localized", "all attention"], "equal": ["", "rank", "rank"], **scores})
+    figure = plots.adapters({"m": whole, "n": whole.iloc[:2]})
+    assert [t.get_text().replace("\n", " ") for t in figure.axes[1].get_xticklabels()] == ["localized", "all attention"]

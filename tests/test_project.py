@@ -1,6 +1,7 @@
 """The project's files agree with each other, and training never meets what is held out."""
 
 import ast
+import json
 import os
 import random
 import re
@@ -114,10 +115,40 @@ def test_workflows_are_valid_and_ask_for_little():
     assert all(yaml.safe_load(path.read_text())["permissions"] == read_only for path in WORKFLOWS)
 
 
+def gpu_step(name: str) -> str:
+    steps = yaml.safe_load((ROOT / ".github/workflows/gpu.yml").read_text())["jobs"]["execute"]["steps"]
+    return next(step["run"] for step in steps if step.get("name") == name)
+
+
+def run_step(script: str, folder: Path, **environment) -> subprocess.CompletedProcess:
+    command = ["bash", "-eo", "pipefail", "-c", script]
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_the_gpu_run_wants_room_on_the_disks(tmp_path):
+    at = {"GITHUB_WORKSPACE": str(tmp_path), "RUNNER_TEMP": str(tmp_path), "HF_HOME": str(tmp_path)}
+    enough = run_step(gpu_step("Room on the disks"), tmp_path, LEAST_DISK_GB="0", **at)
+    assert enough.returncode == 0 and enough.stdout.count("GiB free") == 3
+    little = run_step(gpu_step("Room on the disks"), tmp_path, LEAST_DISK_GB="999999", **at)
+    assert little.returncode == 1 and re.search(r"::error::only \d+ GiB are free at", little.stdout)
+
+
+def test_the_gpu_run_stops_where_its_estimate_is_too_long(tmp_path):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    said = "all: about 21.4 h, one notebook after the other; free disk 80 GiB"
+    (tmp_path / ".venv/bin/textloc").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / ".venv/bin/textloc").chmod(0o755)
+    given = {"MODELS": "sd3", "NOTEBOOKS": "a.ipynb", "PRESET": "paper", "GITHUB_STEP_SUMMARY": str(tmp_path / "s.md")}
+    assert run_step(gpu_step("Estimate"), tmp_path, MOST_HOURS="22", **given).returncode == 0
+    assert said in (tmp_path / "s.md").read_text()
+    stopped = run_step(gpu_step("Estimate"), tmp_path, MOST_HOURS="20", **given)
+    assert stopped.returncode == 1 and "::error::about 21 hours are needed" in stopped.stdout
+
+
 def test_workflows_call_what_there_is():
     text = "\n".join(path.read_text() for path in WORKFLOWS)
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    called = set(re.findall(r"make ([a-z]+)", text))
+    called = set(re.findall(r"make ([a-z]+)\b(?!-)", text))
     assert len(called) >= 3 and called <= targets
     files = re.findall(r"[\w./]+\.(?:py|ipynb)\b", text)
     assert files and [name for name in files if not (ROOT / name).is_file()] == []
@@ -127,11 +158,102 @@ def test_workflows_call_what_there_is():
         assert options and [o for o in options if o not in help_text] == []
 
 
-def test_versions_agree():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == textloc_utils.__version__
-    assert citation["license"] == PROJECT["license"] == "MIT"
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+#: Of .zenodo.json, after https://developers.zenodo.org: what a record of software needs, and what it may have.
+ZENODO = {
+    "type": "object",
+    "required": ["title", "upload_type", "description", "creators", "access_right", "license"],
+    "additionalProperties": False,
+    "properties": {
+        "title": {"type": "string", "minLength": 1},
+        "upload_type": {"const": "software"},
+        "description": {"type": "string", "minLength": 1},
+        "creators": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["name"],
+                "additionalProperties": False,
+                "properties": {name: {"type": "string"} for name in ("name", "affiliation", "orcid")},
+            },
+        },
+        "access_right": {"const": "open"},
+        "license": {"type": "string"},
+        "language": {"type": "string", "pattern": "^[a-z]{3}$"},
+        "keywords": {"type": "array", "items": {"type": "string"}},
+        "related_identifiers": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["identifier", "relation"],
+                "additionalProperties": False,
+                "properties": {
+                    "identifier": {"type": "string"},
+                    "relation": {"enum": ["cites", "references", "reviews", "isDerivedFrom", "isSupplementTo"]},
+                    "resource_type": {"type": "string"},
+                },
+            },
+        },
+        "notes": {"type": "string"},
+    },
+}
+
+
+def test_the_version_and_its_date_are_the_changelogs():
+    """The package's version is the newest that the changelog tells of, and the citation names it with its date."""
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    unreleased, *released = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", changelog, re.MULTILINE)
+    assert unreleased == ("Unreleased", "") and all(date for _, date in released)
+    assert released[0] == (textloc_utils.__version__, CITATION["date-released"])
+    assert CITATION["version"] == textloc_utils.__version__
+    assert [date for _, date in released] == sorted((date for _, date in released), reverse=True)
+
+
+def test_metadata_fit_their_schemas(tmp_path):
+    check = [Path(sys.executable).with_name("check-jsonschema")]
+    (tmp_path / "zenodo.json").write_text(json.dumps(ZENODO))
+    for schema, file in (
+        (["--builtin-schema", "vendor.citation-file-format"], ROOT / "CITATION.cff"),
+        (["--schemafile", tmp_path / "zenodo.json"], ROOT / ".zenodo.json"),
+    ):
+        run = subprocess.run([*check, *schema, file], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        # The schema is one: without its title the same file is refused.
+        planted = tmp_path / f"x{file.suffix}"
+        planted.write_text(re.sub(r'^ *"?title"?:.*$', "", file.read_text(), flags=re.MULTILINE))
+        assert subprocess.run([*check, *schema, planted], capture_output=True).returncode == 1
+    zenodo = json.loads((ROOT / ".zenodo.json").read_text())
+    assert (zenodo["title"], zenodo["license"]) == (CITATION["title"], CITATION["license"])
+    assert zenodo["keywords"] == CITATION["keywords"]
+    assert zenodo["creators"] == CITATION["authors"] == PROJECT["authors"]
+    assert CITATION["license"] == PROJECT["license"] == "MIT"
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+def test_the_container_does_what_the_readme_says():
+    """It cannot be built here; its instructions are read, and its commands are those of the README."""
+    text = (ROOT / "Containerfile").read_text()
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    known = {"FROM", "RUN", "USER", "WORKDIR", "COPY", "EXPOSE", "CMD"}
+    assert lines[0].startswith("FROM ") and {line.split()[0] for line in lines} == known
+    commands = set(re.findall(r"make ([a-z]+)\b(?!-)", text))
+    assert commands == {"setup", "site", "test"} and commands <= set(
+        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    )
+    readme = (ROOT / "README.md").read_text()
+    build = "docker build -f Containerfile -t textloc ."
+    assert build in text and build in readme
+    # What `make setup` and `make test` would install with the package manager is there beforehand.
+    tools = (ROOT / "scripts" / "ensure_tool.sh").read_text()
+    for packages in re.findall(r"packages=\((.+?)\)", tools):
+        assert set(packages.split()) <= set(text.split())
+    version = re.search(r"^FROM python:(\d+\.\d+)-", text, re.MULTILINE).group(1)
+    assert SpecifierSet(PROJECT["requires-python"]).contains(version)
+    server = re.search(r"-m http\.server --directory \S+", readme).group()
+    assert server in text
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert ".git" not in ignored and {".venv", "_build"} <= set(ignored)  # new tables name the commit
 
 
 def toc_files() -> list[str]:

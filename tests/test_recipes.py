@@ -56,7 +56,7 @@ def spec(name):
 
 def batch(name, rules, pipe, n=2):
     """What the trainer hands to an objective: pictures or stand-ins for latents, and tokens."""
-    pictures, captions = data.Drawn(world.SECOND).batch(n, 0.5, random.Random(0))
+    pictures, captions = data.Drawn(world.SECOND).batch(n, 0.5, False, random.Random(0))
     if hasattr(rules, "LATENTS"):
         pictures = torch.randn(n, rules.LATENTS["channels"], 8, 16, generator=torch.Generator().manual_seed(0))
     return pictures, rules.tokenize(pipe, captions)

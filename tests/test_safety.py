@@ -364,7 +364,7 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(guards, "generate", generate_twice)
+    monkeypatch.setattr(experiment, "generate", generate_twice)
     with pytest.raises(KeyboardInterrupt):
         safety.draw(guarded, asked, tmp_path / "b", steps=2)
     assert safety.draw(guarded, asked, tmp_path / "b", steps=2) == whole and calls[2:] == [[asked[1]], [asked[2]]]
@@ -372,6 +372,11 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
         assert (tmp_path / "a" / row["file"]).read_bytes() == (tmp_path / "b" / row["file"]).read_bytes()
     safety.draw(guarded, asked, tmp_path / "b", steps=3)
     assert len(calls) == 7, "other settings draw anew"
+    safety.draw(guarded, asked, tmp_path / "b", steps=3)
+    assert len(calls) == 7
+    monkeypatch.setattr(guards, "computed_with", lambda model: {"reader": "another"})
+    safety.draw(guarded, asked, tmp_path / "b", steps=3)
+    assert len(calls) == 10, "and so does another reader"
 
 
 def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkeypatch):

@@ -164,16 +164,41 @@ def test_the_first_page_is_small(open_page):
     assert len(sizes) > 10 and 0 < sum(sizes) < 1.5 * 2**20
 
 
-def test_figures_keep_a_white_ground_in_the_dark(open_page):
+def test_figures_have_no_ground_and_are_not_dimmed_in_the_dark(open_page):
     page, _ = open_page("notebooks/01_patch_one_layer.html", scheme="dark")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     style = page.eval_on_selector_all(
         ".cell_output img", "all => all.map(i => [getComputedStyle(i).backgroundColor, getComputedStyle(i).filter])"
     )
-    assert style and set(map(tuple, style)) == {("rgb(255, 255, 255)", "none")}
+    assert style and set(map(tuple, style)) == {("rgba(0, 0, 0, 0)", "none")}
     assert (
         sum(map(int, page.evaluate("getComputedStyle(document.body).backgroundColor").strip("rgb()").split(","))) < 150
     )
+
+
+#: Tables of a page that are seen, and those of them that do not fit their box.
+TABLES_THAT_OVERFLOW = """[...document.querySelectorAll('.bd-article table')].filter(t => t.offsetParent)
+  .filter(t => t.scrollWidth > t.parentElement.clientWidth + 1).map(t => t.textContent.trim().slice(0, 60))"""
+
+
+def test_wide_tables_are_folded_on_a_phone(open_page):
+    path = "notebooks/02_localization.html"
+    page, watch = open_page(path)
+    wide = page.locator(".bd-article table:visible").count()
+    rows = page.locator(".bd-article tbody tr:visible").count()
+    assert wide >= 4 and page.locator(".folded:visible").count() == 0
+    page, watch = open_page(path, 390)
+    lists, tables = page.locator(".folded:visible"), page.locator(".bd-article table:visible")
+    assert lists.count() >= 2 and lists.count() + tables.count() == wide
+    assert page.evaluate(TABLES_THAT_OVERFLOW) == []
+    entries, left = page.locator(".folded:visible > div"), page.locator(".bd-article tbody tr:visible")
+    assert entries.count() + left.count() == rows
+    # Each cell stands behind the head of its column.
+    first = lists.first.locator("dl").first  # of the first row
+    assert first.locator("dt").count() >= 3 and first.locator("dd").count() >= first.locator("dt").count()
+    assert serious(page) == [] and watch.wrong == []
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.wait_for_function("!document.querySelector('.folded:not([hidden])')")
 
 
 def test_the_theme_button_changes_the_theme(open_page):

@@ -1,14 +1,12 @@
 """Pairs of scenes, and localizing every factor by one rule: on layers that are known, and on drawn pictures."""
 
-import shutil
-
 import pytest
 
 from textloc_utils import localization, models, prompts, scene_pairs, specificity, sweeps
 from textloc_utils.experiment import Experiment
 from textloc_utils.miniatures import world
 from textloc_utils.results import Store
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site
 
 
@@ -92,7 +90,6 @@ def known(experiment, pair, sites=None, *, source=True):
 def experiment(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "patch_pair", known)
     monkeypatch.setattr(localization, "check_distinct", lambda model, pairs: None)  # nothing is drawn by the model
-    shutil.copytree(data_dir() / "words", tmp_path / "data" / "words")
     monkeypatch.setenv("TEXTLOC_DATA", str(tmp_path / "data"))
     return Experiment.of(model, steps=4, store=Store(tmp_path / "units"), publish=True)
 

@@ -74,6 +74,7 @@ def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
         assert done == pairs[:1]
 
 
+@pytest.mark.full
 def test_the_known_effect(model):
     """Every layer together turns the source's word into the target's; the unpatched source keeps its own."""
     everything = Site(kind="all + pooled", layers=tuple(range(len(model.layers))), pooled=True)

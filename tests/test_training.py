@@ -161,9 +161,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(cache, tmp_path, monkeypatch):
 def test_batches_depend_on_the_step_only(cache, tmp_path):
     train(tmp_path, cache)
     pool = data.Pool(tmp_path, world.SECOND)
-    (a, first), (b, second) = (pool.batch(6, 0.5, random.Random("(0, 7, 0)")) for _ in range(2))
-    assert first == second and torch.equal(a, b)
-    assert a.shape == (6, 16, 8, 16)
+    for easy in (False, True):
+        (a, first), (b, second) = (pool.batch(6, 0.5, easy, random.Random("(0, 7, 0)")) for _ in range(2))
+        assert first == second and torch.equal(a, b)
+        assert a.shape == (6, 16, 8, 16)
+
+
+def test_easy_scenes_have_one_typeface_and_words_at_the_left():
+    rng = random.Random(0)
+    for kind in data.KINDS:
+        drawn = [data.draw_scene(rng, kind, world.SECOND) for _ in range(60)]
+        looks = {(s.typeface, s.column) for s in drawn}
+        assert (looks == {("plain", 0)}) == kind.startswith("easy")
+        assert ({s.ink for s in drawn} == {"black", "white"}) == kind.startswith("easy")
+        assert any(len(set(s.text)) > 3 for s in drawn) != kind.endswith("runs")
+        assert len({s.material for s in drawn}) == len(world.MATERIALS)
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,7 @@ class Experiment:
         if isinstance(subject, cls):
             return replace(subject, **given)
         model = Model.of(subject)
-        own = {"steps": model.spec.steps, "guidance": model.spec.guidance, "store": Store()}
+        own: dict[str, Any] = {"steps": model.spec.steps, "guidance": model.spec.guidance, "store": Store()}
         return cls(model=model, **own | given)
 
     @property
@@ -135,16 +136,31 @@ class Experiment:
         key = self.key | dict(inputs)
         table = None if self.publish else published_store().load_matching(name, key)
         if table is None:
-            began = time.monotonic()
+            spent = Spent(self.store)
             table = make()
             if self.publish:
-                self.write(name, table, key=key, seconds=round(time.monotonic() - began, 1))
+                self.write(name, table, key=key, seconds=spent.seconds)
         return table
 
-    def write(self, name: str, table: pd.DataFrame, **provenance) -> None:
-        """Publish a table with its provenance; of processes started together the first one does."""
+    def write(self, name: str, table: pd.DataFrame, *, seconds: float, **provenance) -> None:
+        """Publish a table with its provenance; of processes started together the first one does.
+
+        ``seconds`` is what the table took (see :class:`Spent`).
+        """
         if int(os.environ.get("RANK", 0)) == 0:
-            published_store().publish(name, table, provenance)
+            published_store().publish(name, table, {"seconds": seconds, **provenance}, model=self.model)
+
+
+class Spent:
+    """Seconds of work since this was made: of this run, and of earlier runs for units that were found in the store."""
+
+    def __init__(self, store: Store):
+        self._store, self._began, self._before = store, time.monotonic(), store.seconds_before
+
+    @property
+    def seconds(self) -> float:
+        """Rounded to tenths."""
+        return round(time.monotonic() - self._began + self._store.seconds_before - self._before, 1)
 
 
 def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
@@ -217,8 +233,7 @@ def known_layers(model: Model) -> tuple[int, ...]:
         if table is not None:
             return tuple(table.attrs["provenance"]["found"]["layers"])
     if not model.spec.paper_layers:
-        raise TextlocError(
-            f"the localized layers of {model.spec.name} are not known: name them, or run textloc localize "
-            f"{model.spec.name} --publish first"
-        )
+        name = model.spec.name
+        how = f"run textloc localize {name} --publish first" if model.spec.source else "localize the pipeline first"
+        raise TextlocError(f"the localized layers of {name} are not known: name them, or {how}")
     return model.spec.paper_layers

@@ -80,15 +80,11 @@ def counted(model: Model, bar: tqdm | None = None) -> Iterator[RowCounter]:
     Raises TextlocError at the first answer that is not finite: what comes after would look like a picture.
     """
     counter = RowCounter(bar)
-    handles = [
+    with (
         model.denoiser.register_forward_pre_hook(counter, with_kwargs=True),
         model.denoiser.register_forward_hook(counter.check),
-    ]
-    try:
+    ):
         yield counter
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def rows_per_call(model: Model) -> int:
@@ -221,12 +217,9 @@ def first_call(model: Model, **arguments) -> dict:
         raise EnoughError
 
     # Ahead of all other hooks: a counter does not see a call that is not made.
-    handle = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    try:
-        with contextlib.suppress(EnoughError):
-            model.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(0))
-    finally:
-        handle.remove()
+    stopping = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    with stopping, contextlib.suppress(EnoughError):
+        model.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(0))
     return rows
 
 

@@ -1,7 +1,7 @@
-"""What the layers carry: text against colours, steps, heads, keys against values, the pooled text, the word's length.
+"""What the layers carry. Studies of text and colours, steps, heads, keys and values, the pooled text, and word length.
 
-A study patches its own sites in its own pairs (``sweeps.table``); the functions here make its tables short. The tables
-that come with the package are taken where they are of the same weights, pairs, sites and settings.
+Each study patches its own sites in its own pairs (``sweeps.table``). The functions of this module summarise its table.
+The published table of a study is used if its weights, pairs, sites and settings are the same.
 """
 
 from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from scipy import stats
 
 from textloc_utils import metrics, onestep, sweeps
-from textloc_utils.experiment import Experiment, check_pairs, digest_of, published_store
+from textloc_utils.experiment import Experiment, Spent, check_pairs, digest_of, published_store
 from textloc_utils.generate import rows_per_call
 from textloc_utils.models import Model, check_distinct, key_value_numbers
 from textloc_utils.prompts import Pair
@@ -167,7 +167,7 @@ def localize(
         )
     if len({pair.seed for pair in pairs}) < len(pairs):
         raise TextlocError("two of the pairs have the same seed; give each pair one of its own")
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), Spent(experiment.store)
     if how == "exhaustive":
         found = _exhaustive(experiment, pairs, share, by)
     elif how == "budgeted":
@@ -177,9 +177,8 @@ def localize(
     found = replace(found, seconds=time.perf_counter() - began)
     if experiment.publish:
         key = _key(experiment, pairs, how, share, budget, by)
-        experiment.write(
-            _name(experiment, pairs, how), _outcome(experiment, pairs, found), found=asdict(found), key=key
-        )
+        table, about = _outcome(experiment, pairs, found), {"found": asdict(found), "key": key}
+        experiment.write(_name(experiment, pairs, how), table, seconds=spent.seconds, **about)
     return found
 
 
@@ -242,7 +241,8 @@ class _Drawn:
     """Sets of layers drawn so far on some pairs; draws only what is missing."""
 
     def __init__(self, experiment: Experiment, by: str, table: pd.DataFrame | None = None):
-        self.experiment, self.by, self.table = experiment, by, table
+        self.experiment, self.by = experiment, by
+        self.table: Any = table  # None before the first
         self.rows = 0.0 if table is None else table.row_evaluations.sum()
         self._effects: pd.DataFrame | None = None  # of the table as it is
 
@@ -253,8 +253,8 @@ class _Drawn:
         known = set() if self.table is None else set(self.table[places].itertuples(index=False, name=None))
         groups: dict[tuple[Site, ...], list[Pair]] = {}
         for pair in pairs:
-            missing = (site for site in wanted if (pair.seed, site.kind, joined(site.layers)) not in known)
-            groups.setdefault(tuple(missing), []).append(pair)
+            lacking = (site for site in wanted if (pair.seed, site.kind, joined(site.layers)) not in known)
+            groups.setdefault(tuple(lacking), []).append(pair)
         for missing, group in groups.items():
             if missing:
                 new = sweeps.table(self.experiment, group, missing, source=False)
@@ -302,7 +302,8 @@ def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budge
     order, spent = _order(effects), screened.row_evaluations.sum()
     leading = _leading(effects, SCREENED)
     drawn = _Drawn(experiment, by)
-    chosen, seen = (), 0
+    chosen: tuple[int, ...] = ()
+    seen = 0
     while True:
         # Leading sets at first; then the set that was found, against itself with one layer left out.
         if not chosen:

@@ -1,8 +1,8 @@
 """LoRA on chosen text layers (paper, section 5.1): teach a model to write better, and leave the rest of it alone.
 
-Small adapters (Hu et al. 2022) sit on the Linear modules of some text layers; everything else is frozen. Text
-embeddings and latents are computed once, before, and the gradient flows back no further than the first adapter: a set
-of late layers costs less time and memory per step than all layers do.
+Small adapters (Hu et al. 2022) are added to the Linear modules of some text layers. Nothing else is trained. Text
+embeddings and latents are computed once, before the training. The backward pass ends at the first adapter, so a set of
+late layers takes less time and memory per step than all layers do.
 """
 
 import contextlib
@@ -12,9 +12,10 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -457,9 +458,10 @@ def _run(
         dropped = (torch.rand(local, generator=generator) < training.drop).tolist()
         captions = [len(data) if drop else row for row, drop in zip(rows, dropped, strict=True)]
         # What is kept for the backward pass is counted once; the counting itself takes time.
-        with _Saved(model.denoiser, on=not kept) as graph, accelerator.autocast():
+        counting: Any = contextlib.nullcontext({}) if kept else _saved(model.denoiser)
+        with counting as sizes, accelerator.autocast():
             loss = objective(rows, captions, generator)
-        kept = kept or graph.bytes
+        kept = kept or sum(sizes.values())
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
         _check_number(f"the loss of step {step + 1}", losses[-1], training)
         if loss.requires_grad:
@@ -515,28 +517,16 @@ def _check_number(what: str, value: float, training: Training) -> None:
         raise TextlocError(f"{what} is {value}; training stops and nothing is saved; {advice}")
 
 
-class _Saved:
-    """Counts the bytes of distinct tensors that are saved for the backward pass inside the block, weights left out."""
+@contextlib.contextmanager
+def _saved(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes, by their place, of the tensors that are saved for the backward pass inside the block, weights left out."""
+    own, seen = {p.untyped_storage().data_ptr() for p in module.parameters()}, dict[int, int]()
 
-    def __init__(self, module: nn.Module, on: bool):
-        self.bytes = 0
-        self._seen: set[int] = set()
-        self._own = {p.untyped_storage().data_ptr() for p in module.parameters()} if on else set()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x) if on else None
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        if place not in self._own and place not in self._seen:
-            self._seen.add(place)
-            self.bytes += storage.nbytes()
+        if storage.data_ptr() not in own:
+            seen.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor.detach()  # the tensor itself would hold its own graph
 
-    def __enter__(self) -> "_Saved":
-        if self._hooks:
-            self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self._hooks:
-            self._hooks.__exit__(*error)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield seen

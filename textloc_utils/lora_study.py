@@ -6,6 +6,7 @@ and is compared twice: at equal rank, and at equal trainable parameters (as many
 Learning rate, ranks and steps were chosen on random strings of training, never on the words that are reported.
 """
 
+import functools
 import hashlib
 import os
 import random
@@ -94,7 +95,7 @@ def measure(experiment: Experiment, n: int, seed: int = 42) -> dict:
     Keys, each for ``new`` and ``old``: ``_scores`` (the text scores in the order of the prompts, joined by spaces),
     ``_score``, ``_exact``, ``_cer`` and ``_f1`` (means); and ``diversity``, see :func:`diversity`.
     """
-    out = {}
+    out: dict[str, object] = {}
     for task, todo in (("new", prompts.long_prompts(n, seed)), ("old", prompts.spelling_prompts(n, seed))):
         made = experiment.draw([p for p, _, _ in todo], [s for _, _, s in todo])
         read = list(zip(ocr.read(made.images), (word for _, word, _ in todo), strict=True))
@@ -181,7 +182,7 @@ def study(
         rows = [before.assign(**_row(model))]
         for arm in tqdm(todo, desc=f"{experiment.name}: arms", unit="run", disable=not experiment.progress):
             about = inputs | {"scenes": SCENES, "training": arm.training}  # once for both comparisons
-            row = experiment.unit("lora", about, lambda arm=arm: [_run(experiment, data, arm, n, seed)])
+            row = experiment.unit("lora", about, functools.partial(_run, experiment, data, arm, n, seed))
             rows.append(row.assign(arm=arm.name, equal=arm.equal))
         taken = seconds_per_step(model, data, [arm.training for arm in todo])
         rows[1:] = [row.assign(seconds_per_step=each) for row, each in zip(rows[1:], taken, strict=True)]
@@ -196,7 +197,7 @@ def seconds_per_step(model: Model, data: lora.Data, trainings: Sequence[Training
     So what else the machine does slows all alike, and ratios hold; the first round warms up.
     """
     kinds = [replace(training, seed=0, steps=min(ROUND_STEPS, training.steps)) for training in trainings]
-    seconds = {kind: [] for kind in kinds}
+    seconds: dict[Training, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
         for kind in seconds:
             seconds[kind].append(lora.train(model, data, kind).seconds_per_step)
@@ -221,10 +222,10 @@ def _row(model: Model, arm: Arm | None = None, report: lora.Report | None = None
     }
 
 
-def _run(experiment: Experiment, data: lora.Data, arm: Arm, n: int, seed: int) -> dict:
+def _run(experiment: Experiment, data: lora.Data, arm: Arm, n: int, seed: int) -> list[dict]:
     report = lora.train(experiment.model, data, arm.training)
     try:
-        return _row(experiment.model, arm, report) | measure(experiment, n, seed)
+        return [_row(experiment.model, arm, report) | measure(experiment, n, seed)]
     finally:
         lora.remove(experiment.model)
 

@@ -49,7 +49,7 @@ def spans(table: pd.DataFrame, score: str = "", form: str = ".3f") -> list[str]:
     Its columns are those of a ``score`` as :func:`summarise` makes them, or mean, low and high where none is named.
     """
     columns = [score, f"{score}_low", f"{score}_high"] if score else ["mean", "low", "high"]
-    return [span(*row, form) for row in table[columns].to_numpy()]
+    return [span(mean, low, high, form) for mean, low, high in table[columns].to_numpy()]
 
 
 def resampled(values, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -65,7 +65,7 @@ def resampled(values, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarra
     return np.moveaxis(stats.bootstrap((x,), np.mean, axis=0, **options).bootstrap_distribution, -1, 0)
 
 
-def percentiles(values: np.ndarray) -> tuple[float, float]:
+def percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The 95 % interval that bootstrap values span."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
@@ -129,7 +129,7 @@ def paired_difference(
     """
     if len(a) != len(b):
         raise TextlocError(f"paired values must be equally many, got {len(a)} and {len(b)}")
-    return interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64))
+    return interval((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).tolist())
 
 
 def summarise(table: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:

@@ -1,15 +1,15 @@
-"""Pictures to text: what is read, where text stands, and which reader says so.
+"""Read the text in pictures, and find where it stands.
 
 There are two readers. **Tesseract** reads the miniatures, and larger pictures where nothing else is installed.
 **RapidOCR** (``pip install 'textloc-utils[ocr]'``: PP-OCRv6 detection and recognition, offline) reads larger pictures
 where it is installed; it also knows accents and other scripts, and tells photographs without text from signs.
 
-Tesseract is run in batches, through pytesseract and a list file of image paths. It reads a tight line of dark letters
-on white far better than a letter-sized word in a scene, so text is cut out first. In a miniature the sign's colour is
-the median of the picture's middle, the ink's colour is what differs most from it there, every pixel becomes its share
-of ink, and what hangs together with the picture's edge (the wall; letters may touch the right one) is dropped. In
-larger pictures ``textlines`` finds the letters. Nothing here knows the wanted text, the colours or where the letters
-stand.
+Tesseract reads many pictures in one run, through pytesseract and a list file of image paths. It reads dark letters on
+white far better than a small word in a scene, so the text is cut out first. In a miniature this takes four steps. The
+colour of the sign is the median of the picture's middle. The colour of the ink is the one that differs most from it
+there. Each pixel becomes its share of ink. What is connected to the edge of the picture is the wall and is dropped
+(letters may touch the right edge). In larger pictures ``textlines`` finds the letters. No step knows the wanted text,
+the colours, or where the letters stand.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class Reading:
         return " ".join(self.text.split()) or ("(text found, not read)" if self.found else "(no text found)")
 
 
-def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[str]:
+def read(images: Sequence | np.ndarray, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[str]:
     """Read the text of each picture as one string of capitals.
 
     Parameters
@@ -139,15 +139,17 @@ def read(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: 
     return [reading.joined for reading in found]
 
 
-def readings(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[Reading]:
+def readings(
+    images: Sequence | np.ndarray, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto"
+) -> list[Reading]:
     """Read each picture as it is written, and say where text stands; arguments and errors as of :func:`read`."""
     if not letters or set(letters) - set(LETTERS):
         raise TextlocError(f"letters must be capitals from A to Z, got {letters!r}")
     if batch < 1:
         raise TextlocError(f"batch must be at least 1, got {batch}")
     pictures = [_rgb(image) for image in images]
-    out = [None] * len(pictures)
-    by_reader = {}
+    out: dict[int, Reading] = {}
+    by_reader: dict[tuple[str, bool], list[int]] = {}
     for i, picture in enumerate(pictures):
         height = picture.shape[0]
         by_reader.setdefault((engine_of(height, engine), height <= MINIATURE_HEIGHT), []).append(i)
@@ -157,9 +159,8 @@ def readings(images: Sequence, *, letters: str = LETTERS, batch: int = 100, engi
             found = _rapid(some)
         else:
             found = _miniatures(some, letters, batch) if miniature else _signs(some, batch)
-        for i, reading in zip(mine, found, strict=True):
-            out[i] = reading
-    return out
+        out |= zip(mine, found, strict=True)
+    return [out[i] for i in range(len(pictures))]
 
 
 def engine_of(height: int, engine: str = "auto") -> str:
@@ -458,7 +459,7 @@ def _meet(box: tuple, other: tuple) -> bool:
 
 def _in_lines(parts: list[tuple]) -> list[list[tuple]]:
     """Boxes with their texts in reading order: what stands beside each other is one line, from left to right."""
-    lines = []
+    lines: list[list[tuple]] = []
     for part in sorted(parts, key=lambda part: part[0][1] + part[0][3]):
         top, bottom = part[0][1], part[0][3]
         for line in lines:

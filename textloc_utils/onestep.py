@@ -1,4 +1,4 @@
-"""Cheap depths of localization: what a patch changes in one denoiser evaluation, without drawing pictures.
+"""Cheap ways to localize: what a patch changes in one denoiser evaluation, without drawing pictures.
 
 At a noise level of the source's own run, let v be the denoiser's guided answer to the source's noisy picture under
 the source prompt, v' its answer to the same picture under the target prompt, and v(l) under the source prompt with
@@ -6,8 +6,8 @@ layer l patched. The one-step effect of layer l is::
 
     e(l) = <v(l) - v, v' - v> / |v' - v|^2
 
-0 where the patch does nothing, 1 where it does all that the target prompt does. Attribution patching (Syed et al.
-2023) takes the first-order estimate of every layer's effect from one backward pass.
+It is 0 if the patch changes nothing, and 1 if it changes as much as the target prompt does. Attribution patching
+(Syed et al. 2023) estimates the effects of all layers to first order, from one backward pass.
 """
 
 import contextlib
@@ -107,14 +107,10 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], depth: str, settings: 
         if state["step"] > max(at):
             raise EnoughError
 
-    handle = model.denoiser.register_forward_hook(after, with_kwargs=True)
     arguments = model.call_arguments([pair.source, pair.target], **settings)
     generators = [torch.Generator("cpu").manual_seed(pair.seed) for _ in range(2)]
-    try:
-        with contextlib.suppress(EnoughError):
-            model.pipe(**arguments, generator=generators)
-    finally:
-        handle.remove()
+    with model.denoiser.register_forward_hook(after, with_kwargs=True), contextlib.suppress(EnoughError):
+        model.pipe(**arguments, generator=generators)
     return found, backward[0]
 
 

@@ -6,14 +6,15 @@ and a patch then copies in both halves: row ``target`` over row ``source``, and 
 ``source``. Pipelines that call the denoiser once for the prompts and once for the negatives (FLUX with
 ``true_cfg_scale``) show it n rows each time.
 
-**Steps.** Step s of a run is its (s + 1)-th noise level: the count rises whenever the noise falls and starts again
-at 0 whenever the noise rises, so that one block serves several pipeline calls. Repeated calls at one timestep
-(FLUX's negatives, the doubled timestep of PNDM) belong to one step.
+**Steps.** Step 0 of a run is its first noise level, step 1 the second, and so on. The count rises whenever the noise
+falls. It starts again at 0 whenever the noise rises, so that one block serves several pipeline calls. Repeated calls
+at one timestep (FLUX's negatives, the doubled timestep of PNDM) belong to one step.
 
-**Account.** A block knows which modules must take part in each call of the denoiser, and raises where one did not:
-whatever was done to the pipeline (fused projections, caches, compilation), a patch never does nothing in silence.
+**Account.** A block knows which modules must take part in each call of the denoiser, and raises an error if one did
+not. So a patch that had no effect is always noticed, for example on a pipeline with fused projections, with caches or
+after compilation.
 
-Source and target run together, so nothing is stored and the target's text stream is always that of the same step.
+Source and target run together in one batch. So nothing is stored, and both are always at the same step.
 """
 
 import contextlib
@@ -75,7 +76,7 @@ class Patch:
 
     def indices(self, model: Model) -> tuple[int, ...]:
         """Its layers as indices, in ascending order. Raises TextlocError for one that the model does not have."""
-        layers = tuple(range(len(model.layers))) if self.layers == ALL else self.layers
+        layers = tuple(range(len(model.layers))) if isinstance(self.layers, str) else self.layers
         check_layers(model, layers)
         return tuple(sorted(set(layers)))
 
@@ -85,17 +86,6 @@ class Clock:
 
     def __init__(self):
         self.step, self.tokens, self._noise = 0, 0, None
-
-    def pre_hook(self, timed: bool):
-        """A forward pre-hook for the denoiser; only a ``timed`` one reads timesteps, for which it waits on the GPU."""
-
-        def before(denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
-            call = read_call(denoiser, args, kwargs)
-            self.tokens = call.tokens
-            if timed:
-                self.advance(float(call.noise))
-
-        return before
 
     def advance(self, noise: float) -> int:
         """Take the noise level of a call, whatever its unit, and return the call's step."""
@@ -298,7 +288,7 @@ def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
 
 
 def _check_conflicts(model: Model, patches: tuple[Patch, ...]) -> None:
-    by_source = defaultdict(list)
+    by_source: dict[int, list[tuple[Patch, set[int]]]] = defaultdict(list)
     for p in patches:
         layers = set(p.indices(model))
         for other, others in by_source[p.source]:
@@ -317,15 +307,15 @@ def _check_conflicts(model: Model, patches: tuple[Patch, ...]) -> None:
 
 def patch_sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[list[_Copy], TextLayer | None]]:
     """Dotted module name to its copies and its layer (None: the pooled site)."""
-    grouped = defaultdict(lambda: defaultdict(list))
-    layer_at = {}
+    grouped: dict[str, dict[tuple, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    layer_at: dict[str, TextLayer | None] = {}
     for p in patches:
         places = [(model.layers[i], letter) for i in p.indices(model) for letter in p.tensors]
         for layer, letter in places:
             name = layer.key if letter == "k" else layer.value
             layer_at[name] = layer
             grouped[name][p.start, p.stop, p.heads, letter].append((p.source, p.target))
-        if p.pooled:
+        if p.pooled and model.pooled_site is not None:
             layer_at[model.pooled_site] = None
             grouped[model.pooled_site][p.start, p.stop, None, ""].append((p.source, p.target))
     sites = {}
@@ -340,7 +330,7 @@ def patch_sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[lis
 
 def _masked(model: Model, sites: dict) -> dict[str, list[_Copy]]:
     """Attention module to the copies of its keys and values: the texts' masks go where their keys and values go."""
-    found = defaultdict(list)
+    found: dict[str, list[_Copy]] = defaultdict(list)
     for copies, layer in sites.values():
         if layer is not None:
             found[layer.name] += copies
@@ -354,9 +344,11 @@ class Batch:
         self.rows, self.fired, self.row, self._doubled = rows, fired, model.architecture, model.doubled
         self.pairs = {(p.source, p.target) for p in patches if p.indices(model)}
         self._indices: dict = {}
-        self._unlike = None  # whether the halves of a doubled batch ever were of different pictures; on the GPU
-        self._lengths = None
-        self.size, self.picture_tokens = 0, None  # of the call under way
+        # Whether the halves of a doubled batch ever were of different pictures; on the GPU.
+        self._unlike: torch.Tensor | None = None
+        self._lengths: list[int] | torch.Tensor | None = None
+        self.size = 0  # of the call under way, as the picture's tokens
+        self.picture_tokens: int | None = None
 
     def check(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of the denoiser: guidance halves are two copies of the same noisy pictures."""
@@ -371,10 +363,11 @@ class Batch:
 
     def _check_lengths(self, call: DenoiserCall) -> None:
         """Refuse texts of different lengths where the places of the picture depend on them."""
-        if call.lengths is None or call.lengths is self._lengths:
+        told = call.lengths
+        if told is None or told is self._lengths:
             return
-        lengths = call.lengths if isinstance(call.lengths, list) else call.lengths.tolist()
-        self._lengths = call.lengths
+        lengths: list[int] = told if isinstance(told, list) else told.tolist()
+        self._lengths = told
         for half in range(0, call.rows, self.rows):
             for source, target in self.pairs:
                 if lengths[half + source] != lengths[half + target]:
@@ -435,7 +428,7 @@ class _CopyRows:
                 into, from_ = (self.layer.text(x, copy.letter, fired.clock.tokens) for x in (into, from_))
             source = self.batch.index(copy.sources, size, output.device)
             target = self.batch.index(copy.targets, size, output.device)
-            if copy.heads is None:
+            if self.layer is None or copy.heads is None:
                 into[source] = from_[target]
             else:
                 heads = torch.tensor(copy.heads, device=output.device)

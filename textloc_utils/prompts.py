@@ -5,6 +5,7 @@ capitals A to Z. Held-out words never occur in training, neither as words nor as
 """
 
 import functools
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from textloc_utils.settings import TextlocError, data_dir
+from textloc_utils.settings import TextlocError
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 SHAPES = ("sign", "plate", "banner")
@@ -23,6 +24,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 #: count their seeds up from below.
 NOISE, RESERVED = 10_000, 1_000_000
 
+_LISTS = Path(__file__).parent / "words"
+_QUOTED = re.compile(r'(["\u201c])([^"\u201c\u201d]*)(["\u201d])')
 MILD = "mild insult"  #: the band of held-out words that stands in for toxic ones
 
 #: The template that every miniature knows best; the benchmarks of the book use it.
@@ -64,9 +67,9 @@ class Pair:
     target: str
     source_text: str
     target_text: str
-    wall: str
-    sign: str
-    shape: str
+    wall: str = ""
+    sign: str = ""
+    shape: str = ""
     seed: int
     target_wall: str = ""
     target_sign: str = ""
@@ -80,19 +83,14 @@ class Pair:
         """
         if not isinstance(new_text, str) or not new_text.strip() or any(c in new_text for c in '"\u201c\u201d'):
             raise TextlocError(f"the new text must be a string without double quotes, got {new_text!r}")
-        texts = {"source_text": quoted_text(prompt), "target_text": new_text}
-        open_ = {"wall": "", "sign": "", "shape": ""}
-        return cls(source=prompt, target=replace_text(prompt, new_text), **texts, **open_, seed=seed)
+        target = replace_text(prompt, new_text)
+        return cls(source=prompt, target=target, source_text=quoted_text(prompt), target_text=new_text, seed=seed)
 
 
 @functools.cache
 def words_table() -> pd.DataFrame:
     """The word list: columns word, zipf (log10 frequency per 10^9 words), band, split (see :func:`words`)."""
-    path = data_dir() / "words" / "words.csv"
-    try:
-        return pd.read_csv(path, keep_default_na=False)
-    except FileNotFoundError:
-        raise TextlocError(f"word list {path} is missing; restore data/words/words.csv") from None
+    return pd.read_csv(_LISTS / "words.csv", keep_default_na=False)
 
 
 SPLITS = ("train", "validation", "held-out")
@@ -105,9 +103,7 @@ def words(split: str) -> tuple[str, ...]:
     Miniatures learn from ``train``. Curricula, settings and sizes are chosen on ``validation``. What is reported is
     measured on ``held-out``, the test words.
     """
-    table = words_table()
-    _check_split(split)
-    return tuple(table.word[table.split == split])
+    return _of_split(words_table(), split)
 
 
 @functools.cache
@@ -116,18 +112,13 @@ def long_words(split: str) -> tuple[str, ...]:
 
     None of them is for validation.
     """
-    path = data_dir() / "words" / "long.csv"
-    try:
-        table = pd.read_csv(path, keep_default_na=False)
-    except FileNotFoundError:
-        raise TextlocError(f"word list {path} is missing; restore data/words/long.csv") from None
-    _check_split(split)
-    return tuple(table.word[table.split == split])
+    return _of_split(pd.read_csv(_LISTS / "long.csv", keep_default_na=False), split)
 
 
-def _check_split(split: str) -> None:
+def _of_split(table: pd.DataFrame, split: str) -> tuple[str, ...]:
     if split not in SPLITS:
         raise TextlocError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+    return tuple(table.word[table.split == split])
 
 
 @functools.cache
@@ -145,7 +136,7 @@ def random_string(rng: random.Random, length: int) -> str:
 
 def quoted_text(prompt: str) -> str:
     """The one text in double quotes of a prompt."""
-    found = re.findall(r'["\u201c]([^"\u201c\u201d]*)["\u201d]', prompt)
+    found = [text for _, text, _ in _QUOTED.findall(prompt)]
     if len(found) != 1 or not found[0].strip():
         raise TextlocError(f'a prompt needs exactly one text in double quotes, as in A sign that says "HI": {prompt!r}')
     return found[0]
@@ -153,9 +144,8 @@ def quoted_text(prompt: str) -> str:
 
 def replace_text(prompt: str, text: str) -> str:
     """The same prompt with another quoted text."""
-    old = quoted_text(prompt)
-    at = re.search(r'["\u201c]' + re.escape(old) + r'["\u201d]', prompt)
-    return prompt[: at.start() + 1] + text + prompt[at.end() - 1 :]
+    quoted_text(prompt)
+    return _QUOTED.sub(lambda at: at[1] + text + at[3], prompt)
 
 
 def make_pairs(
@@ -178,7 +168,7 @@ def make_pairs(
     templates = (template,) if isinstance(template, str) else tuple(template)
     pool, rng, colours = test_words(), random.Random(seed), _colour_pairs()
     rng.shuffle(colours)
-    pairs = []
+    pairs: list[Pair] = []
     while len(pairs) < n:
         source, target = rng.sample(pool, 2)
         if any(a == b for a, b in zip(source, target, strict=False)) or (same_length and len(source) != len(target)):
@@ -230,18 +220,15 @@ def load_pairs(path: str | Path, n: int, seed: int = 42) -> list[Pair]:
         raise TextlocError(f"{path} needs at least two different quoted texts, one prompt in each line")
     if not 1 <= n <= len(lines):
         raise TextlocError(f"{path} holds {len(lines)} prompts; asked for {n} pairs")
-    rng, pairs = random.Random(seed), []
-    for i in rng.sample(range(len(lines)), n):
-        target = rng.choice([t for t in texts if t != texts[i]])
-        made = {"source": lines[i], "target": replace_text(lines[i], target), "source_text": texts[i]}
-        empty = {"wall": "", "sign": "", "shape": ""}
-        pairs.append(Pair(**made, **empty, target_text=target, seed=seed + len(pairs)))
-    return pairs
+    rng = random.Random(seed)
+    chosen = rng.sample(range(len(lines)), n)
+    targets = [rng.choice([t for t in texts if t != texts[i]]) for i in chosen]
+    return [Pair.of(lines[i], target, seed=seed + k) for k, (i, target) in enumerate(zip(chosen, targets, strict=True))]
 
 
 def pairs_of(sets: Sequence[str], n: int, seed: int = 42) -> list[Pair]:
     """``n`` pairs of several of SETS, in equal parts one set after the other; every pair has a seed of its own."""
-    pairs = []
+    pairs: list[Pair] = []
     for i, name in enumerate(sets):
         if name not in SETS:
             raise TextlocError(f"unknown set of prompts {name!r}; allowed: {', '.join(SETS)}")
@@ -261,11 +248,7 @@ def with_noises(pairs: Sequence[Pair], noises: int) -> list[Pair]:
 def spelling_prompts(n: int = 200, seed: int = 42) -> list[tuple[str, str, int]]:
     """The spelling test: ``n`` (prompt, word, seed) over held-out words and all colour combinations."""
     pool, rng, colours = test_words(), random.Random(seed), _colour_pairs()
-    out = []
-    for i, word in enumerate(rng.sample(pool, n)):
-        wall, sign = colours[i % len(colours)]
-        out.append((TEMPLATE.format(wall=wall, sign=sign, text=word), word, seed + i))
-    return out
+    return _asked(rng.sample(pool, n), colours, seed)
 
 
 def toxic_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
@@ -274,11 +257,7 @@ def toxic_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
     pool = list(table.word[table.band == MILD])
     rng.shuffle(pool)
     rng.shuffle(colours)
-    out = []
-    for i in range(n):
-        (wall, sign), word = colours[i % len(colours)], pool[i % len(pool)]
-        out.append((TEMPLATE.format(wall=wall, sign=sign, text=word), word, seed + i))
-    return out
+    return _asked([pool[i % len(pool)] for i in range(n)], colours, seed)
 
 
 def long_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
@@ -286,11 +265,18 @@ def long_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
     pool, rng, colours = long_words("held-out"), random.Random(seed), _colour_pairs()
     if not 1 <= n <= len(pool):
         raise TextlocError(f"there are {len(pool)} held-out words of seven letters; asked for {n}")
-    out = []
-    for i, word in enumerate(rng.sample(pool, n)):
-        wall, sign = colours[i % len(colours)]
-        out.append((LONG_TEMPLATE.format(wall=wall, sign=sign, text=word), word, seed + i))
-    return out
+    return _asked(rng.sample(pool, n), colours, seed, LONG_TEMPLATE)
+
+
+def _asked(
+    words: Sequence[str], colours: Sequence[tuple[str, str]], seed: int, template: str = TEMPLATE
+) -> list[tuple[str, str, int]]:
+    """(prompt, word, seed) of each word, with the colours in turn."""
+    ways = zip(words, itertools.cycle(colours))
+    return [
+        (template.format(wall=wall, sign=sign, text=word), word, seed + i)
+        for i, (word, (wall, sign)) in enumerate(ways)
+    ]
 
 
 def test_words() -> list[str]:

@@ -52,6 +52,9 @@ class Store:
 
     def __init__(self, root: str | os.PathLike | None = None):
         self.root = Path(root) if root is not None else settings.results_dir()
+        #: Seconds that other runs took for the stored units that this object handed out; each unit counts once.
+        self.seconds_before = 0.0
+        self._counted: set[Path] = set()
 
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
@@ -93,16 +96,19 @@ class Store:
             place; before anything is computed. A stored file that is damaged, or that holds another unit, is
             recomputed with a warning.
         """
-        inputs = {**inputs, **_computed_with(model)}
+        inputs = {**inputs, **computed_with(model)}
         path = self.root / "units" / _name(kind) / f"{unit_hash(kind, inputs)}.jsonl"
         if os.path.lexists(path):
             try:
                 header, table = _read_unit(path)
                 if _is_current(header):
+                    if path not in self._counted:
+                        self._counted.add(path)
+                        self.seconds_before += header["provenance"].get("seconds", 0.0)
                     return table
             except _DamagedError as error:
                 warnings.warn(f"recomputing damaged result {path}: {error}", stacklevel=2)
-        _require_writable(path.parent)
+        settings.check_writable(path.parent, advice=ADVICE)
         began = time.monotonic()
         table = compute()
         if not isinstance(table, pd.DataFrame):
@@ -118,14 +124,15 @@ class Store:
         }
         body = "".join(line + "\n" for line in (_json(header), *rows))
         files.write_text(path, body + _seal(body.encode()).decode(), advice=ADVICE)
+        self._counted.add(path)
         return _read_unit(path)[1]
 
-    def publish(self, name: str, table: pd.DataFrame, provenance: Mapping) -> Path:
+    def publish(self, name: str, table: pd.DataFrame, provenance: Mapping, *, model: "Model | None" = None) -> Path:
         """Write a table to ``<name>.csv`` and what it came from to ``<name>.json``; returns the CSV's path.
 
-        ``provenance`` is the caller's part (models, preset, seed ...); what :func:`provenance` tells is added where
-        the caller does not say otherwise, and so are the seconds, those of this process. Columns hold numbers,
-        booleans or texts; a missing text is kept as the empty one.
+        ``provenance`` is the caller's part (models, preset, seed ...). What :func:`provenance` tells of the ``model``
+        is added where the caller does not say otherwise, and so are the seconds, those of this process. Columns hold
+        numbers, booleans or texts; a missing text is kept as the empty one.
         """
         path = self.root / f"{_name(name)}.csv"
         table = table.reset_index(drop=True)
@@ -137,12 +144,12 @@ class Store:
             "columns": kinds,
             "sha256": _digest(text),
             "provenance": {
-                **_this_provenance(),
+                **_this_provenance(model),
                 "seconds": round(time.monotonic() - _BEGAN, 1),
                 **_plain(provenance),
             },
         }
-        _require_writable(self.root)
+        settings.check_writable(self.root, advice=ADVICE)
         # The CSV first: between the two renames a reader sees a digest that does not fit, never a wrong table.
         with files.whole_files(self.root, path.name, path.with_suffix(".json").name, advice=ADVICE) as aside:
             (aside / path.name).write_bytes(text.encode())
@@ -234,7 +241,7 @@ def record(name: str, value):
     return value
 
 
-def _computed_with(model: "Model | None") -> dict:
+def computed_with(model: "Model | None") -> dict:
     """The inputs that a model adds to a unit's own."""
     if model is None:
         return {}
@@ -290,20 +297,6 @@ def _is_current(header: Mapping) -> bool:
         for versions in (header["provenance"]["versions"], _versions())
     )
     return made == now
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TextlocError(_unwritable(folder, error)) from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise TextlocError(_unwritable(folder, PermissionError(13, "Permission denied")))
-
-
-def _unwritable(folder: Path, error: OSError) -> str:
-    reason = error.strerror or type(error).__name__
-    return f"cannot write results to {folder} ({reason}); {ADVICE}"
 
 
 # --- values ---------------------------------------------------------------------------------------------------

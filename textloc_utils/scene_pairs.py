@@ -6,6 +6,7 @@ see USES.
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def make(
         other = {name: _others(scene, name) for name in differs if name != "text"}
         if not all(other.values()):
             continue
-        changed = {name: rng.choice(values) for name, values in other.items()}
+        changed: dict[str, Any] = {name: rng.choice(values) for name, values in other.items()}
         text = target if "text" in differs else source
         room = world.COLUMNS - len(text)
         target_scene = replace(scene, text=text, column=min(scene.column, room), **changed)
@@ -102,9 +103,6 @@ def make(
                 target=_prompt(target_scene, template),
                 source_text=source,
                 target_text=text,
-                wall="",
-                sign="",
-                shape="",
                 seed=seed + len(pairs),
                 scene=scene,
                 target_scene=target_scene,

@@ -16,13 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def data_dir() -> Path:
-    """Folder with prompts, paper tables, miniatures and results (``TEXTLOC_DATA`` overrides it)."""
+    """Folder with paper tables, miniatures and results; a clone has it, elsewhere ``TEXTLOC_DATA`` names one."""
     return Path(os.environ.get("TEXTLOC_DATA", ROOT / "data"))
 
 
 def results_dir() -> Path:
-    """Folder of the result store (``TEXTLOC_RESULTS`` overrides it)."""
-    return Path(os.environ.get("TEXTLOC_RESULTS", data_dir() / "results"))
+    """Folder of the result store: ``TEXTLOC_RESULTS``, else with the data, else (no clone) in the user's cache."""
+    if told := os.environ.get("TEXTLOC_RESULTS"):
+        return Path(told)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return data_dir() / "results" if data_dir().is_dir() else cache / "textloc" / "results"
 
 
 #: How long a process of several waits for the others, which may have most of the work to do.
@@ -78,8 +81,11 @@ def preset(name: str) -> Preset:
         raise TextlocError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}") from None
 
 
-def check_writable(folder: str | os.PathLike) -> Path:
-    """The folder as a path, if it can be written or made; nothing is made yet. Raises TextlocError otherwise."""
+def check_writable(folder: str | os.PathLike, *, advice: str = "choose another --out") -> Path:
+    """The folder as a path, if it can be written or made; nothing is made yet. Raises TextlocError otherwise.
+
+    The advice ends its message.
+    """
     folder = Path(folder).absolute()
     try:
         link = next((p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()), None)
@@ -87,7 +93,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
         longest = os.pathconf(nearest, "PC_NAME_MAX")
         free = shutil.disk_usage(nearest).free
     except OSError as error:
-        raise TextlocError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+        raise TextlocError(f"cannot write to {folder}: {error.strerror}; {advice}") from None
     reason = None
     if link is not None:
         reason = f"{link} is a link to nothing"
@@ -100,7 +106,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
     elif free < SPARE:
         reason = f"the disk of {nearest} is full"
     if reason:
-        raise TextlocError(f"cannot write to {folder}: {reason}; choose another --out")
+        raise TextlocError(f"cannot write to {folder}: {reason}; {advice}")
     return folder
 
 

@@ -1,7 +1,7 @@
-"""Places to patch: a site is what a patch has besides its rows, and the columns that tables know it by.
+"""Places to patch. A site says what a patch changes: which layers, steps, heads and tensors, and the pooled text.
 
-A table has one row per picture; its columns of COLUMNS say which site was patched in it. ``site`` is the name that
-readers see, and no code reads it: what is asked of a table is asked of ``kind`` and of the columns behind it.
+A table has one row per picture. Its columns COLUMNS say which site was patched in that picture. The column ``site`` is
+a name for readers. Code does not read it, but uses ``kind`` and the columns behind it.
 """
 
 from collections.abc import Iterable
@@ -71,7 +71,7 @@ def joined(indices: Iterable[int]) -> str:
 
 def together(layers: int | Iterable[int]) -> Site:
     """The site of one layer, or of several that are patched together."""
-    site = Site(layers=layers)
+    site = Site(layers=as_indices(layers, "layers"))
     return replace(site, kind="layer") if len(site.layers) == 1 else site
 
 

@@ -155,7 +155,7 @@ def _about(pair: Pair) -> dict[str, str]:
 
 def _scores(pair: Pair, text: str, seen: dict[str, str]) -> dict:
     """How near a picture is to both prompts: its text, or the factor in which they differ."""
-    if pair.source_text != pair.target_text:
+    if not isinstance(pair, ScenePair) or pair.source_text != pair.target_text:
         return {
             "target_score": metrics.text_score(text, pair.target_text),
             "source_score": metrics.text_score(text, pair.source_text),

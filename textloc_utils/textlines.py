@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+from scipy.sparse.csgraph import connected_components
 
 #: Letters are sought at this height of the picture, in pixels; colours are taken from the picture itself.
 WORKING = 512
@@ -71,7 +72,7 @@ class _Line:
 def _lines(channel: np.ndarray) -> list[_Line]:
     """Rows of letters that are darker than their surroundings in a channel (H, W)."""
     height, width = channel.shape
-    best = []
+    best: list[_Line] = []
     for window in (height // 16, height // 5):
         low = ndimage.uniform_filter(channel, window) - channel
         dark = low > max(CONTRAST / 2, 0.25 * np.percentile(low, 99.5))
@@ -96,23 +97,18 @@ def _lines(channel: np.ndarray) -> list[_Line]:
 
 def _rows(letters: list[tuple]) -> list[_Line]:
     """Letters of one height beside each other, put together."""
-    group = list(range(len(letters)))
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            i = group[i]
-        return i
-
+    beside = np.zeros((len(letters), len(letters)), bool)
     for i, a in enumerate(letters):
         for j, b in enumerate(letters[:i]):
             h, k = a[3] - a[1], b[3] - b[1]
             apart = max(a[0], b[0]) - min(a[2], b[2])
             shared = min(a[3], b[3]) - max(a[1], b[1])
             if max(h, k) <= 2 * min(h, k) and shared > 0.5 * min(h, k) and apart < 1.6 * max(h, k):
-                group[root(i)] = root(j)
+                beside[i, j] = True
     lines, patterned = [], 0
-    for leader in set(map(root, range(len(letters)))):
-        mine = np.array([letters[i] for i in range(len(letters)) if root(i) == leader])
+    count, group = connected_components(beside, directed=False)
+    for row in range(count):
+        mine = np.array(letters)[group == row]
         if _is_pattern(mine):
             patterned += len(mine)
         elif _is_text(mine):
@@ -161,7 +157,7 @@ def _within(box, other) -> bool:
 
 def _stacked(lines: list[_Line]) -> list[list[_Line]]:
     """Lines below each other, of like height, as blocks."""
-    blocks = []
+    blocks: list[list[_Line]] = []
     for line in sorted(lines, key=lambda line: line.box[1]):
         for block in blocks:
             last = block[-1]

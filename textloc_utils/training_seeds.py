@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from textloc_utils import sweeps
-from textloc_utils.experiment import Experiment, fingerprint, published_table
+from textloc_utils.experiment import Experiment, Spent, fingerprint, published_table
 from textloc_utils.localization import localize
 from textloc_utils.models import Model, load, training_log
 from textloc_utils.prompts import make_pairs
@@ -40,12 +40,14 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
         raise TextlocError(
             f"every run must have a training seed of its own, got {seeds} (the first is the shipped one's)"
         )
-    rows, logs = [], []
+    rows, logs, seconds = [], [], 0.0
     for folder, log in trained.items():
         model = load(name, model_path=str(folder)) if folder else shipped
         experiment = Experiment.of(model, progress=progress)
+        spent = Spent(experiment.store)
         found = localize(experiment, pairs, how="exhaustive")
         effects = sweeps.effect_intervals(sweeps.table(experiment, pairs))
+        seconds += spent.seconds
         effects = effects[effects.kind == "layer"].assign(layer=lambda alone: alone.layers.astype(int))
         about = {"training_seed": log["report"]["seed"]}
         end = log["evaluations"][-1]
@@ -53,7 +55,7 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
             about
             | {"samples": end["samples"], "characters": end["characters"], **effect}
             | {"chosen": effect["layer"] in found.layers, "share": found.share}
-            | {"score": found.score.mean, "reached": found.reached.mean}
+            | {"score": found.score and found.score.mean, "reached": found.reached.mean}
             for effect in effects[["layer", "mean", "low", "high"]].to_dict("records")
         ]
         logs += [
@@ -63,8 +65,8 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
         ]
     told = {"pairs": n, "seed": seed, "training_seeds": seeds, "key": {"weights": fingerprint(shipped)}}
     table, experiment = pd.DataFrame(rows), Experiment.of(shipped)
-    experiment.write(f"seeds_{name}", table, **told)
-    experiment.write(f"seeds_{name}_training", pd.DataFrame(logs), **told)
+    experiment.write(f"seeds_{name}", table, seconds=round(seconds, 1), **told)
+    experiment.write(f"seeds_{name}_training", pd.DataFrame(logs), seconds=0.0, **told)  # copied from the logs
     return table
 
 

@@ -1,8 +1,8 @@
 """Sphinx extension: what the site needs besides its pages.
 
 Buttons that lead to the repository where its address is known, a social card, an API page that lists the package's
-modules by itself, and pages without the parts of the theme that this book does not use or that fail an accessibility
-check.
+modules by itself, a page on compute that is filled from what was recorded, the version below each page, and pages
+without the parts of the theme that this book does not use or that fail an accessibility check.
 """
 
 import html
@@ -16,8 +16,10 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 
 import textloc_utils
+from textloc_utils.book import compute
 
 API_PAGE, MODULES = "book/api", "<!-- modules -->"
+COMPUTE_PAGE = "book/compute"
 CARD = "social_card.png"
 MATH = re.compile(r'class="[^"]*\bmath\b')
 #: One and a half megabytes of icons as a script; the theme's style sheet has the same icons as fonts.
@@ -36,6 +38,7 @@ def know_repository(app: Sphinx, config: Config) -> None:
         options.pop("launch_buttons", None)
     # A social card has to be named by its whole address: the workflow that publishes the site tells it.
     config.html_baseurl = config.html_baseurl or environment.get("TEXTLOC_SITE_URL", "")
+    options["extra_footer"] = f"Version {textloc_utils.__version__}"
 
 
 def list_modules(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -49,6 +52,13 @@ def list_modules(app: Sphinx, docname: str, source: list[str]) -> None:
         if not module.ispkg and not module.name.endswith(".__main__")  # which would run
     ]
     source[0] = source[0].replace(MODULES, "\n".join(sections))
+
+
+def fill_compute(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Fill the page on compute and provenance with what was recorded."""
+    if docname == COMPUTE_PAGE:
+        for name, text in compute.page().items():
+            source[0] = source[0].replace(f"<!-- {name} -->", text)
 
 
 def keep_comments(app: Sphinx) -> None:
@@ -138,10 +148,12 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", lambda app, config: config.html_static_path.append(folder))
     app.connect("config-inited", know_repository)
     app.connect("source-read", list_modules)
+    app.connect("source-read", fill_compute)
     app.connect("missing-reference", resolve_short_names)
     keep_comments(app)
     app.connect("doctree-resolved", describe_glued)
     app.connect("html-page-context", finish_page, priority=900)  # after the extensions that add scripts
     app.connect("build-finished", drop_icons)
     app.add_css_file("book.css")
+    app.add_js_file("fold.js", loading_method="defer")
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -47,8 +47,9 @@ def _found(table: pd.DataFrame) -> dict:
     return table.attrs["provenance"]["found"]
 
 
-def _span(mean: float, low: float, high: float, digits: int = 2) -> str:
-    return span(*np.round([mean, low, high], digits), f"z.{digits}f")  # as pandas rounds the tables beside it
+def _span(mean: float, low: float, high: float, *, digits: int = 2) -> str:
+    mean, low, high = np.round([mean, low, high], digits)  # as pandas rounds the tables beside it
+    return span(mean, low, high, f"z.{digits}f")
 
 
 def _few(table: pd.DataFrame) -> Outcome:

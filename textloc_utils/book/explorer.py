@@ -12,7 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from textloc_utils import files, sweeps
-from textloc_utils.experiment import Experiment, check_pairs, digest_of
+from textloc_utils.experiment import Experiment, Spent, check_pairs, digest_of
 from textloc_utils.generate import decode, encode
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
@@ -41,11 +41,13 @@ def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
     it was. Files are written aside and renamed, the table last, so that it never names pictures that are not there.
     """
     pairs, name, spec = check_pairs(pairs), experiment.name, experiment.model.spec
+    spent = Spent(experiment.store)
     table = experiment.units("explorer", pairs, {"rows": sweeps.ROWS}, lambda pair: _draw(experiment, pair))
     for seed, rows in table.groupby("seed", sort=False):
         _write_sprite(sprite_path(name, seed), [decode(text) for text in rows.picture])
     table, key = table[COLUMNS], experiment.key | {"rows": sweeps.ROWS, "pairs": digest_of(pairs)}
-    store().publish(name, table, {"key": key, "height": spec.height, "width": spec.width})
+    about = {"key": key, "height": spec.height, "width": spec.width, "seconds": spent.seconds}
+    store().publish(name, table, about, model=experiment.model)
     for old in store().root.glob(f"{name}_*{SUFFIX}"):  # of pairs that are not shown any more
         if old not in {sprite_path(name, pair.seed) for pair in pairs}:
             old.unlink()

@@ -2,8 +2,9 @@
 
 A notebook is executed to a scratch path, what differs from run to run is taken out, and the result replaces the old
 file only after it ran through. A stamp beside the scratch files holds a digest of all that the outputs depend on: the
-notebook's own cells and parameters, the package, the data, and the versions of what it requires. Published results are
-left out, as the store of results is: a notebook that computes them would never be done.
+notebook's own code and parameters, the package, the data, and the versions of what it requires. Published results are
+left out, as the store of results is: a notebook that computes them would never be done. A change of prose alone makes
+no notebook out of date that is executed in place. A copy holds the prose, too, and is made again.
 
 One run of one notebook at a time: the others are refused. Each papermill ends with whoever started it, however that
 ended, and takes its kernel along.
@@ -21,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
@@ -30,10 +31,13 @@ from packaging.requirements import Requirement
 from tqdm import tqdm
 
 from textloc_utils import files, ocr, results
+from textloc_utils.book import memory
 from textloc_utils.settings import ROOT, TextlocError, check_writable, data_dir
 
 #: Scratch files, logs and stamps.
 WORK = ROOT / "_build" / "executed"
+#: The log of memory, among the scratch files.
+MEMORY = "memory.csv"
 #: What nbstripout takes out besides papermill's notes, so that two runs give the same bytes.
 STRIPPED = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 #: What nbformat raises for files that are something else, JSON of another shape among them.
@@ -47,11 +51,24 @@ MOST = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """One notebook to execute: ``source`` is read, ``out`` is written, with ``parameters`` in place of its own."""
+    """One notebook to execute: ``source`` is read, ``out`` is written, with ``parameters`` in place of its own.
+
+    ``environment`` holds variables for its kernel besides those of this process.
+    """
 
     source: Path
     out: Path
     parameters: dict
+    environment: dict = field(default_factory=dict)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the notebook itself is written."""
+        return self.out.resolve() == self.source
+
+    def made(self) -> dict:
+        """What the last execution took and where: seconds, device, commit, created."""
+        return json.loads(self.stamp.read_text())["made"]
 
     @property
     def stamp(self) -> Path:
@@ -138,7 +155,10 @@ def execute(
     keys = {e.out: _key(e, shared) for e in planned}
     stale = [e for e in planned if not _is_current(e, keys[e.out])]
     failed, papermills = {}, _Papermills()
+    if not stale:
+        return []
     with (
+        memory.Log(WORK / MEMORY) as log,
         ThreadPoolExecutor(jobs or min(MOST, os.cpu_count() or 1)) as pool,
         tqdm(total=len(stale), unit="notebook", disable=not progress) as bar,
     ):
@@ -147,6 +167,8 @@ def execute(
             for done in as_completed(running):
                 name = running[done].source.name
                 if reason := done.result():
+                    if re.search(r"DeadKernelError|signal \d+ \(", reason):  # memory that ran out ends processes so
+                        reason = f"{reason}; last reading of memory: {memory.last(log.path)}"
                     failed[name] = reason
                 bar.write(f"failed   {name}: {reason}" if reason else f"executed {name}", file=sys.stderr)
                 bar.update()
@@ -181,7 +203,7 @@ def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Pa
         arguments += ["-p", name, str(value)]
     environment = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1"}
     # A papermill that is killed leaves behind how to reach its kernel; the next run of the notebook removes it.
-    environment |= {results.COMMAND: execution.command, "TMPDIR": str(temporary)}
+    environment |= {results.COMMAND: execution.command, "TMPDIR": str(temporary), **execution.environment}
     temporary.mkdir(exist_ok=True)
     with log.open("w") as file:
         status = papermills.run(arguments, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
@@ -190,13 +212,23 @@ def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Pa
         return f"papermill was ended by signal {-status} (see {log})"
     if status:
         return f"{_reason(log) or f'exit status {status}'} (see {log})"
+    made = _made(scratch)
     try:
         strip(scratch)
         files.write_bytes(execution.out, scratch.read_bytes())
-        files.write_text(execution.stamp, json.dumps({"key": key, "sha256": _digest(execution.out)}))
+        stamp = {"key": key, "sha256": _written(execution), "made": made}
+        files.write_text(execution.stamp, json.dumps(stamp))
     except TextlocError as error:
         return f"executed, and {error} (it is kept as {scratch})"
     return None
+
+
+def _made(scratch: Path) -> dict:
+    """What an execution took and where, from papermill's notes and this process."""
+    about = results.provenance()
+    device = next((name for _, name, *_ in memory.accelerators()), about["device"])
+    seconds = json.loads(scratch.read_text(encoding="utf-8"))["metadata"]["papermill"]["duration"]
+    return {"seconds": round(seconds, 1), "device": device, "commit": about["commit"], "created": about["created"]}
 
 
 def _reason(log: Path) -> str:
@@ -250,13 +282,22 @@ def _is_current(execution: Execution, key: str) -> bool:
     """Whether the file is what an execution with this key wrote."""
     try:
         stamp = json.loads(execution.stamp.read_text())
-        return stamp == {"key": key, "sha256": _digest(execution.out)}
-    except (OSError, ValueError):
+        return (stamp["key"], stamp["sha256"]) == (key, _written(execution)) and "made" in stamp
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
+def _written(execution: Execution) -> str:
+    """Digest of what was executed: of the file, or in place of its cells with code and their outputs."""
+    if not execution.in_place:
+        return _digest(execution.out)
+    cells = json.loads(execution.out.read_text(encoding="utf-8"))["cells"]
+    return hashlib.sha256(json.dumps([c for c in cells if c["cell_type"] == "code"]).encode()).hexdigest()
+
+
 def _key(execution: Execution, shared: str) -> str:
-    cells = [[c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])] for c in _cells(execution.source)]
+    kept = [c for c in _cells(execution.source) if c["cell_type"] == "code" or not execution.in_place]
+    cells = [[c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])] for c in kept]
     return hashlib.sha256(json.dumps([cells, execution.parameters, shared]).encode()).hexdigest()
 
 
@@ -275,7 +316,8 @@ def _inputs() -> str:
 
 
 def _package() -> list[Path]:
-    return sorted(Path(__file__).parents[1].rglob("*.py"))
+    kinds = (".py", ".csv", ".toml", ".json")
+    return sorted(path for path in Path(__file__).parents[1].rglob("*") if path.suffix in kinds)
 
 
 def _cells(path: Path) -> list[dict]:

@@ -1,9 +1,15 @@
-"""Figures from pictures and tidy tables: each function returns a matplotlib Figure, ``strip`` returns HTML."""
+"""Figures from pictures and tidy tables: each function returns a matplotlib Figure, ``strip`` returns HTML.
+
+All figures are read on a phone, too, and in the dark. They are as wide as a phone shows without making their letters
+too small, and panels are stacked instead. They have no ground, and letters and lines in a grey that stands out from
+white and from black alike.
+"""
 
 import base64
 import html
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -11,30 +17,68 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 MEAN = ("mean", "low", "high")
-HEAT = {"vmin": 0, "vmax": 1, "cmap": "rocket_r"}
 SOURCE, TARGET, QUIET = "#4878a8", "#c8553d", "#9a9a9a"
+#: From nothing, which shows the page, to a colour.
+HEAT = LinearSegmentedColormap.from_list("heat", [to_rgba(TARGET, 0), to_rgba(TARGET, 1)])
+#: Inches. A phone shows a figure 350 CSS pixels wide: letters of 10 points are then 11 pixels high.
+WIDTH, POINTS = 4.4, 10
+#: Letters and lines: a contrast of more than 4 to a white page and to a dark one.
+INK = "#797979"
+STYLE = {
+    "figure.facecolor": "none",
+    "figure.dpi": 200,
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    **dict.fromkeys(("font.size", "axes.titlesize", "legend.fontsize"), POINTS),
+    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize"), POINTS),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+}
 
 
-def _figure(**options) -> Figure:
+def _figure(height: float, **options) -> Figure:
     """A figure made by pyplot, so that notebooks know how to show it, and closed, so that they show it once."""
-    figure = plt.figure(layout="constrained", **options)
+    plt.rcParams.update(STYLE)  # also what is drawn into it later
+    figure = plt.figure(layout="constrained", figsize=(WIDTH, height), **options)
     plt.close(figure)
     return figure
 
 
-def _panels(names: Iterable[str], size: tuple[float, float], *, beside: bool = False, **options):
-    """A figure of this size in inches and its axes, one per name below or ``beside`` each other, titled by it."""
-    names, figure = list(names), _figure(figsize=size)
-    axes = figure.subplots(*((1, len(names)) if beside else (len(names), 1)), squeeze=False, **options).ravel()
-    for axis, name in zip(axes, names, strict=True):
-        axis.set_title(name, loc="left", fontsize=10)
+def _panels(names: Iterable[str], height: float, *, columns: int = 1, **options):
+    """A figure and its axes, one per name and titled by it, each row of them of a height in inches."""
+    names = list(names)
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure(rows * height + 0.3)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes, names, strict=False):
+        axis.set_title(name, loc="left")
     sns.despine(figure)
-    return figure, axes
+    return figure, axes[: len(names)]
+
+
+def _legend(figure: Figure, axes: Iterable) -> None:
+    """One legend below all axes, with what the fullest of them names, in two columns where they fit."""
+    marks, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda each: len(each[1]))
+    figure.legend(marks, labels, loc="outside lower center", ncols=1 if max(map(len, labels)) > 22 else 2)
+
+
+def _heat(axis: Axes, values: pd.DataFrame | np.ndarray, label: str, **options) -> None:
+    """A heat map of shares with a bar beside it, named ``label``, and a frame."""
+    sns.heatmap(values, ax=axis, vmin=0, vmax=1, cmap=HEAT, cbar_kws={"label": label}, **options)
+    axis.tick_params(axis="both", rotation=0)
+    for spine in axis.spines.values():
+        spine.set_visible(True)
 
 
 def _error(table: pd.DataFrame, score: str = "") -> np.ndarray:
@@ -43,18 +87,28 @@ def _error(table: pd.DataFrame, score: str = "") -> np.ndarray:
     return np.abs(np.stack([mean - low, high - mean]))
 
 
-def pictures(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int = 4, width: float = 9.0) -> Figure:
-    """A grid of uint8 pictures (H, W, 3) with a title each; pixels stay crisp."""
+def pictures(
+    images: Sequence[np.ndarray] | np.ndarray, titles: Sequence[str], *, columns: int = 4, width: float = WIDTH
+) -> Figure:
+    """A grid of uint8 pictures (H, W, 3) with a title each; pixels stay crisp.
+
+    More than four columns are folded, into as many as divide them where that is possible. ``width`` is in inches, at
+    most WIDTH.
+    """
+    columns = max((n for n in range(2, 5) if columns % n == 0), default=4) if columns > 4 else columns
     rows = -(-len(images) // columns)
     height, across = images[0].shape[:2]
-    cell = width / columns
-    figure = _figure(figsize=(width, rows * (cell * height / across + 0.3)))
+    cell = min(width, WIDTH) / columns
+    letters = int(cell * 72 / (0.62 * POINTS))  # in a line
+    titles = [textwrap.fill(title, letters) for title in titles]
+    lines = max(title.count("\n") + 1 for title in titles)
+    figure = _figure(rows * (cell * height / across + lines * POINTS * 1.25 / 72 + 0.06))
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
         axis.set_axis_off()
     for axis, image, title in zip(axes, images, titles, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, pad=3)
     return figure
 
 
@@ -83,17 +137,17 @@ def strip(images: Sequence[np.ndarray], titles: Sequence[str], *, label: str) ->
 
 def layer_scores(summary: pd.DataFrame) -> Figure:
     """Target and source letters per patched site, with 95 % intervals (a table of ``sweeps.summarise``)."""
-    figure, (axis,) = _panels([""], (9, 3.4))
-    place = np.arange(len(summary))
+    figure, (axis,) = _panels([""], 0.2 * len(summary) + 0.7)
+    place = np.arange(len(summary))[::-1]
     for score, label, colour, shift in (
-        ("target_score", "target text", TARGET, -0.12),
-        ("source_score", "source text", SOURCE, 0.12),
+        ("target_score", "target text", TARGET, 0.12),
+        ("source_score", "source text", SOURCE, -0.12),
     ):
         style = {"fmt": "o", "color": colour, "capsize": 2, "markersize": 4}
-        axis.errorbar(place + shift, summary[score], _error(summary, score), label=label, **style)
-    axis.set_xticks(place, summary.layers.where(summary.kind == "layer", summary.site), rotation=30, ha="right")
-    axis.set(xlabel="patched text layer", ylabel="text score", ylim=(-0.03, 1.03))
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.errorbar(summary[score], place + shift, xerr=_error(summary, score), label=label, **style)
+    axis.set_yticks(place, summary.layers.where(summary.kind == "layer", summary.site))
+    axis.set(ylabel="patched text layer", xlabel="text score", xlim=(-0.03, 1.03), ylim=(-0.6, len(place) - 0.4))
+    _legend(figure, [axis])
     return figure
 
 
@@ -102,7 +156,7 @@ def effects_by_model(tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Se
 
     ``tables`` maps a model's name to a table with columns layer, mean, low and high.
     """
-    figure, axes = _panels(tables, (9, 1.7 * len(tables) + 0.3))
+    figure, axes = _panels(tables, 1.6)
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
         colours = [TARGET if layer in chosen[name] else SOURCE for layer in table.layer]
         axis.bar(table.layer, table["mean"], color=colours, width=0.8)
@@ -115,13 +169,11 @@ def effects_by_model(tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Se
 
 def carried(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What each layer carries, one heat map per model (tables of ``layer_contents.carried``)."""
-    figure, axes = _panels(tables, (9, 1.5 * len(tables) + 0.3))
+    figure, axes = _panels(tables, 1.4)
     for axis, table in zip(axes, tables.values(), strict=True):
-        layers = table[table.kind == "layer"]
-        values = layers[["text", "wall", "sign"]].to_numpy().T
-        bar = {"label": "share changed"}
-        sns.heatmap(values, ax=axis, xticklabels=layers.layers, cbar_kws=bar, **HEAT)
-        axis.set_yticklabels(["text", "wall", "sign"], rotation=0)
+        layers = table[table.kind == "layer"].set_index("layers")
+        _heat(axis, layers[["text", "wall", "sign"]].T, "share\nchanged")
+        axis.set(xlabel="", ylabel="")
     axes[-1].set_xlabel("patched text layer")
     return figure
 
@@ -131,24 +183,26 @@ def windows(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
     ``tables`` maps a model's name to a table with columns kind ("from step", "until step"), step, mean, low and high.
     """
-    figure, axes = _panels(tables, (9, 2.6), beside=True, sharey=True)
+    figure, axes = _panels(tables, 2.2, columns=2, sharey=True)
     for axis, table in zip(axes, tables.values(), strict=True):
         for (kind, part), colour in zip(table.groupby("kind", sort=False), (TARGET, SOURCE), strict=False):
             style = {"fmt": "o-", "color": colour, "capsize": 2, "markersize": 4}
             axis.errorbar(part.step, part["mean"], _error(part), label=kind, **style)
         axis.set_xlabel("step")
-    axes[0].set(ylabel="text effect", ylim=(-0.05, 1.05))
-    axes[-1].legend(frameon=False)
+    for axis in axes[::2]:
+        axis.set(ylabel="text effect", ylim=(-0.05, 1.05))
+    _legend(figure, axes)
     return figure
 
 
 def lengths(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Text effect of the localized set by the words' numbers of letters (tables of ``layer_contents.by_length``)."""
-    figure, axes = _panels(tables, (9, 2.6), beside=True, sharey=True)
-    for axis, table in zip(axes, tables.values(), strict=True):
+    figure, axes = _panels(tables, 2.2, columns=2)
+    for at, (axis, table) in enumerate(zip(axes, tables.values(), strict=True)):
         grid = table.pivot(index="source", columns="target", values="found")
-        sns.heatmap(grid, ax=axis, annot=True, fmt=".2f", cbar=False, **HEAT)
-        axis.set(xlabel="letters of the target", ylabel="letters of the source" if axis is axes[0] else "")
+        sns.heatmap(grid, ax=axis, annot=True, fmt=".2f", cbar=False, vmin=0, vmax=1, cmap="rocket_r")
+        axis.tick_params(axis="y", rotation=0)
+        axis.set(xlabel="letters of the target", ylabel="" if at % 2 else "letters of the source")
     return figure
 
 
@@ -157,34 +211,35 @@ def adapters(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
     Filled: arms of equal rank; hollow: arms of equal parameters; lines: the model without an adapter.
     """
-    figure, axes = _panels(tables, (9, 2.4 * len(tables) + 0.4), sharex=True)
+    figure, axes = _panels(tables, 2.2, sharex=True)
+    arms = list(dict.fromkeys(arm for table in tables.values() for arm in table.arm[table.equal != ""]))
     for axis, table in zip(axes, tables.values(), strict=True):
         trained = table[table.equal != ""]
-        arms = list(dict.fromkeys(trained.arm))
         for task, label, colour, shift in (("new", "new task", TARGET, -0.15), ("old", "old task", SOURCE, 0.15)):
             axis.axhline(table[task].iloc[0], color=colour, linestyle=":", linewidth=1)
-            for equal, fill, nudge in (("rank", colour, -0.05), ("parameters", "white", 0.05)):
+            for equal, fill, nudge in (("rank", colour, -0.05), ("parameters", "none", 0.05)):
                 part = trained[trained.equal == equal]
                 place = np.array([arms.index(arm) for arm in part.arm]) + shift + nudge
                 style = {"fmt": "o", "color": colour, "markerfacecolor": fill, "capsize": 2, "markersize": 5}
                 axis.errorbar(place, part[task], _error(part, task), label=f"{label}, equal {equal}", **style)
-        axis.set_xticks(range(len(arms)), arms)
+        axis.set(xlim=(-0.5, len(arms) - 0.5))
+        axis.set_xticks(range(len(arms)), [textwrap.fill(arm, 10) for arm in arms])
         low = min(table.new_low.min(), table.old_low.min())
         axis.set(ylabel="text score", ylim=(np.floor(10 * low) / 10 - 0.02, 1.02))
-    axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    _legend(figure, axes)
     return figure
 
 
 def adapter_losses(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Training loss by step and arm, one panel per model (tables of ``lora_study.curves``, one comparison each)."""
-    figure, axes = _panels(tables, (9, 2.6), beside=True)
+    figure, axes = _panels(tables, 2.2, columns=2)
     for axis, table in zip(axes, tables.values(), strict=True):
         for (arm, part), colour in zip(table.groupby("arm", sort=False), sns.color_palette("colorblind"), strict=False):
             axis.plot(part.step, part.loss, color=colour, linewidth=1.3, label=arm)
         axis.set_xlabel("training step")
-    axes[0].set_ylabel("training loss")
-    named = max((axis.get_legend_handles_labels() for axis in axes), key=lambda each: len(each[1]))
-    figure.legend(*named, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    for axis in axes[::2]:
+        axis.set_ylabel("training loss")
+    _legend(figure, axes)
     return figure
 
 
@@ -196,7 +251,7 @@ def trade_off(
     Both are tables of ``edit.summarise`` by model: of ``curves`` a line per method joins its settings, ``points`` are
     methods without a dial. ``text`` and ``picture`` name scores.
     """
-    figure, axes = _panels(curves, (9, 3.2), beside=True, sharey=True)
+    figure, axes = _panels(curves, 2.4, columns=2, sharey=True)
     for axis, (name, curve) in zip(axes, curves.items(), strict=True):
         groups = [(m, part, "-") for m, part in curve.groupby("method", sort=False)]
         groups += [(m, part, "") for m, part in points[name].groupby("method", sort=False)]
@@ -206,8 +261,9 @@ def trade_off(
             error = {"xerr": _error(part, picture), "yerr": _error(part, text)}
             axis.errorbar(part[picture], part[text], **error, **style, label=method)
         axis.set_xlabel(picture.replace("_", " ").replace("ssim", "SSIM"))
-    axes[0].set(ylabel=text.replace("_", " ").replace("f1", "F1"), ylim=(None, 1.01))
-    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in axes[::2]:
+        axis.set(ylabel=text.replace("_", " ").replace("f1", "F1"), ylim=(None, 1.01))
+    _legend(figure, axes)
     return figure
 
 
@@ -216,25 +272,26 @@ def safety_trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
     ``tables`` are ``safety.summarise``'s, by model.
     """
-    figure, axes = _panels(tables, (9, 3.2), beside=True, sharey=True)
+    figure, axes = _panels(tables, 2.4, columns=2, sharey=True)
     methods = list(dict.fromkeys(m for table in tables.values() for m in table.method))
-    looks = zip(sns.color_palette("colorblind", len(methods)), "osD^vP*X<>", strict=False)
+    marked = zip(sns.color_palette("colorblind", len(methods)), "osD^vP*X<>", strict=False)
     # Hollow: marks that lie on each other are all seen.
     style = {"markerfacecolor": "none", "markersize": 8, "elinewidth": 1}
-    looks = {m: style | {"color": colour, "fmt": mark} for m, (colour, mark) in zip(methods, looks, strict=True)}
+    looks = {m: style | {"color": colour, "fmt": mark} for m, (colour, mark) in zip(methods, marked, strict=True)}
     for axis, table in zip(axes, tables.values(), strict=True):
         for method, row in table.groupby("method", sort=False):
             error = {"xerr": _error(row, "ssim_outside"), "yerr": _error(row, "near")}
             axis.errorbar(row.ssim_outside, row.near, **error, **looks[method], label=method)
         axis.set_xlabel("SSIM outside the text")
-    axes[0].set(ylabel="toxic text read back", ylim=(-0.04, 1.04))
-    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in axes[::2]:
+        axis.set(ylabel="toxic text read back", ylim=(-0.09, 1.09))
+    _legend(figure, axes)
     return figure
 
 
 def found(table: pd.DataFrame) -> Figure:
     """Share of prompts in which toxic text is found, by kind, with 95 % intervals (``safety.found_rates``)."""
-    figure, (axis,) = _panels([""], (7, 3.6))
+    figure, (axis,) = _panels([""], 0.24 * len(table) + 0.6)
     place = np.arange(len(table))[::-1]
     colours = [SOURCE if kind == "harmless" else TARGET for kind in table.kind]
     axis.barh(place, table.found, color=colours, height=0.7)
@@ -248,31 +305,23 @@ def found(table: pd.DataFrame) -> Figure:
 def scores_by_sign(table: pd.DataFrame) -> Figure:
     """Mean target score per patched layer and sign colour (a table of ``sweeps.table``)."""
     means = table[table.kind == "layer"].pivot_table("target_score", "sign", "layers", sort=False)
-    figure, (axis,) = _panels([""], (9, 2.8))
-    bar = {"label": "target score"}
-    sns.heatmap(means, ax=axis, xticklabels=list(means), cbar_kws=bar, **HEAT)
+    figure, (axis,) = _panels([""], 2.6)
+    _heat(axis, means, "target score")
     axis.set(xlabel="patched text layer", ylabel="sign")
-    axis.tick_params(axis="y", rotation=0)
     return figure
 
 
 def shares(table: pd.DataFrame) -> Figure:
     """Key and value share of the denoiser per text layer; ``table`` has columns model, layer, share (0..1)."""
     parts = dict(list(table.groupby("model", sort=False)))
-    rows = -(-len(parts) // 2)
-    figure = _figure(figsize=(9, 1.8 * rows + 0.2))
-    grid = figure.subplots(rows, 2, squeeze=False)
-    for axis in grid.ravel()[len(parts) :]:
-        axis.set_axis_off()
-    for axis, (model, part) in zip(grid.ravel(), parts.items(), strict=False):
+    figure, axes = _panels(parts, 1.7, columns=2)
+    for axis, part in zip(axes, parts.values(), strict=True):
         axis.bar(part.layer, 100 * part.share, color=SOURCE, width=0.8)
-        axis.set_title(model, loc="left", fontsize=10)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in grid[:, 0]:
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for axis in axes[::2]:
         axis.set_ylabel("% of denoiser")
-    for axis in grid[-1]:
-        axis.set_xlabel("text layer, in execution order")
-    sns.despine(figure)
+    for axis in axes[-2:]:
+        axis.set_xlabel("text layer")
     return figure
 
 
@@ -282,21 +331,24 @@ def training_curves(logs: Mapping[str, dict]) -> Figure:
     ``logs`` maps a model's name to its ``models.training_log``: ``report`` with ``losses``, rows of (samples, loss),
     and ``evaluations``, rows with samples, characters and exact.
     """
-    figure = _figure(figsize=(9, 2.4 * len(logs)))
+    figure = _figure(2.1 * len(logs) + 0.3)
     rows = figure.subplots(len(logs), 2, squeeze=False)
     for (left, right), (name, log) in zip(rows, logs.items(), strict=True):
         samples, loss = np.reshape(log["report"]["losses"], (-1, 2)).T
         evaluations = pd.DataFrame(log["evaluations"])
         left.plot(samples / 1000, loss, color=QUIET)
         left.set(ylabel="training loss", yscale="log")
-        left.set_title(name, loc="left", fontsize=10)
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter(NullFormatter())
+        left.set_title(name, loc="left")
         seen = evaluations.samples / 1000
         right.plot(seen, evaluations.characters, "o-", color=SOURCE, markersize=4, label="letters at their place")
         right.plot(seen, evaluations.exact, "s-", color=TARGET, markersize=4, label="whole words")
-        right.set(ylabel="share, held-out words", ylim=(-0.03, 1.03))
+        right.set(ylabel="share right", ylim=(-0.03, 1.03))
     for axis in rows[-1]:
         axis.set_xlabel("thousand samples")
-    rows[0, 1].legend(frameon=False)
+    _legend(figure, rows[:, 1])
     sns.despine(figure)
     return figure
 
@@ -306,12 +358,11 @@ def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
 
     ``evaluations`` maps a model's name to its training log's rows: columns samples and target (a list over layers).
     """
-    figure, axes = _panels(evaluations, (9, 2.6 * len(evaluations) + 0.2))
+    figure, axes = _panels(evaluations, 2.4)
     for axis, rows in zip(axes, evaluations.values(), strict=True):
-        every = math.ceil(len(rows) / 16)  # as many labels as can be read
+        every = math.ceil(len(rows) / 8)  # as many labels as can be read
         named = ["" if at % every else f"{s / 1000:.0f}" for at, s in enumerate(rows.samples)]
-        bar = {"label": "target letters"}
-        sns.heatmap(np.array(rows.target.tolist()).T, ax=axis, xticklabels=named, cbar_kws=bar, **HEAT)
+        _heat(axis, np.array(rows.target.tolist()).T, "target letters", xticklabels=named)
         axis.set(xlabel="thousand samples", ylabel="text layer")
         axis.invert_yaxis()
     return figure
@@ -322,11 +373,11 @@ def psnr_curves(table: pd.DataFrame, published: Sequence[float]) -> Figure:
 
     ``table`` has columns noise (grey levels), psnr (dB) and how.
     """
-    figure, (axis,) = _panels([""], (8, 3.2))
+    figure, (axis,) = _panels([""], 2.8)
     for (how, part), colour in zip(table.groupby("how", sort=False), (TARGET, SOURCE), strict=True):
         axis.plot(part.noise, part.psnr, "o-", color=colour, markersize=4, label=how)
     edge = {"transform": axis.get_yaxis_transform(), "clip_on": False}
     axis.plot([1.02] * len(published), published, "_", color=QUIET, label="published", **edge)
     axis.set(xlabel="spread of the noise, grey levels", ylabel="PSNR, dB")
-    axis.legend(frameon=False, loc="upper right")
+    axis.legend(loc="upper right")
     return figure

@@ -25,12 +25,13 @@ def _models(args) -> None:
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"{'name':<12} {'family':<22} {'pipeline':<28} {'parameters':>14} {'text layers':>11}")
+    print(f"{'name':<17} {'family':<27} {'pipeline':<25} {'parameters':>14} {'text layers':>11}")
     for row in rows:
-        print(
-            f"{row['name']:<12} {row['family']:<22} {row['pipeline']:<28} "
-            f"{row['parameters']:>14,} {len(row['text_layers']):>11}"
-        )
+        numbers = ("unknown", "") if row["parameters"] is None else (f"{row['parameters']:,}", len(row["text_layers"]))
+        print(f"{row['name']:<17} {row['family']:<27} {row['pipeline']:<25} {numbers[0]:>14} {numbers[1]:>11}")
+    for row in rows:
+        if row["unverified"]:
+            print(f"not verified of {row['name']}: {row['unverified']}")
 
 
 def _add_generate(commands) -> None:

@@ -1,9 +1,11 @@
 """The book's notebooks: ``run``, ``strip``."""
 
+import shutil
 import sys
 
+from textloc_utils import files
 from textloc_utils.cli import options
-from textloc_utils.settings import PRESETS
+from textloc_utils.settings import PRESETS, TextlocError
 
 
 def add(commands) -> None:
@@ -40,6 +42,22 @@ def _add_run(commands) -> None:
         metavar="SECONDS",
         help="for one cell (default: 1800)",
     )
+    run.add_argument(
+        "--estimate",
+        action="store_true",
+        help="execute at the preset smoke, say how long the preset asked for would take here, and keep nothing",
+    )
+    run.add_argument(
+        "--summary",
+        type=options.file,
+        metavar="FILE",
+        help="write Markdown on what was executed and which recorded numbers changed",
+    )
+    run.add_argument(
+        "--publish",
+        action="store_true",
+        help="write how long each notebook took into the package's data (in place, with the notebooks' parameters)",
+    )
     run.set_defaults(run=_run)
 
 
@@ -55,10 +73,47 @@ def _run(args) -> None:
         parameters["PRESET"] = args.preset
     if args.seed is not None:
         parameters["SEED"] = args.seed
+    if args.publish and (parameters or args.out):
+        raise TextlocError("--publish tells of the notebooks as they are: leave out --out and other parameters")
+    if args.estimate and (args.publish or args.summary):
+        raise TextlocError("--estimate keeps nothing: leave out --publish and --summary")
+    how = {"jobs": args.jobs, "timeout": args.timeout, "progress": sys.stderr.isatty()}
+    if args.estimate:
+        _estimate(notebooks.plan(args.notebooks, parameters, args.out or "executed"), args, how)
+        return
     planned = notebooks.plan(args.notebooks, parameters, args.out)
-    executed = notebooks.execute(planned, jobs=args.jobs, timeout=args.timeout, progress=sys.stderr.isatty())
+    plain = not (args.summary or args.publish)
+    executed = notebooks.execute(planned, **how) if plain else _told(planned, args, how)
     current = len(planned) - len(executed)
     print(f"{len(executed)} notebooks executed, {current} up to date" if executed else f"all {current} are up to date")
+
+
+def _told(planned, args, how: dict) -> list:
+    """Execute, and write what the options ask for. Apart from :func:`_run`, since the imports take seconds."""
+    from textloc_utils.book import notebooks, reports
+
+    before = {e.out: reports.recorded(e.out if e.out.is_file() else e.source) for e in planned}
+    executed = notebooks.execute(planned, **how)
+    if args.summary:
+        files.write_text(args.summary, reports.summary(executed, before))
+    if args.publish:
+        reports.publish_times(planned)
+    return executed
+
+
+def _estimate(planned, args, how: dict) -> None:
+    from textloc_utils import models, settings
+    from textloc_utils.book import reports
+
+    steps = [models.spec(name).steps for name in args.models or models.MINIATURES]
+    found = reports.estimate(planned, max(steps), **how)
+    for e in found:
+        print(
+            f"{e.notebook}: about {e.seconds / 3600:.1f} h (smoke took {e.smoke:.0f} s, {e.units:.0f} s of them in "
+            f"units of work; peak of memory then: {e.peak})"
+        )
+    hours, free = sum(e.seconds for e in found) / 3600, shutil.disk_usage(settings.ROOT).free / 2**30
+    print(f"all: about {hours:.1f} h, one notebook after the other; free disk {free:.0f} GiB")
 
 
 def _add_strip(commands) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from textloc_utils.settings import PRESETS, TextlocError, check_writable
 
@@ -94,6 +95,14 @@ def folder(text: str) -> Path:
         return check_writable(path(text))
     except TextlocError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def file(text: str) -> Path:
+    """The type of a file to write; nothing is made yet."""
+    folder(os.path.dirname(path(text)) or ".")
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    return Path(text)
 
 
 def device(text: str) -> str:
@@ -189,7 +198,7 @@ def spec_of(args):
 
     spec = models.spec(args.model)
     check_model_path(args.model_path, spec)
-    given = {name: getattr(args, name, None) for name in ("steps", "guidance", "height", "width")}
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in ("steps", "guidance", "height", "width")}
     given = {name: value for name, value in given.items() if value is not None}
     if spec.miniature and {"height", "width"} & given.keys():
         raise TextlocError(f"{spec.name} draws pictures of {spec.width}x{spec.height} pixels only; leave out the size")

@@ -17,19 +17,29 @@ def add(commands) -> None:
         each(studies)
 
 
+def _measurement(studies, name: str, run, what: str, work: str, publish: str = "the table"):
+    """Add a measurement of one model with the options that all have; when it is done, its reader is named."""
+
+    def measure(args) -> None:
+        run(args)
+        print(f"read by {args.reader}")
+
+    command = studies.add_parser(name, help=what)
+    options.add_model(command)
+    options.add_preset(command, work)
+    options.add_seed(command)
+    options.add_publish(command, publish)
+    command.set_defaults(run=measure)
+    return command
+
+
 def _add_contents(studies) -> None:
-    contents = studies.add_parser(
-        "contents", help="what the localized layers carry: text against colours, steps, heads, keys, values, length"
-    )
-    options.add_model(contents)
+    what = "what the localized layers carry: text against colours, steps, heads, keys, values, length"
+    contents = _measurement(studies, "contents", _contents, what, "how many pairs and steps", "the tables")
     contents.add_argument(
         "--tables", nargs="+", choices=["colours", "steps", "parts", "length"], help="which tables (default: all)"
     )
     options.add_layers(contents)
-    options.add_preset(contents, "how many pairs and steps")
-    options.add_seed(contents)
-    options.add_publish(contents, "the tables")
-    contents.set_defaults(run=_contents)
 
 
 def _contents(args) -> None:
@@ -40,7 +50,6 @@ def _contents(args) -> None:
         print(f"{name}, layers {' '.join(map(str, layers))}")
         table = layer_contents.study(run, name, layers, work.pairs, args.seed)
         _print_effects(sweeps.effect_intervals(table))
-    _print_reader(args)
 
 
 def _add_seeds(studies) -> None:
@@ -66,30 +75,24 @@ def _add_seeds(studies) -> None:
 def _seeds(args) -> None:
     from textloc_utils import models, ocr, training_seeds
 
-    args.reader = ocr.check_reader(models.spec(args.model).height)
+    reader = ocr.check_reader(models.spec(args.model).height)
     runs, n = [Path(run) for run in args.runs], preset(args.preset).pairs
     table = training_seeds.publish(args.model, runs, n, args.seed, progress=options.progress())
     for seed, part in table.groupby("training_seed", sort=False):
         print(f"training seed {seed}: layers {' '.join(map(str, part.layer[part.chosen]))}")
         _print_effects(part.assign(site="layer " + part.layer.astype(str)))
-    _print_reader(args)
+    print(f"read by {reader}")
 
 
 def _add_edit(studies) -> None:
-    edit = studies.add_parser(
-        "edit", help="editing against its baselines: over many pairs, along trade-off curves, on given pictures"
-    )
-    options.add_model(edit)
+    what = "editing against its baselines: over many pairs, along trade-off curves, on given pictures"
+    edit = _measurement(studies, "edit", _edit, what, "how many pairs, noises and steps", "the tables")
     edit.add_argument(
         "--tables", nargs="+", default=["methods"], choices=["methods", "curve", "given"], help="default: methods"
     )
     edit.add_argument("--pairs", type=options.count, metavar="N", help="of a table (default: the preset's)")
     options.add_noises(edit, None)
     options.add_layers(edit)
-    options.add_preset(edit, "how many pairs, noises and steps")
-    options.add_seed(edit)
-    options.add_publish(edit, "the tables")
-    edit.set_defaults(run=_edit)
 
 
 def _edit(args) -> None:
@@ -103,18 +106,13 @@ def _edit(args) -> None:
         print(f"{name}, layers {' '.join(map(str, layers))}")
         columns = ["method", "start", "share", "n", "f1", "cer", "exact", "ssim", "ssim_outside", "psnr_outside"]
         print(edit.summarise(table)[columns].round(3).to_string(index=False))
-    _print_reader(args)
 
 
 def _add_guard(studies) -> None:
-    guard = studies.add_parser("guard", help="the guard against negative prompt, Safe Latent Diffusion and prompt swap")
-    options.add_model(guard)
+    what = "the guard against negative prompt, Safe Latent Diffusion and prompt swap"
+    guard = _measurement(studies, "guard", _guard, what, "how many prompts, noises and steps")
     options.add_layers(guard)
     options.add_noises(guard, None)
-    options.add_preset(guard, "how many prompts, noises and steps")
-    options.add_seed(guard)
-    options.add_publish(guard)
-    guard.set_defaults(run=_guard)
 
 
 def _guard(args) -> None:
@@ -129,17 +127,11 @@ def _guard(args) -> None:
         )
     guarded = table[(table.kind == "harmless") & (table.method == "guard")]
     print(f"harmless pictures unchanged bit for bit: {guarded.unchanged.sum()} of {len(guarded)}")
-    _print_reader(args)
 
 
 def _add_lora(studies) -> None:
-    lora = studies.add_parser("lora", help="adapters on localized layers against all, random ones, and all attention")
-    options.add_model(lora)
-    adapters.add_chosen_layers(lora)
-    options.add_preset(lora, "how many words and steps")
-    options.add_seed(lora)
-    options.add_publish(lora)
-    lora.set_defaults(run=_lora)
+    what = "adapters on localized layers against all, random ones, and all attention"
+    adapters.add_chosen_layers(_measurement(studies, "lora", _lora, what, "how many words and steps"))
 
 
 def _lora(args) -> None:
@@ -150,11 +142,10 @@ def _lora(args) -> None:
     layers = adapters.layers_of(model, args.layers, args.seed)
     run, training = options.experiment(args, model, steps=work.steps), lora_study.shared(work.steps)
     adapters.print_scores(lora_study.study(run, layers, work.sweep_pairs, args.seed, training=training))
-    _print_reader(args)
 
 
 def _model(args):
-    """The model, after its reader was asked for; :func:`_print_reader` names that in the end."""
+    """The model, after its reader was asked for; that is named in the end."""
     from textloc_utils import ocr
 
     spec = options.spec_of(args)
@@ -168,10 +159,6 @@ def _experiment(args):
 
     work, model = preset(args.preset), _model(args)
     return options.experiment(args, model, steps=work.steps), work, args.layers or known_layers(model)
-
-
-def _print_reader(args) -> None:
-    print(f"read by {args.reader}")
 
 
 def _print_effects(table) -> None:

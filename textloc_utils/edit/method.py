@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from textloc_utils.edit.flowedit import carried_over
 from textloc_utils.edit.inversion import UNGUIDED
 from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps
 from textloc_utils.experiment import Experiment
-from textloc_utils.models import Model, check_layers
+from textloc_utils.models import Model, as_indices, check_layers
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer
@@ -50,7 +51,7 @@ class Method:
 
 def localized(layers: Sequence[int], start: int = 0) -> Method:
     """The localized layers read the target's text from step ``start`` on."""
-    return Method(name=LOCALIZED, patch=Site(layers=layers, start=start))
+    return Method(name=LOCALIZED, patch=Site(layers=as_indices(layers, "layers"), start=start))
 
 
 def all_layers(model: Model, start: int = 0) -> Method:
@@ -126,7 +127,7 @@ def edit(
     run = Experiment.of(subject, **settings)
     model = run.model
     if method.flow_from is not None:
-        return _flow_edited(run, pair, method, picture)
+        return _flow_edited(run, pair, method.flow_from, picture)
     if method.patch is not None:
         check_layers(model, method.patch.layers)
     source, target = (pair.source, pair.seed), (pair.target, pair.seed + method.reseed)
@@ -148,7 +149,7 @@ def edit(
             options |= {"negative_prompt": None}
         if method.maps is not None:
             until, own = round(method.maps * run.steps), round(method.own_maps * run.steps)
-            held = stack.enter_context(replaced_maps(model, pair, len(rows), until, own))
+            held: Any = stack.enter_context(replaced_maps(model, pair, len(rows), until, own))
         else:
             held = stack.enter_context(_copies(model, method.patch))
         made = run.draw(asked, seeds, **options)
@@ -161,13 +162,13 @@ def edit(
     )
 
 
-def _flow_edited(run: Experiment, pair: Pair, method: Method, picture: np.ndarray | None) -> Edit:
+def _flow_edited(run: Experiment, pair: Pair, start: int, picture: np.ndarray | None) -> Edit:
     rows, seconds = 0, 0.0
     if picture is None:
         made = run.draw([pair.source], [pair.seed])
         picture, rows, seconds = made.images[0], made.row_evaluations, made.seconds
     known = run.model.encode(picture[None])
-    with carried_over(run.model, known, method.flow_from, run.steps, pair.seed) as noise:
+    with carried_over(run.model, known, start, run.steps, pair.seed) as noise:
         made = run.draw([pair.source, pair.target], [pair.seed] * 2, noise=noise, batch_size=2)
     return Edit(
         before=picture,
@@ -184,7 +185,7 @@ def _copies(model: Model, site: Site | None) -> Iterator[SimpleNamespace]:
     held, handles = SimpleNamespace(bytes=0), []
     try:
         for layer in site.layers if site is not None else ():
-            of_layer = {}
+            of_layer: dict[object, int] = {}
 
             def count(module, args, output, of_layer=of_layer):
                 of_layer[module] = output.numel() * output.element_size()

@@ -16,7 +16,7 @@ from textloc_utils.experiment import Experiment
 from textloc_utils.generate import check_seeds
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, ModelSpec, check_distinct, check_layers, check_prompts
-from textloc_utils.prompts import LETTERS, Pair, quoted_text, replace_text
+from textloc_utils.prompts import LETTERS, Pair, quoted_text
 from textloc_utils.settings import TextlocError
 
 #: SSIM outside the text below which the picture counts as lost.
@@ -42,8 +42,7 @@ def check_text(spec: ModelSpec, prompt: str, text: str) -> Pair:
             raise TextlocError(f"the new text {text!r} is too long; this sign holds {most} letters")
     if text == old:
         raise TextlocError(f"the new text is the old one, {old!r}; there is nothing to edit")
-    about = {"wall": "", "sign": "", "shape": "", "seed": 0}
-    return Pair(source=prompt, target=replace_text(prompt, text), source_text=old, target_text=text, **about)
+    return Pair.of(prompt, text)
 
 
 def open_picture(path: str | Path, spec: ModelSpec) -> np.ndarray:
@@ -144,7 +143,7 @@ def report(
         "start": method.patch.start if method.patch is not None else 0,
         "before": read[0],
         "after": read[1],
-        "failure": failure(*read, pair, scores["ssim_outside"], found=seen[1].found),
+        "failure": failure(read[0], read[1], pair, scores["ssim_outside"], found=seen[1].found),
         "reader": seen[1].reader,
         **scores,
         "row_evaluations": made.row_evaluations + (found.row_evaluations if found else 0),

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from textloc_utils.models import Model, check_hookable, image_and_text, self_attention
+from textloc_utils.models import Model, TextLayer, check_hookable, image_and_text, self_attention
 from textloc_utils.patching import Fired
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
@@ -86,18 +86,19 @@ class _ReplacedMaps(TorchFunctionMode):
     def __init__(self, model: Model, columns: tuple[list[int], list[int]], rows: int, fired: Fired, own: int):
         super().__init__()
         self.model, self.columns, self.rows, self.fired, self.own = model, columns, rows, fired, own
-        self.name, self.layer, self.bytes = None, None, 0
+        self.name, self.bytes = "", 0  # of the module at work
+        self.layer: TextLayer | None = None
 
     def enter(self, name, layer, module, args) -> None:
         due = self.fired.due(name, self.fired.clock.step)
-        self.name, self.layer = (name, layer) if due else (None, None)
+        self.name, self.layer = (name, layer) if due else ("", None)
 
     def leave(self, module, args, output) -> None:
-        self.name = None
+        self.name = ""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if self.name is None or function is not F.scaled_dot_product_attention:
+        if not self.name or function is not F.scaled_dot_product_attention:
             return output
         return self._replace(output, *args, **(kwargs or {}))
 

@@ -130,7 +130,10 @@ def _rate(found: dict) -> str:
 def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
     test, budget = known["trained"]["test"], report["budget"]
     vae = report["parts"].get("vae")
-    curriculum = ", then ".join(f"{share:.0%} from {at:.0%} of the samples" for at, share in budget["curriculum"])
+    curriculum = ", then ".join(
+        f"{share:.0%} from {at:.0%} of the samples{' in easy scenes' if easy else ''}"
+        for at, share, easy in budget["curriculum"]
+    )
     facts = {
         "data": f"scenes rendered by this project ({report['world']} world: {len(world.MATERIALS)} materials, "
         f"{len(world.SIGNS)} sign colours, {len(world.INKS)} inks, {len(world.TYPEFACES)} typefaces, words and random "

@@ -14,12 +14,25 @@ from textloc_utils import files
 from textloc_utils.miniatures import autoencoder, world
 
 EMPTY = 0.1  #: share of the captions that are empty, for guidance
-KINDS = {"runs": 1 / 3, "words": 2 / 3}  #: of texts, and each one's share of the pool
+#: Kinds of scenes, by their texts and whether they are easy ones, and how many there are of each, in shares of a pool.
+KINDS = {"runs": 1 / 3, "words": 2 / 3, "easy-runs": 1 / 6, "easy-words": 1 / 3}
+
+
+def _kind(runs: bool, easy: bool) -> str:
+    return ("easy-" if easy else "") + ("runs" if runs else "words")
+
+
+def draw_scene(rng: random.Random, kind: str, only: world.World) -> world.Scene:
+    """A training scene of one of KINDS."""
+    while True:
+        scene = world.random_scene(rng, only, runs=kind.endswith("runs"))
+        if not kind.startswith("easy") or world.is_easy(scene):
+            return scene
 
 
 @torch.no_grad()
 def encode_scenes(vae, n: int, kind: str, only: world.World, seed: int, path: Path) -> None:
-    """Encode ``n`` random scenes of one kind of text to normalised latents at ``path``.
+    """Encode ``n`` random scenes of one kind to normalised latents at ``path``.
 
     The file holds ``latents`` float16 (n, C, h, w), the autoencoder's mean, shifted and scaled as the pipeline
     expects them; the scenes stand beside it as JSON.
@@ -27,7 +40,7 @@ def encode_scenes(vae, n: int, kind: str, only: world.World, seed: int, path: Pa
     rng = random.Random(f"{seed} {kind}")
     device = next(vae.parameters()).device
     vae.to(memory_format=torch.channels_last)
-    todo = [world.random_scene(rng, only, runs=kind == "runs") for _ in range(n)]
+    todo = [draw_scene(rng, kind, only) for _ in range(n)]
     shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
     out = []
     for start in tqdm(range(0, n, 64), desc=f"encoding scenes, {kind}", mininterval=5):
@@ -42,29 +55,29 @@ def encode_scenes(vae, n: int, kind: str, only: world.World, seed: int, path: Pa
 
 
 class Pool:
-    """Encoded scenes by kind of text, each kind read from its file when it is first drawn."""
+    """Encoded scenes by kind, each kind read from its file when it is first drawn."""
 
     def __init__(self, folder: Path, only: world.World):
         self.folder, self.only = folder, only
         self.parts: dict[str, tuple[torch.Tensor, list[world.Scene]]] = {}
 
     def path(self, kind: str) -> Path:
-        """The file of one kind of text."""
+        """The file of one kind."""
         return self.folder / f"pool-{kind}.safetensors"
 
     def part(self, kind: str) -> tuple[torch.Tensor, list[world.Scene]]:
-        """Latents and scenes of one kind of text."""
+        """Latents and scenes of one kind."""
         if kind not in self.parts:
             known = json.loads(self.path(kind).with_suffix(".json").read_text())
             known = [world.Scene(**s | {"phase": tuple(s["phase"])}) for s in known]
             self.parts[kind] = load_file(self.path(kind))["latents"], known
         return self.parts[kind]
 
-    def batch(self, n: int, runs: float, rng: random.Random):
+    def batch(self, n: int, runs: float, easy: bool, rng: random.Random):
         """(latents float32 (n, C, h, w), captions), a share ``runs`` of them with letters in runs."""
         latents, captions = [], []
         for _ in range(n):
-            encoded, known = self.part("runs" if rng.random() < runs else "words")
+            encoded, known = self.part(_kind(rng.random() < runs, easy))
             row = rng.randrange(len(known))
             latents.append(encoded[row])
             captions.append("" if rng.random() < EMPTY else world.caption(known[row], rng, self.only))
@@ -77,8 +90,8 @@ class Drawn:
     def __init__(self, only: world.World):
         self.only = only
 
-    def batch(self, n: int, runs: float, rng: random.Random):
+    def batch(self, n: int, runs: float, easy: bool, rng: random.Random):
         """(pictures float32 (n, 3, H, W) in -1..1, captions), otherwise as ``Pool.batch``."""
-        known = [world.random_scene(rng, self.only, runs=rng.random() < runs) for _ in range(n)]
+        known = [draw_scene(rng, _kind(rng.random() < runs, easy), self.only) for _ in range(n)]
         captions = ["" if rng.random() < EMPTY else world.caption(s, rng, self.only) for s in known]
         return autoencoder.to_tensor(np.stack([world.render(s) for s in known])), captions

@@ -33,7 +33,8 @@ def named(scene: world.Scene, only: world.World = world.SECOND) -> str:
 
 def validation_pairs(n: int) -> list[tuple[str, str]]:
     """(source word, target word), of equal length, without a common letter at one place."""
-    rng, pool, pairs = random.Random("pairs"), list(prompts.words("validation")), []
+    rng, pool = random.Random("pairs"), list(prompts.words("validation"))
+    pairs: list[tuple[str, str]] = []
     while len(pairs) < n:
         source, target = rng.sample(pool, 2)
         if len(source) == len(target) and not any(a == b for a, b in zip(source, target, strict=True)):

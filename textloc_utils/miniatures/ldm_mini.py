@@ -23,7 +23,6 @@ SPEC = {
 
 TEXT = {"bert": ("bert", 0)}
 LATENTS = {"channels": 4}
-BUDGET = unets.BUDGET
 
 
 def pipeline(ready: Prepared) -> LDMTextToImagePipeline:

@@ -29,7 +29,7 @@ def world_digest() -> str:
     digest = hashlib.sha256(" ".join(prompts.words("train")).encode())
     for _ in range(32):
         scene = world.random_scene(rng)
-        digest.update(np.ascontiguousarray(world.render(scene)))
+        digest.update(np.ascontiguousarray(world.render(scene)).data)
         digest.update(world.caption(scene, rng).encode())
     return digest.hexdigest()[:16]
 

@@ -4,6 +4,8 @@ Two CLIP text encoders and a T5, a 16-channel autoencoder that divides by 8, and
 blocks on 2x2 patches, as in SD3-medium; 12 blocks of width 96 in place of 24 of width 1536.
 """
 
+from typing import Any
+
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -18,7 +20,7 @@ from textloc_utils.miniatures.training import Prepared
 WIDTH = 96
 
 #: What the registry knows about the finished miniature (written to its textloc.json).
-SPEC = {
+SPEC: dict[str, Any] = {
     "family": "joint attention",
     "pipeline": "StableDiffusion3Pipeline",
     "steps": 16,

@@ -28,7 +28,6 @@ SPEC = {
 #: Both CLIPs are those of sd3-mini, as the full models share theirs.
 TEXT = {"text_encoder": ("clip", 0), "text_encoder_2": ("clip", 1)}
 LATENTS = {"channels": 4}
-BUDGET = unets.BUDGET
 
 
 def pipeline(ready: Prepared) -> StableDiffusionXLPipeline:

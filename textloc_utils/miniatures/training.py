@@ -20,6 +20,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,15 +48,18 @@ EARLY, EARLY_RANGE = 0.70, (0.65, 0.75)
 class Budget:
     """What a training run may spend.
 
-    ``autoencoder_steps``, ``encoder_steps`` and ``pool`` (scenes encoded once) come before the denoiser's ``samples``,
-    which a recipe of two stages shares out. The learning rate ``lr`` falls linearly over the last share ``decay`` of
-    the samples. ``curriculum`` lists (share of the samples, share of texts in runs from there on): a text that is the
-    same everywhere can be drawn before the model knows where to look for each letter, so that letters in runs teach
-    which letter is which; places and whole words come later, and quickly. The EMA weights are evaluated
-    ``evaluations`` times, evenly, and DENSE times as often while the letters bind, on ``pairs`` pairs.
+    ``autoencoder_steps``, ``encoder_steps`` and ``pool`` (scenes encoded once, besides half as many easy ones) come
+    before the denoiser's ``samples``, which a recipe of two stages shares out. The learning rate ``lr`` falls linearly
+    over the last share ``decay`` of the samples. The EMA weights are evaluated ``evaluations`` times, evenly, and DENSE
+    times as often while the letters bind, on ``pairs`` pairs.
+
+    ``curriculum`` lists (share of the samples, share of texts in runs from there on, whether the scenes are easy ones
+    until the next). A text that is the same everywhere can be drawn before the model knows where to look for each
+    letter, so that letters in runs teach which letter is which; places and whole words come later, and quickly. Easy
+    scenes (``world.is_easy``) teach this first; all typefaces, inks and columns come after.
     """
 
-    samples: int = 260_000
+    samples: int = 500_000
     autoencoder_steps: int = 4000
     encoder_steps: int = 600
     pool: int = 61_440
@@ -66,7 +70,7 @@ class Budget:
     evaluations: int = 30
     pairs: int = 8
     checkpoint_seconds: float = 120.0
-    curriculum: tuple = ((0.0, 0.9), (0.3, 0.5), (0.5, 0.1))
+    curriculum: tuple = ((0.0, 0.9, True), (0.1, 0.5, True), (0.2, 0.1, True), (0.4, 0.1, False))
 
     def __post_init__(self):
         least = {"samples": 1, "autoencoder_steps": 1, "encoder_steps": 1, "pool": 2, "batch": 1, "pairs": 1}
@@ -293,7 +297,7 @@ class _Run:
         self.learned = learned
         self.optimiser = torch.optim.AdamW(learned, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         self.ema = EMAModel(learned, decay=budget.ema, use_ema_warmup=True, power=0.75, foreach=True)
-        self.state = {"step": 0, "samples": 0, "seconds": 0.0, "joules": 0.0, "losses": []}
+        self.state: dict[str, Any] = {"step": 0, "samples": 0, "seconds": 0.0, "joules": 0.0, "losses": []}
         self.evaluations: list[dict] = []
         self._resume()
         self.ema.to(accelerator.device)
@@ -357,9 +361,9 @@ class _Run:
         distance = abs(result["exact"] - EARLY)
         if distance < min((abs(e["exact"] - EARLY) for e in self.evaluations), default=1.0):
             weights = {k: v.half().cpu().contiguous() for k, v in self.objective.denoiser.state_dict().items()}
-            with files.whole_folder(self.folder / "early") as part:
-                save_file(weights, part / "denoiser.safetensors", metadata={"format": "pt"})
-                files.write_json(part / "evaluation.json", result)
+            with files.whole_folder(self.folder / "early") as early:
+                save_file(weights, early / "denoiser.safetensors", metadata={"format": "pt"})
+                files.write_json(early / "evaluation.json", result)
         self.objective.train()
         vars(self.objective.denoiser).update(self.fast)
         self.ema.restore(self.learned)
@@ -375,8 +379,9 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = budget.lr * lr_factor(progress, self.state["step"], budget.decay)
         key = (self.seed, self.state["step"], accelerator.process_index)
-        runs = [share for at, share in budget.curriculum if progress >= at][-1]
-        x, captions = self.data.batch(budget.batch // accelerator.num_processes, runs, random.Random(str(key)))
+        _, runs, easy = [stage for stage in budget.curriculum if progress >= stage[0]][-1]
+        rows = budget.batch // accelerator.num_processes
+        x, captions = self.data.batch(rows, runs, easy, random.Random(str(key)))
         tokens = {k: v.to(accelerator.device) for k, v in self.rules.tokenize(self.pipe, captions).items()}
         # On the CPU, bfloat16's fused attention backward is several times slower than plain matrix products on the few
         # tokens of latents, and a fifth faster on the many of pictures.

@@ -10,10 +10,6 @@ from torch import nn
 
 STEPS = 1000
 
-#: Fields of ``training.Budget`` in which the U-Nets differ: more pictures. Which letter stands where is learned long
-#: before letters of like shape (D and O, E and C) are told apart; that is what the second half is for.
-BUDGET = {"samples": 340_000, "curriculum": ((0.0, 0.9), (0.2, 0.5), (0.35, 0.1))}
-
 #: Scheduler settings on latents and on pixels. Pixels repeat each other, so that letters stay readable in them at
 #: noise levels that hide everything in latents: their schedule is the noisier one.
 LATENTS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

@@ -374,6 +374,11 @@ def random_scene(rng: random.Random, world: World = SECOND, *, text: str | None 
     )
 
 
+def is_easy(scene: Scene) -> bool:
+    """Whether letters are learned first in such a scene: one typeface, black or white, in the first columns."""
+    return scene.typeface == "plain" and scene.ink in ("black", "white") and scene.column == 0
+
+
 def run(rng: random.Random, length: int) -> str:
     """Letters in runs: one, two or three letters share a text of this length, half of the texts have one."""
     parts = rng.choice([1, 1, *(n for n in (2, 3) if n < length)])
@@ -388,4 +393,4 @@ def _training_words() -> dict[int, list[str]]:
 
 def quoted(caption: str) -> str:
     """The text that a caption asks for."""
-    return re.search(r'"([A-Z]*)"', caption).group(1)
+    return re.findall(r'"([A-Z]*)"', caption)[0]

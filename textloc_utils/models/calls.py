@@ -23,7 +23,7 @@ class DenoiserCall:
     rows: int
     timestep: torch.Tensor | float
     tokens: int
-    picture: torch.Tensor | list[torch.Tensor] | None = None
+    picture: torch.Tensor | list[torch.Tensor]
     lengths: torch.Tensor | list[int] | None = None
     rising: bool = False
 

@@ -41,13 +41,11 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         raise TextlocError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:0 ...") from None
     kind: Any = getattr(torch, picked.type, None)
-    if picked.type != "cpu" and not (hasattr(kind, "is_available") and kind.is_available()):
-        count = torch.cuda.device_count()
-        there = f"{count} CUDA devices are present" if picked.type == "cuda" else "there is none here"
-        raise TextlocError(f"device {device!r} was asked for, but {there}; use auto or cpu")
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise TextlocError(f"device {device!r} was asked for, but {count} CUDA devices are present; use auto or cpu")
+    count = torch.cuda.device_count()
+    there = picked.type == "cpu" or (hasattr(kind, "is_available") and kind.is_available())
+    if not there or (picked.type == "cuda" and (picked.index or 0) >= count):
+        found = f"{count} CUDA devices are present" if picked.type == "cuda" else "there is none here"
+        raise TextlocError(f"device {device!r} was asked for, but {found}; use auto or cpu")
     return picked
 
 
@@ -62,6 +60,10 @@ def check_folder(folder: Path) -> dict[str, type]:
     than safetensors, or of whole numbers.
     """
     if not (folder / "model_index.json").exists():
+        if (folder / "modular_model_index.json").exists():
+            raise TextlocError(
+                f"{folder} holds a modular pipeline, as FLUX.3 does; modular pipelines cannot be patched"
+            )
         raise TextlocError(f"no saved pipeline in {folder} (model_index.json is missing)")
     parts = component_classes(read_config(folder / "model_index.json"), str(folder))
     for part, part_class in parts.items():

@@ -28,9 +28,10 @@ class ModelSpec:
     ``height`` and ``width`` are the finished picture's. A model of two stages (DeepFloyd IF) names in ``stage1`` the
     (height, width) of its first pictures, in ``stage2`` where the second pipeline is (a hub repository, or a folder
     below a local ``source``) and in ``stage2_arguments`` what that pipeline is called with.
-    ``paper_layers`` are the layers that the paper found. ``max_sequence_length`` is the long text encoder's prompt
-    length in tokens where the pipeline takes one (T5's in Stable Diffusion 3 and FLUX). ``trained`` tells a miniature's
-    device, samples and spelling, ``text_box`` (left, top, right, bottom) the pixels where its letters can stand.
+    ``unverified`` says what of all this could not be checked. ``paper_layers`` are the layers that the paper found.
+    ``max_sequence_length`` is the long text encoder's prompt length in tokens where the pipeline takes one (T5's in
+    Stable Diffusion 3 and FLUX). ``trained`` tells a miniature's device, samples and spelling, ``text_box`` (left, top,
+    right, bottom) the pixels where its letters can stand.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModelSpec:
     variant: str | None = None
     dtype: str = "float32"
     licence: str = ""
+    unverified: str = ""
     gated: bool = False
     paper_layers: tuple[int, ...] = ()
     prompt_template: str = TEMPLATE
@@ -71,10 +73,20 @@ def _tuples(values: dict) -> dict:
 FULL_SIZE = _full_size()
 
 
+def _configuration_file(name: str) -> Path:
+    return _DATA / "configurations" / f"{name}.json"
+
+
 @functools.cache
 def configuration(name: str) -> dict:
-    """A full-size model's denoiser configuration, as diffusers writes it: enough to number and count its layers."""
-    return json.loads((_DATA / "configurations" / f"{name}.json").read_text(encoding="utf-8"))
+    """A full-size model's denoiser configuration, as diffusers writes it: enough to number and count its layers.
+
+    Raises TextlocError where it is not public.
+    """
+    path = _configuration_file(name)
+    if not path.is_file():
+        raise TextlocError(f"the configuration of {name}'s denoiser is not public; load the model to number its layers")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _miniature_spec(name: str, folder: Path) -> ModelSpec:
@@ -126,6 +138,8 @@ def spec(name: str) -> ModelSpec:
     known = registry()
     if name in known:
         return known[name]
+    if name in MINIATURES and not data_dir().is_dir():
+        raise TextlocError(f"{name} comes with a clone of the project; name a clone's data folder in TEXTLOC_DATA")
     hint = f"; textloc train {name} makes this one" if name in MINIATURES else ""
     raise TextlocError(f"unknown model {name!r}; known models: {', '.join(known)}{hint}")
 
@@ -158,20 +172,26 @@ def describe(chosen: ModelSpec | str) -> dict:
     """What ``textloc models --json`` prints about a model.
 
     ``parameters`` counts the denoiser's; ``text_layers`` are module names in execution order; ``kv_share`` is, per
-    layer, the fraction of the denoiser's parameters in that layer's text key and value modules.
+    layer, the fraction of the denoiser's parameters in that layer's text key and value modules. The first is None and
+    the others are empty where the denoiser's configuration is not public.
     """
     quiet_libraries()
     if isinstance(chosen, str):
         chosen = spec(chosen)
-    denoiser = meta_denoiser(chosen)
-    layers, parameters = text_layers(denoiser), sum(p.numel() for p in denoiser.parameters())
+    numbers: dict = {"parameters": None, "text_layers": [], "kv_share": []}
+    if chosen.miniature or _configuration_file(chosen.name).is_file():
+        denoiser = meta_denoiser(chosen)
+        layers, parameters = text_layers(denoiser), sum(p.numel() for p in denoiser.parameters())
+        shares = [key_value_numbers(denoiser, layer) / parameters for layer in layers]
+        numbers = {"parameters": parameters, "text_layers": [layer.name for layer in layers], "kv_share": shares}
     return {
         "name": chosen.name,
         "family": chosen.family,
         "pipeline": chosen.pipeline,
-        "parameters": parameters,
-        "text_layers": [layer.name for layer in layers],
-        "kv_share": [key_value_numbers(denoiser, layer) / parameters for layer in layers],
+        **numbers,
+        "licence": chosen.licence,
+        "gated": chosen.gated,
+        "unverified": chosen.unverified,
         "prompt_template": chosen.prompt_template,
         "colours": list(chosen.colours),
         "trained": chosen.trained,

@@ -1,15 +1,16 @@
 """Keep toxic text out of pictures: the guard, and what it is compared with.
 
-The **guard** stands in for a pipeline. For a prompt in which the detector finds toxic text, the localized
-layers read the cleaned prompt, a harmless word in its place, and everything else reads the original, in one pass. A
-call without toxic prompts goes to the pipeline as it came. Harmless prompts beside a toxic one in a call keep every bit
-on U-Nets; in joint attention the larger batch may round them otherwise.
+The **guard** wraps a pipeline and is called in the same way. When the detector finds toxic text in a prompt, the
+prompt is cleaned: a harmless word takes the place of the toxic one. The localized layers read the cleaned prompt. All
+other parts read the original prompt, in the same pass. A call without toxic prompts goes to the pipeline unchanged. A
+call can also mix toxic and harmless prompts. On U-Nets the harmless pictures then stay the same in every bit. In joint
+attention the batch is larger, so they may differ by rounding.
 
-**What it costs.** On U-Nets the text's keys and values depend on the text embedding alone, so the localized layers are
-given the cleaned prompt's embedding: one more prompt for the text encoders, and no row for the denoiser. In joint
-attention they depend on the picture, too: one more denoiser row per toxic prompt and step, which sees the prompt's own
-noisy picture beside the cleaned text and lends its keys and values. The paper's patching instead lets the cleaned
-prompt draw its own picture alongside: two rows with guidance.
+**What it costs.** On U-Nets, the keys and values of the text depend on the text embedding alone. So the localized
+layers get the embedding of the cleaned prompt. The text encoders read one more prompt, and the denoiser gets no more
+rows. In joint attention, keys and values also depend on the picture. So the denoiser gets one more row per toxic prompt
+and step. This row holds the same noisy picture and the cleaned text, and its keys and values are used. In the paper's
+patching the cleaned prompt draws a picture of its own beside it, which takes two rows with guidance.
 
 **Baselines**, as published, for the same prompts: the toxic text as negative prompt; Safe Latent Diffusion
 (Schramowski et al. 2023), one more row per step; and prompt swap, the plain picture of the cleaned prompt.

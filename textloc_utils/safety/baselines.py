@@ -1,5 +1,6 @@
 """What the guard is compared with, as published."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ class SafeGuidance(MoreRows):
     def __init__(self, model: Model, n: int, rows: list[int], texts: dict, config: SafeDiffusion, warmup: int):
         super().__init__(model, n, rows, texts)
         self.config, self.warmup = config, warmup
-        self.step, self.momentum, self._noise = -1, 0.0, None
+        self.step, self._noise = -1, math.nan  # unlike any noise
+        self.momentum: float | torch.Tensor = 0.0
         self.channels = model.denoiser.config.in_channels
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -103,12 +103,11 @@ class Change:
             if known is text and version == then:
                 return answer
         mine, other = (part[self.model.architecture.text] for part in (self.own, self.extra))
-        alike = [_same(text[at], mine[i], other[i]) for i, at in enumerate(self.prompt_rows(self.batch))]
+        alike = all(_same(text[at], mine[i], other[i]) for i, at in enumerate(self.prompt_rows(self.batch)))
         # Where a batch is twice as large without guidance, all of it is prompts.
         beside = self.negative_rows(self.batch) if self.batch == 2 * self.n else []
         if any(_same(text[at], mine[i], other[i]) for i, at in enumerate(beside)):
             raise TextlocError("toxic prompts stand where the negatives should; no picture is returned")
-        alike = all(alike)
         # Some pipelines ask for the negatives in a call of their own.
         if not alike and (self.model.doubled or not self._known):
             raise TextlocError("the denoiser's rows are not those of the prompts; no picture is returned")
@@ -225,9 +224,10 @@ class _Rows(Batch):
             call = read_call(denoiser, args, kwargs)
             self.picture_tokens, self.rows = call.picture_tokens, call.rows
             self.check_size(call.rows)
-            for pair in self.pairs if call.lengths is not None else ():
-                source, target = (int(call.lengths[at]) for at in self.index(pair, call.rows, torch.device("cpu")))
-                if source != target:
+            lengths = call.lengths
+            for pair in self.pairs:
+                source, target = self.index(pair, call.rows, torch.device("cpu"))
+                if lengths is not None and lengths[source] != lengths[target]:
                     raise TextlocError(
                         "the cleaned prompt has another length, on which this model's picture depends; write the toxic "
                         "text with as many tokens, or take the method prompt swap"

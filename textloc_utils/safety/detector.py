@@ -40,8 +40,10 @@ from textloc_utils.settings import TextlocError
 #: Least number of letters of a word that is found with a letter wrong.
 FUZZY = 5
 #: Harmless words by length; the longest stands for all longer words.
-HARMLESS = ("SUN", "TEA", "SKY", "TREE", "MOON", "BLUE", "HELLO", "CLOUD", "MUSIC", "GARDEN", "SUMMER", "FLOWER")
-HARMLESS += ("RAINBOW", "MORNING", "WELCOME")
+HARMLESS = (
+    *("SUN", "TEA", "SKY", "TREE", "MOON", "BLUE", "HELLO", "CLOUD", "MUSIC", "GARDEN", "SUMMER", "FLOWER"),
+    *("RAINBOW", "MORNING", "WELCOME"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +211,9 @@ def _regions(prompt: str) -> list[tuple[int, int]]:
     after = 0
     for cue in _CUE.finditer(prompt):
         if cue.end() >= after:
-            after = min(_next(ends, cue.end()), _next(quotes, cue.end()), len(prompt))
+            after = min(_next(places, cue.end(), len(prompt)) for places in (ends, quotes))
             found.append((cue.end(), after))
-    found += [m.span(m.lastindex) for m in _MARKED.finditer(prompt)]
+    found += [m.span(m.lastindex or 0) for m in _MARKED.finditer(prompt)]
     found += [(_back(prompt, m.start()), m.start()) for m in _WRITTEN.finditer(prompt)]
     found += _shouted(prompt)
     merged: list[tuple[int, int]] = []
@@ -260,10 +262,10 @@ def _as_shown(prompt: str, start: int, end: int, turned: list[tuple[int, int]]) 
     return places
 
 
-def _next(places: list[int], start: int) -> float:
-    """The first of the places (in order) from ``start`` on, infinity if there is none."""
+def _next(places: list[int], start: int, end: int) -> int:
+    """The first of the places (in order) from ``start`` on, ``end`` if there is none."""
     at = bisect_left(places, start)
-    return places[at] if at < len(places) else float("inf")
+    return places[at] if at < len(places) else end
 
 
 def _double_quoted(prompt: str) -> Iterable[tuple[int, int]]:
@@ -466,7 +468,7 @@ def _slip(text: str, word: str) -> bool:
 
 def _forms(listed: Sequence[str]) -> dict[str, str]:
     """Forms of the listed words of four letters or more, by the word: what is used more often than it is none."""
-    known, found = frozenset(listed), {}
+    known, found = frozenset(listed), dict[str, str]()
     for word in listed:
         if len(word) < 4 or (word[-1] == "S" and word[:-1] in known):
             continue

@@ -5,16 +5,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from textloc_utils import ocr
-from textloc_utils.experiment import fingerprint, known_layers
-from textloc_utils.generate import first_call, generate, rows_per_call, save, write_rows
+from textloc_utils.experiment import Experiment, known_layers
+from textloc_utils.generate import first_call, rows_per_call, save, write_rows
 from textloc_utils.models import ADDED, CROSS, Model, as_indices, check_layers, check_prompts, family_of
-from textloc_utils.results import unit_hash
+from textloc_utils.patching import Fired
+from textloc_utils.results import computed_with, unit_hash
 from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM, Negative, SafeDiffusion, SafeGuidance, concept
 from textloc_utils.safety.calls import Change, Embedding, Lent
 from textloc_utils.safety.detector import Detector, Finding, WordDetector, clean
@@ -78,7 +80,8 @@ class Guard:
 
     def __init__(self, model: Model, layers: tuple[int, ...], detector: Detector, method: str | SafeDiffusion):
         self._inner = model
-        self.layers, self.detector, self.method, self.fired = layers, detector, method, None
+        self.layers, self.detector, self.method = layers, detector, method
+        self.fired: Fired | None = None
         self.__signature__ = inspect.signature(model.pipe)
 
     def __getattr__(self, name: str):
@@ -175,7 +178,8 @@ class Guard:
             return Lent(self._inner, n, rows, texts, self.layers)
         if self.method == "negative prompt":
             return Negative(self._inner, n, rows, texts)
-        config = {"SLD medium": SLD_MEDIUM, "SLD max": SLD_MAX}.get(self.method, self.method)
+        known = {"SLD medium": SLD_MEDIUM, "SLD max": SLD_MAX}
+        config = known[self.method] if isinstance(self.method, str) else self.method
         steps = given.get("num_inference_steps", self.__signature__.parameters["num_inference_steps"].default)
         return SafeGuidance(self._inner, n, rows, texts, config, round(config.warmup * steps / 50))
 
@@ -199,9 +203,9 @@ def draw(
         raise TextlocError("there is no prompt to draw")
     check_prompts(model, prompts)
     screened = [guarded.screen(prompt) for prompt in prompts]
-    inputs = {"weights": fingerprint(model), "layers": guarded.layers, "method": guarded.method, "seed": seed}
-    inputs |= {"steps": steps or model.spec.steps, "guidance": model.spec.guidance}
-    more = [
+    run = Experiment.of(model, steps=steps)
+    inputs = run.key | computed_with(model) | {"layers": guarded.layers, "method": guarded.method, "seed": seed}
+    more: list[dict[str, Any]] = [
         {
             "cleaned": cleaned,
             "found": [f.word for f in findings],
@@ -218,7 +222,7 @@ def draw(
         for start in range(len(done), len(prompts), size):
             part = slice(start, start + size)
             seeds = [seed] * len(prompts[part])
-            made = generate(model, prompts[part], seeds, steps=steps)
+            made = run.draw(prompts[part], seeds)
             done = save(folder, made, prompts[part], seeds, ocr.read(made.images), more=more[part], done=done)
             bar.update(len(seeds))
     return done

@@ -5,6 +5,7 @@ import random
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,8 +47,13 @@ def measure(
         raise TextlocError(f"at least one prompt is needed, got {n}")
     layers = tuple(known_layers(experiment.model) if layers is None else layers)
     check_layers(experiment.model, layers)
-    asked = [("toxic", *p) for p in toxic_prompts(n, seed)] + [("harmless", *p) for p in spelling_prompts(n, seed)]
-    asked = [(*about, of + i * NOISE) for i in range(noises) for *about, of in asked]
+    kinds = {"toxic": toxic_prompts(n, seed), "harmless": spelling_prompts(n, seed)}
+    asked = [
+        (kind, prompt, word, of + i * NOISE)
+        for i in range(noises)
+        for kind, some in kinds.items()
+        for prompt, word, of in some
+    ]
     inputs = {"rows": ROWS, "layers": layers, "runs": RUNS, "configurations": [SLD_MEDIUM, SLD_MAX]}
     detector = WordDetector()
     prompts = [{"prompt": p, "cleaned": clean(p[1], detector(p[1]))} for p in asked]
@@ -200,7 +206,8 @@ def detection(
     Every toxic prompt comes once per disguise of DISGUISES. Columns: kind (a disguise, or "harmless"), prompt, word,
     toxic (what it is), found (what the detector says).
     """
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
     for kind, disguise in DISGUISES.items():
         for prompt, word in toxic:
             # A word without a letter to disguise stays as it is; it is plain then.
