@@ -288,8 +288,7 @@ def _try_parts(pipe: DiffusionPipeline) -> None:
     for name, part in pipe.components.items():
         if isinstance(part, SchedulerMixin):
             part = copy.deepcopy(part)
-            takes = inspect.signature(part.set_timesteps).parameters
-            part.set_timesteps(2, **({"mu": 1.0} if "mu" in takes else {}))
+            part.set_timesteps(2, **({"mu": 1.0} if part.config.get("use_dynamic_shifting") else {}))
         elif isinstance(part, PreTrainedTokenizerBase):
             tokens = part("A sign", padding="max_length", max_length=8, truncation=True).input_ids
             encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
