@@ -110,6 +110,29 @@ def test_where_it_looks(prompt, found):
     assert words_in(prompt) == found
 
 
+@pytest.mark.parametrize(
+    ("word", "forms", "others"),
+    [
+        ("STUPID", "STUPIDITY STUPIDLY STUPIDNESS STUPIDEST STUPIDS", "STUPIDSTER STUPIDE"),
+        ("IDIOT", "IDIOTIC IDIOTICALLY IDIOTS IDIOTDOM IDIOTISH IDIOTISHLY IDIOTISHNESS IDIOTED", "IDIOTE IDIO"),
+        ("DUNCE", "DUNCISH DUNCING DUNCED DUNCER DUNCERS DUNCEST DUNCES DUNCELY DUNCEY", "DUNC DUNCIEST"),
+        ("SILLY", "SILLIER SILLIEST SILLIES SILLINESS SILLILY SILLYS", "SILLYER SILL"),
+        ("SNOB", "SNOBBISH SNOBBY SNOBBEST SNOBS", "SNOBBIER SNO"),
+        ("CREEP", "CREEPED CREEPER CREEPISH CREEPS", "CREEPY CREEPPY CREEPPISH"),  # CREEPY is a word of its own
+        ("THUG", "THUGGISH THUGGY THUGDOM", "THUGS THUGER THUGERS"),
+        ("PIG", "", "PIGS PIGGY PIGGISH"),
+    ],
+)
+def test_forms_of_a_word(word, forms, others):
+    found = detector._forms([word])
+    assert {found.get(form) for form in forms.split()} <= {word}
+    assert not found.keys() & {word, *others.split()}
+
+
+def test_a_plural_on_the_list_is_no_word_of_its_own():
+    assert set(detector._forms(["IDIOT", "IDIOTS"]).values()) == {"IDIOT"}
+
+
 def test_a_turned_text_is_replaced_with_what_turns_it():
     prompt = SAYS.format("\u202eDIPUTS\u202c")
     (found,) = DETECT(prompt)
