@@ -3,12 +3,14 @@
 The variables are set before torch is imported; what the caller set stays.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 for _name, _value in {
@@ -82,6 +84,16 @@ def own_accelerator():
 def empty_result_store(tmp_path, monkeypatch):
     """Each test starts from an empty store: a cached answer is no check."""
     monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "results"))
+
+
+def started(mark: str) -> list[psutil.Process]:
+    """The programs that a test began, found by what TEXTLOC_STARTED is in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TEXTLOC_STARTED") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def build_book(out: Path, *options, **environment) -> Path:

@@ -472,7 +472,9 @@ def test_open_prompts_are_edited_at_settings_that_other_pairs_chose(mini, tmp_pa
     original = edit.study.compare
     monkeypatch.setattr(edit.study, "dials", few)
     monkeypatch.setattr(
-        edit.study, "compare", lambda e, pairs, m: asked.setdefault(len(pairs), pairs) and original(e, pairs, m)
+        edit.study,
+        "compare",
+        lambda e, pairs, m, **k: asked.setdefault(len(pairs), pairs) and original(e, pairs, m, **k),
     )
     table = edit.open_table(run, LAYERS, 3, tuning=2)
     assert {p.source_text for p in asked[2]} <= set(scene_pairs.words("tune"))

@@ -4,7 +4,6 @@ A job is begun in a process of its own, killed at a moment drawn from the time t
 its end. ``TEXTLOC_KILLS`` says how many moments are tried of each job.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -18,9 +17,9 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import psutil
 import pytest
 import tiny
+from conftest import started
 from safetensors import safe_open
 from test_notebooks import write
 from test_training import TINY, quietly
@@ -142,16 +141,6 @@ def finish(job, folder: Path) -> float:
     began = time.monotonic()
     assert os.waitpid(begin(job, folder), 0)[1] == 0, job.__name__
     return time.monotonic() - began
-
-
-def started(mark: str) -> list[psutil.Process]:
-    """The programs that jobs began, found by their environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("TEXTLOC_STARTED") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def names(folder: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """``textloc run`` on tiny notebooks: what is executed when, what is left alone, and what a failure leaves."""
 
-import contextlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from conftest import started
 
 from textloc_utils import cli, settings
 from textloc_utils.book import notebooks
@@ -246,15 +246,6 @@ print("done")
 """
 
 
-def processes(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("TEXTLOC_STARTED") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
 def begin(folder: Path, path: Path, *options, **environment) -> subprocess.Popen:
     """``textloc run`` in a process of its own, with its scratch files in ``folder``."""
     # A shell's background jobs, and what they start, ignore Ctrl-C: not here.
@@ -284,10 +275,10 @@ def test_a_killed_run_takes_its_children_with_it(tmp_path, how):
     before = path.read_bytes()
     running = begin(tmp_path, path)
     wait_until((tmp_path / "started").exists)
-    assert len(processes(str(tmp_path / "started"))) >= 3  # the run, papermill, the kernel
+    assert len(started(str(tmp_path / "started"))) >= 3  # the run, papermill, the kernel
     running.send_signal(getattr(signal, how))
     running.communicate(timeout=300)
-    wait_until(lambda: not processes(str(tmp_path / "started")), 10)
+    wait_until(lambda: not started(str(tmp_path / "started")), 10)
     assert path.read_bytes() == before
     (tmp_path / "started.go").touch()
     again = begin(tmp_path, path)
@@ -301,7 +292,7 @@ def test_an_interrupted_run_starts_no_more_notebooks(tmp_path):
     wait_until((tmp_path / "started").exists)
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=300)
-    wait_until(lambda: not processes(str(tmp_path / "started")), 10)
+    wait_until(lambda: not started(str(tmp_path / "started")), 10)
     assert (tmp_path / "started").read_text() == "started "
 
 
@@ -314,7 +305,7 @@ def test_a_killed_papermill_takes_its_kernel_with_it(tmp_path):
     assert (
         "slow.ipynb: papermill was ended by signal 9" in running.communicate(timeout=300)[1] and running.returncode == 2
     )
-    wait_until(lambda: not processes(str(tmp_path / "started")), 10)
+    wait_until(lambda: not started(str(tmp_path / "started")), 10)
 
 
 def test_one_run_of_one_notebook_at_a_time(tmp_path):

@@ -442,9 +442,8 @@ def _rapid(pictures: list[np.ndarray]) -> list[Reading]:
         texts = getattr(found, "txts", None) or [""] * len(boxes)
         scores = found.scores if getattr(found, "txts", None) else [0.0] * len(boxes)
         kept = [(b, t.strip() if s >= LEAST_SCORE else "") for b, t, s in zip(boxes, texts, scores, strict=True)]
-        if not all(
-            text for _, text in kept
-        ):  # RapidOCR sees text in textures, too: there has to be something like letters
+        # RapidOCR sees text in textures, too: where it reads none, there has to be something like letters.
+        if not all(text for _, text in kept):
             seen = [block.box for block in textlines.find(picture)]
             kept = [(box, text) for box, text in kept if text or any(_meet(box, other) for other in seen)]
         lines = _in_lines(kept)

@@ -165,7 +165,7 @@ def best(methods: Sequence[Method], table: pd.DataFrame) -> list[Method]:
         mine = [method for method in methods if method.name == name]
         found = [tuple(means.loc[(name, *_setting(method))]) for method in mine]
         enough = [(keeps, i) for i, (exact, keeps) in enumerate(found) if exact >= least]
-        at = max(enough)[1] if enough else max((exact, -i) for i, (exact, _) in enumerate(found))[1] * -1
+        at = max(enough)[1] if enough else np.argmax([exact for exact, _ in found])
         chosen.append(mine[at])
     return chosen
 
@@ -222,8 +222,14 @@ def table(experiment: Experiment, name: str, layers: Sequence[int], pairs: Seque
         raise TextlocError("localized editing needs at least one layer")
     check_layers(experiment.model, layers)
     chosen, given = TABLES[name].methods(experiment.model, layers, experiment.steps), TABLES[name].given
-    inputs = _key(chosen, given) | {"pairs": digest_of(pairs)}
-    made = functools.partial(compare, experiment, pairs, chosen, given=given)
+    return _published(experiment, name, chosen, pairs, given=given)
+
+
+def _published(
+    experiment: Experiment, name: str, methods: Sequence[Method], pairs: Sequence[Pair], *, given: bool = False
+) -> pd.DataFrame:
+    inputs = _key(methods, given) | {"pairs": digest_of(pairs)}
+    made = functools.partial(compare, experiment, pairs, methods, given=given)
     return experiment.table(f"edit_{experiment.name}_{name}", inputs, made)
 
 
@@ -237,15 +243,9 @@ def open_table(
     ``results/edit_MODEL_open.csv``, and what chose the settings as ``results/edit_MODEL_dials.csv``.
     """
     turned = dials(experiment.model, layers, experiment.steps)
-    known = _open(experiment, "dials", turned, tuning, "tune", seed)
-    return _open(experiment, "open", best(turned, known), n, "report", seed)
-
-
-def _open(experiment: Experiment, name: str, methods: Sequence[Method], n: int, use: str, seed: int) -> pd.DataFrame:
-    pairs = scene_pairs.make(n, use, seed, template=world.OPEN, two_groups=True)
-    inputs = _key(methods, False) | {"pairs": digest_of(pairs)}
-    made = functools.partial(compare, experiment, pairs, methods)
-    return experiment.table(f"edit_{experiment.name}_{name}", inputs, made)
+    made = functools.partial(scene_pairs.make, seed=seed, template=world.OPEN, two_groups=True)
+    known = _published(experiment, "dials", turned, made(tuning, "tune"))
+    return _published(experiment, "open", best(turned, known), made(n, "report"))
 
 
 def kept(table: pd.DataFrame) -> pd.DataFrame:
