@@ -1,5 +1,7 @@
 """Files and folders appear whole or not at all: failures, kills, crowds."""
 
+import hashlib
+import io
 import json
 import os
 import resource
@@ -9,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -193,10 +196,20 @@ class Evil:
 def test_code_in_a_state_is_not_run(tmp_path, monkeypatch):
     """Whoever can write a file can write its digest."""
     monkeypatch.chdir(tmp_path)
-    files.write_state(tmp_path / "state.pt", {"x": Evil()})
+    state = io.BytesIO()
+    torch.save({"x": Evil()}, state)
+    (tmp_path / "state.pt").write_bytes(state.getvalue() + hashlib.sha256(state.getvalue()).digest())
     with pytest.raises(TextlocError, match="damaged"):
         files.read_state(tmp_path / "state.pt")
     assert os.listdir(tmp_path) == ["state.pt"]
+
+
+@pytest.mark.parametrize("value", [Evil(), np.float64(0.5), {"lr": [np.float64(0.5)]}], ids=["code", "number", "deep"])
+def test_a_state_that_could_not_be_read_back_is_not_written(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="state.pt: the state holds a value that cannot be read back: "):
+        files.write_state(tmp_path / "state.pt", {"x": value})
+    assert not os.listdir(tmp_path)
 
 
 def test_scratch_is_new_and_gone_and_what_was_left_goes_too(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from textloc_utils import cli, prompts
-from textloc_utils.miniatures import card, data, evaluation, parts, training, world
+from textloc_utils.miniatures import autoencoder, card, data, evaluation, parts, training, world
 from textloc_utils.settings import TextlocError
 
 TINY = training.Budget(
@@ -51,6 +51,27 @@ def weights(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_autoencoder_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "CHECKPOINT_SECONDS", 0.0)
+
+    def once(name, log=quietly):
+        torch.manual_seed(0)
+        vae = autoencoder.build(4)
+        autoencoder.train(vae, tmp_path / name, steps=4, batch=2, log=log)
+        return vae.state_dict()
+
+    def killed_at_step_3(line):
+        if "step 3:" in line:
+            raise KeyboardInterrupt
+
+    whole = once("whole")
+    with pytest.raises(KeyboardInterrupt):
+        once("killed", killed_at_step_3)
+    lines = []
+    assert same(whole, once("killed", lines.append))
+    assert lines[0] == "autoencoder resumed at step 2"
 
 
 def test_a_killed_run_resumes_to_the_same_weights(cache, tmp_path):

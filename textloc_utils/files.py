@@ -44,11 +44,20 @@ def write_json(path: str | os.PathLike, value: object, *, indent: int = 1, advic
 
 
 def write_state(path: str | os.PathLike, state: dict) -> Path:
-    """Write tensors and plain values as ``torch.save`` does, with a digest behind them, as :func:`write_bytes`."""
+    """Write tensors and plain values as ``torch.save`` does, with a digest behind them, as :func:`write_bytes`.
+
+    Raises TypeError, and writes nothing, for a value that :func:`read_state` would refuse (a numpy number is one).
+    """
     import torch
 
     data = io.BytesIO()
     torch.save(state, data)
+    data.seek(0)
+    try:
+        torch.load(data, map_location="meta", weights_only=True)
+    except Exception as error:
+        reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]
+        raise TypeError(f"{path}: the state holds a value that cannot be read back: {reason}") from None
     return write_bytes(path, data.getvalue() + hashlib.sha256(data.getbuffer()).digest())
 
 

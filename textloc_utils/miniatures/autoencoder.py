@@ -1,5 +1,6 @@
 """Train a small AutoencoderKL on crops around the text (converges several times faster than whole pictures)."""
 
+import math
 import random
 import time
 from pathlib import Path
@@ -119,7 +120,7 @@ def train(
     for step in tqdm(range(first, steps), desc="autoencoder", initial=first, total=steps, mininterval=5):
         ramp = min(1.0, (step + 1) / 50)
         for group in optimiser.param_groups:
-            group["lr"] = lr * ramp * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps)))
+            group["lr"] = lr * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         x = crop_batch(random.Random(f"{seed} autoencoder {step}"), batch).to(device)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
