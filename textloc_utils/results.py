@@ -323,14 +323,8 @@ def _json_default(value):
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, set | frozenset):
-        return sorted(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    if value is pd.NA or value is pd.NaT:
-        return None
     raise TextlocError(
         f"a result cannot hold a {type(value).__name__}; allowed: numbers, booleans, texts, lists, dicts"
     )
