@@ -61,7 +61,12 @@ def test_runs_are_searched_and_published(tmp_path, monkeypatch):
     told = trainings.publish("sd3-mini", runs, 4).set_index(["run", "search"])
     assert told.index.tolist() == [("one", "exhaustive"), ("two", "exhaustive"), ("two", "attention")]
     assert told.layers.tolist() == ["4", "3 7", "3 9 10"] and told.planted.tolist() == ["", "3 7", "3 7"]
-    assert told.found.tolist() == [0, 2, 1] and told.false.tolist() == [0, 0, 2] and told.cost.tolist() == [1, 1, 0.02]
+    assert (
+        (told.text == "letters").all()
+        and told.found.tolist() == [0, 2, 1]
+        and told.false.tolist() == [0, 0, 2]
+        and told.cost.tolist() == [1, 1, 0.02]
+    )
     assert told["values"].tolist()[:2] == [1.0, 1.0] and told["keys"].tolist()[:2] == [0.0, 0.0]
     (_, by, selected), (_, sites, reported), _ = asked
     assert by == "exact" and not selected & reported and {joined(s.layers) for s in sites} == {"4"}
