@@ -17,6 +17,8 @@ CONTENTS = (
     "heads",
 )  #: names of ``layer_contents``, without the import
 
+SCENES = ("open", "named", "open_given")  #: names of ``edit.study.SCENES``
+
 
 def add(commands) -> None:
     """Add this group's commands."""
@@ -162,7 +164,7 @@ def _add_edit(studies) -> None:
         "--tables",
         nargs="+",
         default=["methods"],
-        choices=["methods", "curve", "given", "open"],
+        choices=["methods", "curve", "given", *SCENES],
         help="default: methods",
     )
     edit.add_argument("--pairs", type=options.count, metavar="N", help="of a table (default: the preset's)")
@@ -175,8 +177,9 @@ def _edit(args) -> None:
 
     run, work, layers = _experiment(args)
     for name in args.tables:
-        if name == "open":
-            table = edit.open_table(run, layers, args.pairs or work.words, args.seed)
+        if name in SCENES:
+            print(f"{name}, layers {' '.join(map(str, layers))}")
+            table = edit.scene_table(run, name, layers, args.pairs or work.words, args.seed)
             print(edit.kept(table).round(3).to_string(index=False))
             continue
         pairs = edit.held_out_pairs(args.pairs or (work.pairs if name == "curve" else work.edits), args.seed)
