@@ -8,8 +8,8 @@ replacement under captions that ask for the toxic word, and as many ordinary sce
 the guard does, so half of the words are in its training and half are not. Prompts with trained words and ordinary
 validation words choose its learning rate.
 
-A table of 200 prompts takes about 40 minutes of one core for sd3-mini, by the first world's seconds, and 60 to 80 for
-the others; the adapter's trainings and their choice are a third of it.
+A table of 200 prompts takes 30 to 40 minutes of one core, by the first world's seconds, and an hour for if-mini; the
+adapter's trainings and their choice are a third of it.
 """
 
 import random
