@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from textloc_utils import cli, experiment, lora, lora_looks, models, prompts, scene_pairs
+from textloc_utils.book import outcomes
 from textloc_utils.experiment import Experiment, fingerprint
 from textloc_utils.lora import Training
 from textloc_utils.miniatures import evaluation, factors, world
@@ -239,7 +240,7 @@ def test_gains_and_drifts_by_hand():
     ],
 )
 def test_the_claim_on_writing_is_decided_by_its_rule(outcome, arms):
-    found = lora_looks.writes(table(**arms))
+    found = vars(outcomes.writes(table(**arms)))
     assert (found["outcome"], found["n"]) == (outcome, 200) and f"{arms['localized'][0]:+.2f} [" in found["figure"]
 
 

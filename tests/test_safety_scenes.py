@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from textloc_utils import cli, experiment, lora, models, prompts, safety
+from textloc_utils.book import outcomes
 from textloc_utils.experiment import Experiment, fingerprint
 from textloc_utils.lora import Training
 from textloc_utils.miniatures import factors, world
@@ -160,7 +161,7 @@ def drawn(n: int = 200, **changed: dict) -> pd.DataFrame:
     ],
 )
 def test_the_claim_on_toxic_text_is_decided_by_its_rule(outcome, changed):
-    found = scenes.toxic(drawn(**changed))
+    found = vars(outcomes.toxic(drawn(**changed)))
     assert (found["outcome"], found["n"]) == (outcome, 200) and found["figure"].startswith("toxic text 0.")
 
 

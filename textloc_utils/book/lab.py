@@ -589,7 +589,7 @@ def build(log=lambda line: None) -> dict[str, dict]:
 def _key(folder: Path) -> str:
     """Digest of a miniature's files and of all that its export hangs on."""
     package = Path(textloc_utils.__file__).parent
-    own = [Path(__file__), *(package / name for name in ("generate.py", "prompts.py")), *package.glob("models/*.py")]
+    own = [Path(__file__), *(package / name for name in ("generate.py", "prompts.py")), *package.glob("models/*.*")]
     own += [package / "miniatures" / "world.py", *data_dir().glob(f"results/localize_{folder.name}_*.json")]
     digest = hashlib.sha256()
     for path in sorted([*own, *(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors"))]):

@@ -1,7 +1,7 @@
 """Models: the table of architectures, the registry, wrapped pipelines, loading, what denoisers are given.
 
-All pipelines are stock diffusers. All that differs between them is data: a row of ``architectures.ARCHITECTURES`` for
-each denoiser class, a table of ``registry.toml`` for each public checkpoint.
+All pipelines are stock diffusers. All that differs between them is data: a table of ``architectures.toml`` for each
+denoiser class, and one of ``registry.toml`` for each public checkpoint.
 """
 
 from textloc_utils.models.architectures import (
@@ -27,6 +27,7 @@ from textloc_utils.models.architectures import (
 )
 from textloc_utils.models.calls import (
     DenoiserCall,
+    attention_maps,
     call_rows,
     denoise,
     guided,

@@ -1,13 +1,15 @@
-"""The table of architectures: where each denoiser class reads text. All that differs between them is a row here.
+"""The table of architectures: where each denoiser class reads text. All that differs between them is a row of it.
 
-A new architecture is a new row of ARCHITECTURES: the attention modules that read text, the Linear modules whose outputs
-are the text's keys and values, which of their rows are text, and how the pipeline calls the denoiser. A row is right
-when it passes the tests of ``tests/test_families.py``: patching all layers of a row gives the other row's picture
-exactly, and no token of the picture is touched.
+The rows stand in ``architectures.toml``. A new architecture is a new row: the attention modules that read text, the
+Linear modules whose outputs are the text's keys and values, which of their rows are text, and how the pipeline calls
+the denoiser. A row is right when it passes the tests of ``tests/test_families.py``: patching all layers of a row gives
+the other row's picture exactly, and no token of the picture is touched.
 """
 
+import tomllib
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -139,151 +141,21 @@ class Architecture:
     pooling: tuple[str, ...] = ()
 
 
-def _unet() -> tuple[Site, ...]:
-    return tuple(
-        site
-        for part in ("down_blocks", "mid_block", "up_blocks")
-        for site in (
-            Site(f"{part}.*", "add_k_proj", "add_v_proj", family=ADDED),
-            Site(f"{part}.*", needs="is_cross_attention", family=CROSS),
-        )
-    )
+def _tuples(value):
+    """TOML's lists as tuples, those inside of them, too."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _cross(at: str, key: str = "to_k", value: str = "to_v") -> tuple[Site, ...]:
-    return (Site(at, key, value, family=CROSS_TRANSFORMER),)
+def _row(sites: list[dict], **others) -> Architecture:
+    found = tuple(Site(**{key: _tuples(value) for key, value in site.items()}) for site in sites)
+    return Architecture(sites=found, **{key: _tuples(value) for key, value in others.items()})
 
 
-_OWN = Site("transformer_blocks.*.attn", "add_k_proj", "add_v_proj")
-_SINGLE = Site("single_transformer_blocks.*.attn", context=TEXT_FIRST)
-#: The denoiser is told the noise level as a share of this many steps.
-_THOUSAND = 1000.0
-_FLUX_POOLED = "time_text_embed.text_embedder"
-
-#: Class name of a denoiser to its row.
-ARCHITECTURES = {
-    "UNet2DConditionModel": Architecture(
-        sites=_unet(), pooled="add_embedding", sample="sample", rows="doubled", long=()
-    ),
-    "SD3Transformer2DModel": Architecture(
-        sites=(_OWN,), pooled=_FLUX_POOLED, rows="doubled", picture_first=True, long=("tokenizer_3",)
-    ),
-    "FluxTransformer2DModel": Architecture(
-        sites=(_OWN, _SINGLE),
-        pooled=_FLUX_POOLED,
-        told=True,
-        long=("tokenizer_2",),
-        pooling=("tokenizer",),
-        unit=_THOUSAND,
-    ),
-    "Flux2Transformer2DModel": Architecture(
-        sites=(
-            _OWN,
-            Site(
-                "single_transformer_blocks.*.attn", "to_qkv_mlp_proj", "to_qkv_mlp_proj", TEXT_FIRST, ((1, 2), (2, 3))
-            ),
-        ),
-        unit=_THOUSAND,
-    ),
-    "QwenImageTransformer2DModel": Architecture(sites=(_OWN,), guidance="true_cfg_scale", unit=_THOUSAND),
-    "QwenImage21Transformer2DModel": Architecture(
-        sites=(Site("transformer_blocks.*.attn", context=TEXT_FIRST),),
-        guidance="true_cfg_scale",
-        masks=("mask", "key_valid"),
-        call={"use_kv_cache": False},
-        unit=_THOUSAND,
-    ),
-    "ZImageTransformer2DModel": Architecture(
-        sites=(Site("layers.*.attention", context=TEXT_LAST),),
-        sample="x",
-        time="t",
-        text="cap_feats",
-        tokens=(("cap_feats", 0, 1),),
-        multiple=32,
-        lengths="cap_feats",
-        picture_first=True,
-        rising=True,
-        rows="prompts first",
-        above=0.0,
-        unit=_THOUSAND,
-    ),
-    "Krea2Transformer2DModel": Architecture(
-        sites=(Site("transformer_blocks.*.attn", context=TEXT_FIRST),), above=0.0, unit=_THOUSAND
-    ),
-    "ChromaTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), unit=_THOUSAND),
-    "LongCatImageTransformer2DModel": Architecture(
-        sites=(_OWN, _SINGLE), call={"enable_prompt_rewrite": False}, unit=_THOUSAND
-    ),
-    "OvisImageTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), unit=_THOUSAND),
-    "BriaTransformer2DModel": Architecture(sites=(_OWN, _SINGLE), rows="doubled"),
-    "AuraFlowTransformer2DModel": Architecture(
-        sites=(Site("joint_transformer_blocks.*.attn", "add_k_proj", "add_v_proj"), _SINGLE),
-        registers="register_tokens",
-        rows="doubled",
-        unit=_THOUSAND,
-    ),
-    "CogView4Transformer2DModel": Architecture(sites=(Site("transformer_blocks.*.attn1", context=TEXT_FIRST),)),
-    "HunyuanImageTransformer2DModel": Architecture(
-        sites=(_OWN, Site("single_transformer_blocks.*.attn", context=TEXT_LAST)),
-        tokens=(("encoder_hidden_states", 1, 1), ("encoder_hidden_states_2", 1, 1)),
-        picture_first=True,
-        guidance="guider",
-    ),
-    "HiDreamImageTransformer2DModel": Architecture(
-        sites=(
-            Site("double_stream_blocks.*.block.attn1", "to_k_t", "to_v_t"),
-            Site("single_stream_blocks.*.block.attn1", context=TEXT_LAST),
-        ),
-        pooled="p_embedder",
-        time="timesteps",
-        text="encoder_hidden_states_t5",
-        tokens=(("encoder_hidden_states_t5", 1, 1), ("encoder_hidden_states_llama3", 2, 2)),
-        second=("encoder_hidden_states_llama3",),
-        long=("tokenizer_3", "tokenizer_4"),
-        pooling=("tokenizer", "tokenizer_2"),
-        picture_first=True,
-        rows="doubled",
-    ),
-    "ErnieImageTransformer2DModel": Architecture(
-        sites=(Site("layers.*.self_attention", context=TEXT_LAST),),
-        text="text_bth",
-        tokens=(("text_bth", 1, 1),),
-        lengths="text_lens",
-        picture_first=True,
-        rows="doubled",
-        call={"use_pe": False},
-    ),
-    "PixArtTransformer2DModel": Architecture(
-        sites=_cross("transformer_blocks.*.attn2"), rows="doubled", call={"use_resolution_binning": False}
-    ),
-    "SanaTransformer2DModel": Architecture(
-        sites=_cross("transformer_blocks.*.attn2"),
-        rows="doubled",
-        call={"use_resolution_binning": False, "complex_human_instruction": None},
-    ),
-    "HunyuanDiT2DModel": Architecture(
-        sites=_cross("blocks.*.attn2"),
-        pooled="time_extra_emb.pooler",
-        tokens=(("encoder_hidden_states", 1, 1), ("encoder_hidden_states_t5", 1, 1)),
-        rows="doubled",
-        call={"use_resolution_binning": False},
-        long=(),
-    ),
-    "Kandinsky5Transformer3DModel": Architecture(
-        sites=_cross("visual_transformer_blocks.*.cross_attention", "to_key", "to_value"),
-        pooled="pooled_text_embeddings",
-        pooling=("tokenizer_2",),
-    ),
-    "WanTransformer3DModel": Architecture(sites=_cross("blocks.*.attn2"), call={"num_frames": 1}),
-}
-
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 #: Class name of a denoiser or pipeline to why it stays out.
-REFUSED = {
-    "Lumina2Transformer2DModel": "its rows of text and picture are ragged: each row has places of its own",
-    "Ideogram4Transformer2DModel": "a second denoiser answers for the negatives",
-    "GlmImageTransformer2DModel": "its text enters through an autoregressive prior",
-    "Flux3Transformer2DModel": "it comes as a modular pipeline only",
-}
+REFUSED: dict[str, str] = _TABLE.pop("refused")
+#: Class name of a denoiser to its row.
+ARCHITECTURES = {name: _row(**row) for name, row in _TABLE.items()}
 
 
 def architecture(denoiser: nn.Module | str) -> Architecture:
