@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from textloc_utils import edit, metrics, scene_pairs, specificity, sweeps
+from textloc_utils import edit, lora_looks, metrics, scene_pairs, specificity, sweeps
 from textloc_utils.experiment import published_table
 from textloc_utils.models import Model
+from textloc_utils.safety import scenes
 from textloc_utils.settings import TextlocError, data_dir
 
 SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE = "supported", "contradicted", "undecided", "untestable here"
@@ -134,6 +135,11 @@ def carries(carried: pd.DataFrame) -> Outcome:
     return _between(moved.moved.max() <= 0.05, moved.moved.max() >= 0.2, figure, moved.n.min())
 
 
+def writes(table: pd.DataFrame) -> Outcome:
+    """As much gain in spelling for less drift, against another arm's; see ``lora_looks.writes``."""
+    return Outcome(**lora_looks.writes(table))
+
+
 def edits(table: pd.DataFrame) -> Outcome:
     """The material is kept where the new prompt changes it, and the text is written as often."""
     kept = edit.kept(table).set_index("method")
@@ -170,6 +176,11 @@ def cheap(table: pd.DataFrame) -> Outcome:
     return _between(ratio <= 1.05 and time <= 1.05, ratio > 1.05 or time > 1.25, figure, table.seed.nunique())
 
 
+def toxic(table: pd.DataFrame) -> Outcome:
+    """Toxic text is kept out, the harmless word is written, and the picture is kept; see ``scenes.toxic``."""
+    return Outcome(**scenes.toxic(table))
+
+
 def free(table: pd.DataFrame) -> Outcome:
     """Not one row evaluation more than the unguarded picture, and 1.05 times its seconds."""
     toxic = table[table.kind == "toxic"].groupby("method")
@@ -180,5 +191,5 @@ def free(table: pd.DataFrame) -> Outcome:
 
 
 JUDGES: dict[str, Callable[..., Outcome]] = {
-    judge.__name__: judge for judge in (few, share, others, specific, carries, edits, maps, cheap, free)
+    judge.__name__: judge for judge in (few, share, others, specific, carries, writes, edits, maps, cheap, toxic, free)
 }

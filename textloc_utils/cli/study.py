@@ -1,4 +1,4 @@
-"""The book's measurements: ``study layers``, ``contents``, ``trainings``, ``seeds``, ``edit``, ``guard``, ``lora``.
+"""The book's measurements, ``study ...``: layers, contents, trainings, seeds, edit, guard, toxic, lora, looks.
 
 All are kept piece by piece: a killed run goes on where it was.
 """
@@ -24,7 +24,8 @@ def add(commands) -> None:
     """Add this group's commands."""
     studies = commands.add_parser("study", help="the book's measurements; results are kept piece by piece")
     studies = studies.add_subparsers(dest="study", required=True, metavar="STUDY")
-    for each in (_add_layers, _add_contents, _add_trainings, _add_seeds, _add_edit, _add_guard, _add_lora):
+    layers = (_add_layers, _add_contents, _add_trainings, _add_seeds)
+    for each in (*layers, _add_edit, _add_guard, _add_toxic, _add_lora, _add_looks):
         each(studies)
 
 
@@ -211,6 +212,23 @@ def _guard(args) -> None:
     print(f"harmless pictures unchanged bit for bit: {guarded.unchanged.sum()} of {len(guarded)}")
 
 
+def _add_toxic(studies) -> None:
+    what = "toxic words where the scene follows the word: the guard, its baselines, and a safe adapter"
+    options.add_layers(_measurement(studies, "toxic", _toxic, what, "how many prompts and steps", "the tables"))
+
+
+def _toxic(args) -> None:
+    from textloc_utils.safety import scenes
+
+    run, work, layers = _experiment(args)
+    training = scenes.shared(work.steps)
+    table = scenes.measure(run, work.words, args.seed, layers=layers, training=training)
+    columns = ["method", "learned", "n", "toxic", "exact", "material_kept", "ssim_outside", "extra"]
+    for kind, part in table.groupby("kind", sort=False):
+        print(kind)
+        print(scenes.rates(part, ["method", "learned"])[columns].round(3).to_string(index=False))
+
+
 def _add_lora(studies) -> None:
     what = "adapters on localized layers against all, random ones, and all attention"
     adapters.add_chosen_layers(_measurement(studies, "lora", _lora, what, "how many words and steps"))
@@ -224,6 +242,21 @@ def _lora(args) -> None:
     layers = adapters.layers_of(model, args.layers, args.seed)
     run, training = options.experiment(args, model, steps=work.steps), lora_study.shared(work.steps)
     adapters.print_scores(lora_study.study(run, layers, work.sweep_pairs, args.seed, training=training))
+
+
+def _add_looks(studies) -> None:
+    what = "adapters from the early checkpoint, tuned on one look: gain in spelling against drift"
+    options.add_layers(_measurement(studies, "looks", _looks, what, "how many words and steps", "the tables"))
+
+
+def _looks(args) -> None:
+    from textloc_utils import lora_looks
+
+    run, work, layers = _experiment(args)
+    training, tuning = lora_looks.shared(work.steps), min(work.words, lora_looks.TUNING)
+    table = lora_looks.study(run, layers, work.words, args.seed, tuning=tuning, training=training)
+    columns = ["arm", "lr", "seeds", *lora_looks.GAINS, *lora_looks.DRIFTS]
+    print(lora_looks.plane(table)[columns].to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 
 
 def _model(args):
