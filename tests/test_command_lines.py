@@ -152,7 +152,9 @@ def grammar(at, outs):
         "study seeds": [("", ["sd3-mini"], MODELS), ("", [f"{at}/folder"], ["", "x" * 300, SURROGATE]), preset, seed],
         "study edit": [*model, ("--tables", [], TYPED), preset, pairs, layers, drawing[2]],
         "study guard": [*model, preset, layers, drawing[2]],
+        "study toxic": [*model, preset, layers],
         "study lora": [*model, preset, named],
+        "study looks": [*model, preset, layers],
         "explore": [("", ["sd3-mini"], MODELS), device, seed, pairs],
         "train": [
             ("", ["sd3-mini"], MODELS),

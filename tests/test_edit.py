@@ -476,7 +476,7 @@ def test_open_prompts_are_edited_at_settings_that_other_pairs_chose(mini, tmp_pa
         "compare",
         lambda e, pairs, m, **k: asked.setdefault(len(pairs), pairs) and original(e, pairs, m, **k),
     )
-    table = edit.open_table(run, LAYERS, 3, tuning=2)
+    table = edit.scene_table(run, "open", LAYERS, 3, tuning=2)
     assert {p.source_text for p in asked[2]} <= set(scene_pairs.words("tune"))
     assert {p.target_text for p in asked[3]} <= set(scene_pairs.words("report"))
     assert len(table) == 3 * 4 and table.start.tolist()[:4] == [1, 0, 1, 0] and table.share.tolist()[:2] == [0.0, 0.5]
@@ -488,6 +488,12 @@ def test_open_prompts_are_edited_at_settings_that_other_pairs_chose(mini, tmp_pa
     assert rows[1]["ssim_outside"] == pytest.approx(metrics.ssim(pictures[2], pictures[0], mask))
     given, _ = edit.compare_pair(run, asked[3][0], [edit.flow_edit(1)], given=True)
     np.testing.assert_array_equal(given[0], world.render(asked[3][0].scene))
+    table = edit.scene_table(run, "open_given", LAYERS, 3, tuning=2)
+    assert table.given.all() and table.method.tolist()[:3] == ["round trip", "localized", "Prompt-to-Prompt, own maps"]
+    table = edit.scene_table(run, "named", LAYERS, 1, tuning=2)
+    assert len(table) == 4 and world.NAMED.split(" says")[0].split()[-2] in asked[1][0].source
+    with pytest.raises(TextlocError, match="unknown table 'all'; allowed: open, named, open_given"):
+        edit.scene_table(run, "all", LAYERS, 3)
 
 
 def test_edited_pairs_are_others_than_searched_ones():

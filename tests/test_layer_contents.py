@@ -6,6 +6,7 @@ import pytest
 from textloc_utils import cli, experiment, layer_contents, models, prompts, sweeps
 from textloc_utils.book import plots
 from textloc_utils.experiment import Experiment
+from textloc_utils.miniatures import world
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import SOURCE, TARGET, Site, together
@@ -39,9 +40,50 @@ def test_sites_of_each_study(model):
     assert all(not site.pooled for site in sites("parts", models.load("ldm-mini", device="cpu")))
 
 
-def test_pairs_of_the_colours_differ_in_colours():
-    assert all(p.target_wall and p.target_wall != p.wall for p in layer_contents.STUDIES["colours"].pairs(5, 1))
-    assert layer_contents.STUDIES["steps"].pairs(5, 1) == prompts.make_pairs(5, 1)
+def test_pairs_of_the_colours_differ_in_colours(model):
+    assert all(p.target_wall and p.target_wall != p.wall for p in layer_contents.STUDIES["colours"].pairs(model, 5, 1))
+    assert layer_contents.STUDIES["steps"].pairs(model, 5, 1) == prompts.make_pairs(5, 1)
+
+
+def test_pairs_for_the_tokens_are_equally_long(model, monkeypatch):
+    pairs = layer_contents.STUDIES["tokens"].pairs(model, 12, 1)
+    assert len(pairs) == 12 and all(len(p.source_text) == len(p.target_text) for p in pairs)
+    monkeypatch.setattr(layer_contents.scene_pairs, "world_of", lambda model: world.PLAIN)
+    for pair in layer_contents.STUDIES["tokens"].pairs(model, 12, 1):
+        assert len(pair.source_text) == len(pair.target_text) and pair.scene.typeface == "plain"
+
+
+def test_tokens_of_each_text_are_patched(model):
+    kinds = [site.kind for site in sites("tokens", model)]
+    assert kinds == ["found", "all", "different tokens", "same tokens", "different 0 tokens", "different 1 tokens"]
+    of_one_text = sites("tokens", models.load("ldm-mini", device="cpu"))
+    assert [site.kind for site in of_one_text] == ["found", "all", "different tokens", "same tokens"]
+
+
+def test_the_fewest_heads_are_found_one_layer_at_a_time(model, tmp_path, monkeypatch):
+    """Heads 4.1 and 5.0 write together; 5.2 is needed in one pair of four, which the share forgives no more."""
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
+    need, asked = {(4, 1), (5, 0)}, []
+
+    def known(experiment, pairs, chosen, *, source=True):
+        asked.append(len(chosen))
+        rows = []
+        for pair in pairs:
+            for site in chosen:
+                layers = range(12) if site.kind == "all" else site.layers
+                heads = set(site.layer_heads) or {(layer, head) for layer in layers for head in range(3)}
+                wants = need | ({(5, 2)} if pair.seed % 4 == 0 else set())
+                about = {"seed": pair.seed, "target_score": 0.0, "floor": 0.0}
+                rows.append(about | site.columns(8) | {"exact": wants <= heads})
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(sweeps, "table", known)
+    run = Experiment.of(model, store=Store(tmp_path / "units"))
+    told = layer_contents.rates(layer_contents.heads(run, (4, 5), 8)).set_index("kind")
+    assert told.heads["fewest heads"] == "4.1 5.0 5.2" and told.heads["other heads"] == "4.0 4.2 5.1"
+    assert told.exact["found"] == told.exact["fewest heads"] == 1.0 and told.exact["other heads"] == 0.0
+    assert told.n["random heads"] == 8 * layer_contents.RANDOM_HEADS and told.exact["random heads"] < 1
+    assert asked == [7, *[1] * 6, 3 + layer_contents.RANDOM_HEADS]
 
 
 def test_pictures_whose_colours_nobody_reads_carry_text_only():

@@ -96,8 +96,9 @@ def test_searches_find_the_fewest_layers_that_suffice(model, monkeypatch, how, e
     assert found.reached.mean >= 0.9 and found.confidence > 0.9
     assert found.share == pytest.approx(sum(models.describe("sd3-mini")["kv_share"][i] for i in found.layers))
     assert found.row_evaluations == sum(asked) + (len(screen) if how == "budgeted" else 0)
+    assert (found.sure is None) == (how == "exhaustive")
     if how == "budgeted":
-        assert sum(asked) < 30 * len(model.layers) / 2
+        assert sum(asked) < 0.6 * 30 * (len(model.layers) + 2)  # of the sweep
 
 
 def test_a_layer_that_only_erases_comes_before_those_that_do_nothing(model, monkeypatch):
@@ -125,6 +126,49 @@ def test_a_wrong_screen_is_put_right_by_drawing(model, monkeypatch):
     ]
     monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: pd.DataFrame(rows))
     assert tl.localize(model, prompts.make_pairs(20), budget=1.0).layers == (7,)
+
+
+@pytest.mark.parametrize("truth", [0.9, 0.72])
+def test_a_race_is_rarely_wrong_however_often_it_looks(model, monkeypatch, truth):
+    """Layer 3 writes the share of all layers' texts that decides, or surely less: few races are sure of the wrong."""
+    wrong = sure = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        luck = {at: rng.random() for at in range(42, 42 + 80)}
+
+        def drawn(experiment, group, chosen, *, source=True, luck=luck):
+            rows = {s: [1.0 if s.kind == "all" else float(luck[p.seed] < truth - 1e-9) for p in group] for s in chosen}
+            table = table_of(rows)
+            table["seed"] = [pair.seed for _ in rows for pair in group]
+            return table.assign(exact=(table.target_score - table.floor).round().astype(bool))
+
+        monkeypatch.setattr(sweeps, "table", drawn)
+        race = localization._Drawn(Experiment.of(model), "exact")
+        best, n, decided = localization._race(race, [(3,)], prompts.make_pairs(80), 0.9, np.inf, 0)
+        assert n <= 80 and decided <= (n >= 8)
+        sure += decided
+        wrong += decided and best is not None
+    assert wrong <= 3 and (truth == 0.9 or sure > 45)
+
+
+def test_a_few_pairs_that_agree_are_not_sure():
+    alike = pd.DataFrame({"3": [1.0] * 8, "all": [1.0] * 8})
+    low, high = localization._surplus(alike, [3], 0.9, 0.01)
+    assert low < 0 < high
+    low, _ = localization._surplus(pd.concat([alike] * 12, ignore_index=True), [3], 0.9, 0.01)
+    assert low > 0
+    assert localization._surplus(alike.assign(**{"3": 0.0}), [3], 0.9, 0.01)[1] < 0
+
+
+def test_looks_are_counted():
+    assert localization._looks(8, 8) == 1 and localization._looks(8, 100) == 8  # 8 12 18 27 41 62 93 100
+
+
+def test_the_share_that_an_exact_set_reaches_is_never_without_an_interval(model):
+    rows = table_of({together([3]): [1.0] * 20, Site(kind="all"): [1.0] * 20})
+    drawn = localization._Drawn(Experiment.of(model), "exact", rows.assign(exact=True))
+    found = localization._found("exhaustive", (3,), np.ones(12), drawn, 0.9, 20, 0.0)
+    assert found.reached.mean == found.reached.high == 1.0 and 0.8 < found.reached.low < 0.95
 
 
 def test_a_pair_s_effect_starts_at_its_own_floor():

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from textloc_utils import cli, experiment, lora, lora_study, models, prompts
+from textloc_utils import cli, experiment, lora, lora_looks, lora_study, models, prompts
 from textloc_utils.cli import adapters
 from textloc_utils.experiment import Experiment
 from textloc_utils.lora import Training
@@ -75,22 +75,6 @@ def test_arms_differ_in_their_layers_and_rank_alone(name):
             assert abs(lora.parameters(model, arm.training) - count) <= max(one / 2, one - count)
     layers = {arm.name: arm.training.layers for arm in found}
     assert layers["localized"] == (1,) and layers["all text layers"] == every
-
-
-def test_random_layers_are_others_and_differ_between_seeds(model):
-    drawn = [lora_study.random_layers(model, (4, 5, 6), seed) for seed in range(6)]
-    assert all(len(set(layers)) == 3 and set(layers).isdisjoint((4, 5, 6)) for layers in drawn)
-    assert len(set(drawn)) > 3 and drawn[0] == lora_study.random_layers(model, [6, 5, 4], 0)
-    assert len(lora_study.random_layers(model, range(8), 0)) == 8
-
-
-def test_diversity_is_the_distance_within_a_prompt():
-    pictures = np.zeros((2, 3, 8, 8, 3), np.uint8)
-    assert lora_study.diversity(pictures) == 0
-    pictures[1] = 200  # other prompts do not count
-    assert lora_study.diversity(pictures) == 0
-    pictures[0, 0] = 30  # two of the three pairs of the first prompt are 30 apart
-    assert lora_study.diversity(pictures) == pytest.approx((2 * 30 / 3 + 0) / 2)
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -240,7 +224,7 @@ def test_layers_by_name(model, monkeypatch):
     monkeypatch.setattr(experiment, "known_layers", lambda model: (4, 5))
     assert adapters.layers_of(model, ["all"], 0) == tuple(range(12))
     assert adapters.layers_of(model, ["localized"], 0) == (4, 5)
-    assert adapters.layers_of(model, ["random"], 1) == lora_study.random_layers(model, (4, 5), 1)
+    assert adapters.layers_of(model, ["random"], 1) == lora_looks.random_layers(model, (4, 5), 1)
     assert adapters.layers_of(model, [7, 3], 0) == (3, 7)
 
 

@@ -7,8 +7,10 @@ from diffusers import UNet2DConditionModel
 
 from textloc_utils import onestep
 from textloc_utils.generate import counted
+from textloc_utils.models import CROSS
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
+from textloc_utils.sites import token_groups
 
 PAIR = Pair(
     source='A red sign that says "HELLO".',
@@ -160,6 +162,38 @@ def test_mistakes_get_one_line(model):
         onestep.effects(model, [PAIR], depth="deep")
     with pytest.raises(TextlocError, match="0 <= level < 1"):
         onestep.effects(model, [PAIR], levels=(1.0,))
+
+
+def test_attention_is_what_its_maps_say(model):
+    """Against the maps of stock attention, computed here from its queries and keys."""
+    table = onestep.effects(model, [PAIR], depth=onestep.ATTENTION, levels=(0.0, 0.5))
+    assert list(table.layer) == [*range(len(model.layers))] * 2
+    assert table.effect.between(0, 1).all() and table.effect.max() > 1e-4
+    halves = 1 if model.spec.pipeline == "FluxPipeline" else 2
+    with counted(model) as counter:
+        onestep.effects(model, [PAIR], depth=onestep.ATTENTION, levels=(0.0,))
+    assert counter.rows == halves * 3  # source and target as they are, and the source once more
+    if model.layers[0].family != CROSS:
+        return
+    held = {}
+    call = FirstCall(model)
+    names = [layer.name for layer in model.layers]
+    handles = [
+        model.denoiser.get_submodule(f"{name}.{part}").register_forward_hook(
+            lambda module, args, out, at=(name, part): held.update({at: out[-1]})  # the prompt's half comes last
+        )
+        for name in names
+        for part in ("to_q", "to_k")
+    ]
+    call.ask(0)
+    for handle in handles:
+        handle.remove()
+    places = list(token_groups(model, PAIR)["different"])
+    for layer, name in zip(model.layers, names, strict=True):
+        query, key = (held[name, part].unflatten(-1, (layer.heads, -1)).transpose(0, 1) for part in ("to_q", "to_k"))
+        maps = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+        first = table[(table.layer == layer.index) & (table.level == 0.0)].effect.item()
+        assert first == pytest.approx(float(maps[..., places].sum(-1).mean()), abs=1e-6)
 
 
 @pytest.mark.parametrize("depth", onestep.DEPTHS)

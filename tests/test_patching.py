@@ -170,6 +170,19 @@ def test_steps_heads_and_tensors(exact, name, part):
         assert np.abs(out - whole).mean() > 10 * TOLERANCE  # a part is not the whole
 
 
+@pytest.mark.parametrize("part", [{"tokens": (3, 9, 6)}, {"tokens": (9, 4), "heads": (1,), "tensors": "v"}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens(exact, name, part):
+    """Some of the text's places, which change little in a tiny model, and exactly that."""
+    model = exact(name)
+    every = tuple(range(len(model.layers)))
+    plain = sample(model, [SOURCE], [7])[0]
+    with patched(model, [Patch(source=0, target=1, layers=every, **part)], 2):
+        out = sample(model, [SOURCE, TARGET], [7, 7])[0]
+    assert np.abs(out - two_pass(model, SOURCE, TARGET, 7, layers=every, **part)).max() < 1e-10
+    assert np.abs(out - plain).mean() > 1e-7
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "ldm"])
 def test_pooled_alone_and_with_a_step_range(exact, name):
     model = exact(name)
@@ -370,8 +383,17 @@ def test_layers_and_heads_of_many_kinds(models):
         assert Patch(source=0, target=1, layers=layers) == Patch(source=np.int64(0), target=1, layers=(1,))
     assert Patch(source=0, target=1, layers="all").indices(model) == (0, 1, 2, 3)
     assert Patch(source=0, target=1, heads="all").heads is None
+    assert Patch(source=0, target=1, tokens="all").tokens is None
+    assert Patch(source=0, target=1, tokens=range(2)).tokens == (0, 1)
     assert Patch(source=0, target=1, heads=[0]).heads == Patch(source=0, target=1, heads=np.int8(0)).heads == (0,)
-    for wrong in ({"layers": "3"}, {"layers": 1.0}, {"layers": [True]}, {"layers": None}, {"heads": "first"}):
+    for wrong in (
+        {"layers": "3"},
+        {"layers": 1.0},
+        {"layers": [True]},
+        {"layers": None},
+        {"heads": "first"},
+        {"tokens": 1.5},
+    ):
         (name,) = wrong
         with pytest.raises(TextlocError, match=f"^{name} must be an integer or integers, got"):
             Patch(source=0, target=1, **wrong)
@@ -431,6 +453,7 @@ def test_rows_that_share_steps_cost_one_copy(models):
         ([Patch(source=0, target=1, layers=(0,), heads=(2,))], "heads .* out of range.*0 to 1"),
         ([Patch(source=0, target=1, layers=(0,), tensors="q")], "unknown tensors 'q'.*k, v, kv"),
         ([Patch(source=0, target=1, layers=(0,), start=2, stop=1)], "steps 2 to 1"),
+        ([Patch(source=0, target=1, layers=(0,), tokens=(-1,))], "tokens .* out of range.*from 0"),
         ([Patch(source=0, target=1, pooled=True)], "no pooled text embedding"),
     ],
 )
@@ -451,6 +474,15 @@ def test_two_targets_for_one_place(models):
         out = sample(model, [SOURCE, TARGET, OTHER_TARGET], [7] * 3)
     with patched(model, [one], 3):
         assert np.abs(out - sample(model, [SOURCE, TARGET, OTHER_TARGET], [7] * 3))[0].mean() > VISIBLE
+
+
+def test_a_place_beyond_the_text_is_refused(models):
+    model = models("ldm")
+    with (
+        pytest.raises(TextlocError, match=r"tokens \(99,\) are out of range; this text has places 0 to \d"),
+        patched(model, Patch(source=0, target=1, layers=(0,), tokens=99), 2),
+    ):
+        sample(model, [SOURCE, TARGET], [7, 7])
 
 
 def test_a_batch_of_another_size_is_refused(models):

@@ -75,6 +75,20 @@ def test_adapters_show_both_tasks_and_the_model_before():
     assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [0.2, 0.9]
 
 
+def test_the_plane_has_a_mark_per_arm_and_drift():
+    table = pd.DataFrame({"arm": ["localized", "all text layers"], "gain": [0.1, 0.2]})
+    for name, drift in (("typefaces", [0.1, 0.6]), ("materials", [0.2, 0.5]), ("diversity", [0.0, 0.3])):
+        table[name] = drift
+    for name in ("gain", "typefaces", "materials", "diversity"):
+        table[f"{name}_low"], table[f"{name}_high"] = table[name] - 0.05, table[name] + 0.05
+    figure = plots.plane({"m": table, "n": table})
+    points = [tuple(line.lines[0].get_xydata()[0]) for line in figure.axes[0].containers]
+    assert points == [(0.1, 0.1), (0.2, 0.1), (0.0, 0.1), (0.6, 0.2), (0.5, 0.2), (0.3, 0.2)]
+    (legend,) = figure.legends
+    told = {t.get_text() for t in legend.get_texts()}
+    assert told == {"localized", "all text layers", "typefaces, bits", "materials", "diversity"}
+
+
 def test_adapter_losses_have_a_line_per_arm():
     table = pd.DataFrame({"arm": ["a", "a", "b", "b"], "step": [1, 2, 1, 2], "loss": [0.5, 0.4, 0.5, 0.3]})
     figure = plots.adapter_losses({"m": table, "n": table})

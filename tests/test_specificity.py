@@ -1,8 +1,11 @@
 """Pairs of scenes, and localizing every factor by one rule: on layers that are known, and on drawn pictures."""
 
+from dataclasses import dataclass
+
+import pandas as pd
 import pytest
 
-from textloc_utils import localization, models, prompts, scene_pairs, specificity, sweeps
+from textloc_utils import cli, localization, models, prompts, scene_pairs, specificity, sweeps
 from textloc_utils.experiment import Experiment
 from textloc_utils.miniatures import world
 from textloc_utils.results import Store
@@ -127,3 +130,64 @@ def test_exact_match_selects_what_scores_would_not(experiment):
     mixed = [*pairs[:2], scene_pairs.make(1, "select", 99, differs=("ink",))[0]]
     with pytest.raises(TextlocError, match="differ in ink, text"):
         localization.localize(experiment, mixed)
+
+
+def test_every_search_is_done_and_the_budgeted_one_has_its_own_pairs(experiment, monkeypatch):
+    asked = {}
+
+    def published(run, pairs, how, *, by):
+        asked[how] = {pair.seed for pair in pairs}, {pair.source_text for pair in pairs}, by
+        return how, None
+
+    monkeypatch.setattr(localization, "published", published)
+    assert list(specificity.searches(experiment, 5)) == list(asked) == list(localization.SEARCHES)
+    others = [asked[how] for how in asked if how != "budgeted"]
+    assert all(each == others[0] for each in others) and {by for *_, by in asked.values()} == {"exact"}
+    assert not asked["budgeted"][0] & others[0][0]
+
+
+def test_a_word_is_needed_where_it_is_read(experiment, monkeypatch):
+    """Without the text's layers the word goes; without all others it stays."""
+
+    def emptied(run, pair, sites=None, *, source=True):
+        assert pair.target == "" and pair.source_text == pair.target_text
+        shown = [Site(kind="source"), Site(kind="target"), *sites]
+        kept = [s.kind != "target" and not HELD["text"] & set(s.layers) for s in shown]
+        about = {"seed": pair.seed, "row_evaluations": 1.0}
+        return None, [about | s.columns(4) | {"exact": k} for s, k in zip(shown, kept, strict=True)]
+
+    monkeypatch.setattr(sweeps, "patch_pair", emptied)
+    told = specificity.rates(specificity.needed(experiment, (4, 5), 6)).set_index("kind").exact
+    assert told["found"].item() == told["all"].item() == 0 and told["others"].item() == 1
+    assert 0 < told["random"].item() < 1
+
+
+def test_styles_are_the_typefaces_that_prompts_name(experiment):
+    table = specificity.reported(experiment, {"text": (4, 5)}, 12)
+    told = specificity.by_style(table)
+    assert set(told.typeface) == set(world.TYPEFACES) and set(told.kind) == {"found", "all"}
+    assert told.n.sum() == 24 and (told.exact == 1).all()
+
+
+def test_the_command_tells_every_set(capsys, monkeypatch, model):
+    lines = []
+    monkeypatch.setattr(specificity, "searches", lambda run, n, seed: {"exhaustive": Found(layers=(4, 5))})
+    monkeypatch.setattr(
+        specificity, "search", lambda run, factor, n, seed: Found(layers=(8,)) if factor == "ink" else None
+    )
+    for name in ("needed", "reported", "carried"):
+        monkeypatch.setattr(specificity, name, lambda run, *given, name=name: lines.append((name, *given)))
+    for name in ("rates", "moved"):
+        monkeypatch.setattr(specificity, name, lambda table, name=name: pd.DataFrame({name: [1]}))
+    assert cli.main(["study", "layers", "sd3-mini", "--preset", "smoke"]) == 0
+    assert lines == [("needed", (4, 5), 8, 42)]  # nobody reads the other factors of these pictures
+    monkeypatch.setattr(scene_pairs, "world_of", lambda model: world.SECOND)
+    assert cli.main(["study", "layers", "sd3-mini", "--preset", "smoke"]) == 0
+    assert lines[2:] == [("reported", {"text": (4, 5), "ink": (8,)}, 8, 42), ("carried", (4, 5), 8, 42)]
+    told = capsys.readouterr().out
+    assert "material: all layers together bring nothing of it" in told and "ink: Found" in told
+
+
+@dataclass
+class Found:
+    layers: tuple

@@ -31,6 +31,30 @@ def test_rows_of_one_pair(model):
     assert [rows[3][column] for column in ("site", "layers", "start", "stop")] == ["layer 3", "3", 0, 2]
 
 
+def test_tokens_are_patched_where_the_prompts_differ_and_heads_layer_by_layer(model):
+    pair = prompts.make_pairs(1)[0]
+    groups = sites.token_groups(model, pair)
+    columns = [t for _, text in model.text_columns(pair.source) for t in text]
+    others = [t for _, text in model.text_columns(pair.target) for t in text]
+    assert set(groups) == {"different", "same", "different 0", "different 1"}
+    assert groups["different"] == groups["different 0"] + groups["different 1"]
+    assert sorted(groups["different"] + groups["same"]) == list(range(len(columns)))
+    assert all((columns[i] != others[i]) == (i in groups["different"]) for i in range(len(columns)))
+    every = tuple(range(len(model.layers)))
+    per_layer = tuple((layer, head) for layer in every for head in range(model.layers[layer].heads))
+    chosen = [
+        Site(layers=every),
+        Site(kind="heads", layers=every, layer_heads=per_layer),
+        Site(kind="heads", layers=(3, 4), layer_heads=((3, 1), (4, 0))),
+        *(Site(kind=name, layers=every, tokens=name) for name in ("different", "same")),
+    ]
+    pictures, rows = sweeps.patch_pair(Experiment.of(model, steps=2), pair, chosen)
+    assert rows[4]["heads"] == "3.1 4.0" and rows[4]["layers"] == "3 4"
+    whole, by_head, two_heads, different, same = pictures[2:]
+    assert np.abs(whole.astype(int) - by_head).max() <= 1
+    assert all((picture != whole).any() for picture in (two_heads, different, same))
+
+
 def test_a_row_says_what_was_asked_and_what_was_seen(monkeypatch):
     tiny_model = tiny.model("ldm")
     (pair,) = prompts.make_pairs(1, seed=3)

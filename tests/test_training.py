@@ -259,6 +259,7 @@ def test_only_a_miniature_is_replaced_by_a_shipped_one(tmp_path, capsys, monkeyp
         (["--seeing", "3"], "a run for a study is no miniature of the book; add --no-ship"),
         (["--world", "plain"], "a run for a study"),
         (["--layers", "6"], "a run for a study"),
+        (["--text", "random"], "a run for a study"),
         (["--no-ship", "--ship", "elsewhere"], "give --ship or --no-ship, not both"),
     ],
 )
@@ -266,6 +267,20 @@ def test_runs_for_studies_are_not_shipped_by_accident(options, message, tmp_path
     monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("it trained first"))
     assert cli.main(["train", "sd3-mini", "--out", str(tmp_path / "run"), *options]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_text_encoders_of_a_study(tmp_path, cache):
+    with pytest.raises(TextlocError, match="text encoders of ldm-mini cannot be random; those of sd3-mini can"):
+        training.train("ldm-mini", tmp_path / "run", text="random")
+    with pytest.raises(TextlocError, match="planted layers know letters by their tokens"):
+        training.train("sd3-mini", tmp_path / "run", text="subwords", seeing=(3,))
+    assert not (tmp_path / "run").exists()
+    report = train(tmp_path / "run", cache, text="subwords")
+    assert report["text"] == "subwords" and report["parts"]["text_encoder_3"]["inputs"]["kind"] == "t5-subwords"
+    index = json.loads((tmp_path / "run" / "pipeline" / "tokenizer_3" / "tokenizer.json").read_text())
+    assert "th" in index["model"]["vocab"]
+    with pytest.raises(TextlocError, match="holds a run with text subwords, not None"):
+        train(tmp_path / "run", cache)
 
 
 def test_only_some_recipes_have_a_choice_of_layers(tmp_path):

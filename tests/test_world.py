@@ -9,7 +9,8 @@ import pytest
 
 from textloc_utils import prompts
 from textloc_utils.miniatures import factors, world
-from textloc_utils.miniatures.encoders import KINDS
+from textloc_utils.miniatures.encoders import KINDS, pretrain
+from textloc_utils.miniatures.tokenizers import pieces
 
 
 def drawn(n, seed=0, only=world.SECOND, **how):
@@ -154,6 +155,30 @@ def test_every_caption_fits_and_is_known_to_every_tokenizer(captions, kind):
     tokens = tokenizer.convert_ids_to_tokens(tokenizer('A sign says "A".').input_ids)
     assert [t for t in tokens if t not in tokenizer.all_special_tokens] == ["an", "sign", "says", '"', "a", '"', "."]
     assert tokenizer.convert_ids_to_tokens(tokenizer("A turquoise sign.").input_ids).count("<unk>") == 1
+
+
+def test_subwords_hold_several_letters_in_quotes_only():
+    letters, subwords = (KINDS[kind].make_tokenizer() for kind in ("clip", "clip-subwords"))
+    assert len(pieces()) == 150 and {len(p) for p in pieces()} == {2, 3} and not set(pieces()) & set(world.vocabulary())
+
+    def split(tokenizer, text):
+        found = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+        return [t for t in found if t not in tokenizer.all_special_tokens]
+
+    text = 'The word "STRING" in white letters.'
+    assert split(letters, text) == ["the", "word", '"', *"string", '"', "in", "white", "letters", "."]
+    pieced = split(subwords, text)
+    inside = pieced[pieced.index('"') + 1 : -5]
+    assert "".join(inside) == "string" and len(inside) < 6 and pieced[-4:] == ["in", "white", "letters", "."]
+
+
+def test_random_encoders_are_as_they_were_drawn():
+    first, right = pretrain(KINDS["clip-random"], seed=3, steps=100)
+    again, _ = pretrain(KINDS["clip-random"], seed=3, steps=1)
+    other, _ = pretrain(KINDS["clip-random"], seed=4, steps=1)
+    weights = [encoder.text_model.embeddings.token_embedding.weight for encoder in (first, again, other)]
+    assert right == 0 and (weights[0] == weights[1]).all() and (weights[0] != weights[2]).any()
+    assert not any(p.requires_grad for p in first.parameters())
 
 
 # --- readers ---------------------------------------------------------------------------------------------------

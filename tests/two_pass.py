@@ -70,7 +70,21 @@ def record(model, target, seed, **how):
     return stored
 
 
-def replay(model, source, seed, stored, *, layers=(), tensors="kv", start=0, stop=99, heads=None, pooled=False, **how):
+def replay(
+    model,
+    source,
+    seed,
+    stored,
+    *,
+    layers=(),
+    tensors="kv",
+    start=0,
+    stop=99,
+    heads=None,
+    tokens=None,
+    pooled=False,
+    **how,
+):
     """The source's picture (H, W, 3) with what ``record`` stored, in the places that the other arguments name."""
     text_tokens = 16 if model.spec.pipeline == "FluxPipeline" else None
     widths = {linears(model, letter)[i][1]: (i, model.layers[i].heads) for letter in tensors for i in layers}
@@ -90,9 +104,10 @@ def replay(model, source, seed, stored, *, layers=(), tensors="kv", start=0, sto
             if index is None:
                 return there.clone()
             width = out.shape[-1] // n_heads
-            tokens = text_tokens if text_tokens and "to_" in linears(model, "k")[index][0] else out.shape[1]
+            all_tokens = text_tokens if text_tokens and "to_" in linears(model, "k")[index][0] else out.shape[1]
             for h in range(n_heads) if heads is None else heads:
-                out[:, :tokens, h * width : (h + 1) * width] = there[:, :tokens, h * width : (h + 1) * width]
+                for t in range(all_tokens) if tokens is None else tokens:
+                    out[:, t, h * width : (h + 1) * width] = there[:, t, h * width : (h + 1) * width]
             return out
 
         return forward

@@ -1,22 +1,25 @@
-"""What the layers carry. Studies of text and colours, steps, heads, keys and values, the pooled text, and word length.
+"""What the layers carry. Studies of text and colours, steps, tokens, heads, keys and values, pooled text, word length.
 
 Each study patches its own sites in its own pairs (``sweeps.table``). The functions of this module summarise its table.
 The published table of a study is used if its weights, pairs, sites and settings are the same.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from textloc_utils import sweeps
+from textloc_utils import metrics, scene_pairs, sweeps
 from textloc_utils.experiment import Experiment, digest_of
 from textloc_utils.models import Model, as_indices, check_layers
 from textloc_utils.prompts import Pair, make_pairs
 from textloc_utils.settings import TextlocError
-from textloc_utils.sites import COLUMNS, Site, every_layer, single_layers
+from textloc_utils.sites import COLUMNS, Site, every_layer, single_layers, token_groups
 
+SHARE = 0.9  #: of the exact rate of all heads
+RANDOM_HEADS = 3
 WINDOW = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)  #: shares of the steps at which a patch starts or stops
 
 
@@ -50,19 +53,37 @@ def _parts(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
     return sites
 
 
+def _tokens(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
+    """The set at the tokens in which the prompts differ, in each text that the denoiser reads, and at all others."""
+    groups = token_groups(model, Pair.of('A sign that says "HELLO".', "WORLD"))
+    return _base(model, layers) + [Site(kind=f"{name} tokens", layers=layers, tokens=name) for name in groups]
+
+
+def _pairs(model: Model, n: int, seed: int) -> list[Pair]:
+    return scene_pairs.for_model(model, n, "report", seed)
+
+
+def _equally_long(model: Model, n: int, seed: int) -> list[Pair]:
+    """Pairs in which every token has its place in both prompts."""
+    if scene_pairs.world_of(model) is not None:
+        return scene_pairs.for_model(model, n, "report", seed, same_length=True)
+    return [pair for pair in make_pairs(8 * n, seed) if len(pair.source_text) == len(pair.target_text)][:n]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Which sites a study patches, from (model, localized layers, steps), and which pairs it draws, from (n, seed)."""
+    """Which sites a study patches, from (model, localized layers, steps), and which pairs, from (model, n, seed)."""
 
     sites: Callable[[Model, tuple[int, ...], int], list[Site]]
-    pairs: Callable[[int, int], list[Pair]] = make_pairs
+    pairs: Callable[[Model, int, int], list[Pair]] = _pairs
 
 
 STUDIES = {
-    "colours": Study(sites=_colours, pairs=lambda n, seed: make_pairs(n, seed, other_colours=True)),
+    "colours": Study(sites=_colours, pairs=lambda model, n, seed: make_pairs(n, seed, other_colours=True)),
     "steps": Study(sites=_steps),
     "parts": Study(sites=_parts),
     "length": Study(sites=lambda model, layers, steps: _base(model, layers)),
+    "tokens": Study(sites=_tokens, pairs=_equally_long),
 }
 
 
@@ -79,12 +100,62 @@ def study(experiment: Experiment, name: str, layers: Sequence[int], n: int, seed
         raise TextlocError("a study needs at least one localized layer")
     check_layers(experiment.model, layers)
     sites = STUDIES[name].sites(experiment.model, layers, experiment.steps)
-    pairs = STUDIES[name].pairs(n, seed)
+    pairs = STUDIES[name].pairs(experiment.model, n, seed)
     inputs = {"rows": sweeps.ROWS, "pairs": digest_of(pairs), "sites": sites}
     return experiment.table(f"study_{experiment.name}_{name}", inputs, lambda: sweeps.table(experiment, pairs, sites))
 
 
+def heads(experiment: Experiment, layers: Sequence[int], n: int, seed: int = 42) -> pd.DataFrame:
+    """The fewest heads of the localized ``layers`` that write as the layers do, and all their others, over ``n`` pairs.
+
+    On ``n`` pairs that select, every head is left out alone. Then heads are left out for good, those first that are
+    missed least, as long as the rest brings the whole target SHARE times as often as all of them. Rows as of
+    ``sweeps.patch_pair`` on the pairs that are reported; kinds of sites: "found", "fewest heads", "other heads" and
+    "random heads" (as many as the fewest, RANDOM_HEADS times). Published as ``results/study_MODEL_heads.csv``.
+    """
+    model, layers = experiment.model, tuple(sorted(as_indices(layers, "layers")))
+    check_layers(model, layers)
+    chosen_on, reported = (scene_pairs.for_model(model, n, use, seed) for use in ("select", "report"))
+    every = tuple((layer, head) for layer in layers for head in range(model.layers[layer].heads))
+
+    def of(chosen: Sequence[tuple[int, int]], kind: str = "heads") -> Site:
+        # A layer without a head is not patched.
+        return Site(kind=kind, layers=tuple(sorted({layer for layer, _ in chosen})), layer_heads=tuple(sorted(chosen)))
+
+    def exact(sites: Sequence[Site]) -> list[float]:
+        table = sweeps.table(experiment, chosen_on, sites, source=False)
+        rates = table[table.kind != "target"].groupby(["layers", "heads"]).exact.mean()
+        return [rates[tuple(site.columns(experiment.steps)[name] for name in ("layers", "heads"))] for site in sites]
+
+    def make() -> pd.DataFrame:
+        alone = [of([other for other in every if other != head]) for head in every]
+        whole, *without = exact([of(every), *(site for site in alone if site.layers)])
+        kept = list(every)
+        for _, head in sorted(zip(without, every, strict=False), reverse=True):
+            fewer = [other for other in kept if other != head]
+            if fewer and exact([of(fewer)])[0] >= SHARE * whole:
+                kept = fewer
+        others = [head for head in every if head not in kept]
+        rng = random.Random(f"random heads {seed}")
+        sites = [Site(kind="found", layers=layers), of(kept, "fewest heads"), of(others, "other heads")]
+        sites += [of(rng.sample(every, len(kept)), "random heads") for _ in range(RANDOM_HEADS)]
+        return sweeps.table(experiment, reported, [site for site in dict.fromkeys(sites) if site.layers])
+
+    inputs = {"rows": sweeps.ROWS, "layers": layers, "pairs": [digest_of(chosen_on), digest_of(reported)]}
+    return experiment.table(f"study_{experiment.name}_heads", inputs, make)
+
+
 # --- short tables ---------------------------------------------------------------------------------------------
+
+
+def rates(table: pd.DataFrame) -> pd.DataFrame:
+    """How often each kind of site brings the whole target, from a table of :func:`study` or :func:`heads`.
+
+    Columns kind, heads (of kinds that name them), n, exact, exact_low, exact_high (Wilson's interval).
+    """
+    patched = table[~table.kind.isin(["source", "target"])]
+    patched = patched.assign(heads=patched.heads.where(patched.kind != "random heads", ""))
+    return metrics.summarise(patched, ["kind", "heads", "tensors"], ["exact"])
 
 
 def carried(table: pd.DataFrame) -> pd.DataFrame:

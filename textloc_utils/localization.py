@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
 SHARE = 0.9  #: of the all-layer patch's text effect
 BUDGET = 0.1  #: of the exhaustive sweep's cost
-SEARCHES = ("exhaustive", "budgeted", *onestep.DEPTHS)
+WITHOUT_PICTURES = (*onestep.DEPTHS, onestep.ATTENTION)
+SEARCHES = ("exhaustive", "budgeted", *WITHOUT_PICTURES)
 EFFECTS = ("score", "exact")  #: what a set's effect is, see :func:`sweeps.set_effects`
 #: The budgeted search: pairs that are screened, share of the screened effects that the first leading sets hold, pairs
 #: of the first round, and their growth from round to round.
 SCREEN, SCREENED, FIRST, GROWTH = 6, 0.98, 8, 1.5
+ERROR = 0.05  #: chance that any decision of a race is wrong, over all its sets and looks
 
 
 class NothingFoundError(TextlocError):
@@ -56,7 +58,8 @@ class Found:
     ``layers`` is the set, ``effects`` the mean effect of each layer alone (text effects, or one-step ones), ``score``
     the set's mean target score (None where nothing was drawn), ``reached`` the share of the all-layer patch's effect,
     ``confidence`` the share of bootstrap resamples of the pairs in which the same set comes out of those compared (each
-    on the pairs on which it was drawn), ``share`` its part of the denoiser's parameters (key and value maps),
+    on the pairs on which it was drawn), ``sure`` whether a budgeted search decided every set before its budget ended
+    (None after another search), ``share`` its part of the denoiser's parameters (key and value maps),
     ``row_evaluations`` the cost, units that were already stored included, and ``seconds`` the wall time of this run.
     """
 
@@ -71,6 +74,7 @@ class Found:
     pairs: int
     row_evaluations: int
     seconds: float
+    sure: bool | None = None
 
     def __repr__(self) -> str:
         told = [
@@ -78,6 +82,7 @@ class Found:
         ]
         told += [f"target text score {self.score}"] if self.score is not None else []
         told += [f"share of the effect of all layers {self.reached}; confidence {self.confidence:.2f}"]
+        told += ["the budget ended before every set was surely too small or enough"] if self.sure is False else []
         told += [f"{self.row_evaluations:,} denoiser row evaluations, {self.seconds:.0f} s"]
         return "\n".join(told)
 
@@ -141,10 +146,12 @@ def localize(
 
     ``exhaustive``: the sweep of all layers and the selection rule. ``one-step`` and ``attribution``: the fewest layers
     whose effects (``sweeps.cheap``, averaged over noise levels) add up to ``share`` of all layers'; no picture is
-    drawn. ``budgeted``: layers in the order of their one-step effects on a few pairs, then leading sets drawn on ever
-    more pairs, the ones dropped early that surely fall short or are surely larger than needed; it ends when one set is
-    left or the next round would cost more than ``budget`` times the exhaustive sweep over the same pairs (the screen
-    and one round are always done).
+    drawn. ``attention``, a baseline, does the same with the attention that each layer pays to the tokens in which the
+    prompts differ. ``budgeted``: layers in the order of their one-step effects on a few pairs, then leading sets drawn
+    on ever more pairs, the ones dropped early that surely fall short or are surely larger than needed; it ends when one
+    set is left or the next round would cost more than ``budget`` times the exhaustive sweep over the same pairs (the
+    screen and one round are always done). Its decisions pay for all looks at all sets: the chance that any is wrong is
+    ERROR.
 
     ``by`` is one of EFFECTS, for searches that draw pictures. ``settings`` are those of ``experiment.Experiment``. With
     ``publish`` the outcome is written to the package's data as ``results/localize_MODEL_SEARCH.csv``, or
@@ -214,7 +221,7 @@ def _outcome(experiment: Experiment, pairs: Sequence[Pair], found: Found) -> pd.
             drawn = sweeps.table(experiment, pairs, [chosen])
             table = pd.concat([table, drawn[drawn.kind == "set"]], ignore_index=True)
         return table
-    if found.search in onestep.DEPTHS:
+    if found.search in WITHOUT_PICTURES:
         return sweeps.cheap(experiment, pairs, depth=found.search)
     return pd.DataFrame({"layer": range(len(found.effects)), "effect": found.effects})
 
@@ -233,7 +240,7 @@ def _key(experiment: Experiment, pairs: Sequence[Pair], how: str, share: float, 
     rule = {"rows": sweeps.ROWS, "pairs": digest_of(pairs), "share": share}
     rule |= {"budget": budget} if how == "budgeted" else {}
     rule |= {"by": by} if by != "score" else {}
-    rule |= {"levels": onestep.LEVELS} if how in onestep.DEPTHS else {}
+    rule |= {"levels": onestep.LEVELS} if how in WITHOUT_PICTURES else {}
     return experiment.key | rule
 
 
@@ -303,41 +310,67 @@ def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budge
     leading = _leading(effects, SCREENED)
     drawn = _Drawn(experiment, by)
     chosen: tuple[int, ...] = ()
-    seen = 0
+    seen, sure = 0, True
     while True:
         # Leading sets at first; then the set that was found, against itself with one layer left out.
         if not chosen:
             sets = [tuple(sorted(order[:n])) for n in range(1, leading + 1)]
         else:
             sets = [tuple(i for i in chosen if i != layer) for layer in reversed(order) if layer in chosen] + [chosen]
-        best, seen = _race(drawn, sets, pairs, share, limit - spent, seen)
+        best, seen, decided = _race(drawn, sets, pairs, share, limit - spent, seen)
+        sure = sure and decided
         if best is None and leading < len(order):  # even the largest falls short
             leading, chosen = min(len(order), 2 * leading), ()
             continue
         best = sets[-1] if best is None else best
         if best == chosen or len(best) == 1:
-            return _found("budgeted", best, effects, drawn, share, seen, spent + drawn.rows)
+            return replace(_found("budgeted", best, effects, drawn, share, seen, spent + drawn.rows), sure=sure)
         chosen = best
 
 
 def _race(
     drawn: _Drawn, sets: list[tuple[int, ...]], pairs: Sequence[Pair], share: float, limit: float, seen: int
-) -> tuple[tuple[int, ...] | None, int]:
-    """The smallest of the sets that reaches the share, None if none does, and the number of pairs it was drawn on."""
+) -> tuple[tuple[int, ...] | None, int, bool]:
+    """The smallest of the sets that reaches the share (None if none does), its number of pairs, and if it is sure."""
     alive, n = list(sets), max(seen, min(FIRST, len(pairs)))
+    error = ERROR / (len(sets) * _looks(n, len(pairs)))
     while True:
         drawn.ask(alive, pairs[:n])
         values = {s: drawn.reached(s) for s in alive}
-        bounds = {s: metrics.percentiles(values[s][1:]) for s in alive}
-        sure = [s for s in alive if bounds[s][0] >= share]
+        bounds = {s: _surplus(drawn.effects, s, share, error) for s in alive}
+        sure = [s for s in alive if bounds[s][0] >= 0]
         most = min(map(len, sure), default=len(sets[-1]))
-        alive = [s for s in alive if bounds[s][1] >= share and (len(s) < most or s in sure[:1] or not sure)]
+        alive = [s for s in alive if bounds[s][1] >= 0 and (len(s) < most or s in sure[:1] or not sure)]
         more = min(len(pairs), int(np.ceil(n * GROWTH)))
         cost = (more - n) * _cost(drawn.experiment, len(alive) + 1)
-        if len(alive) <= 1 and (not alive or alive[0] in sure) or more == n or drawn.rows + cost > limit:
+        decided = len(alive) <= 1 and (not alive or alive[0] in sure)
+        if decided or more == n or drawn.rows + cost > limit:
             good = [s for s in alive if values[s][0] >= share]
-            return (min(good, key=len) if good else None), n
+            return (min(good, key=len) if good else None), n, decided
         n = more
+
+
+def _looks(n: int, most: int) -> int:
+    """How often a race that begins with ``n`` pairs can look at its sets before it has seen ``most``."""
+    looks = 1
+    while n < most:
+        n, looks = min(most, int(np.ceil(n * GROWTH))), looks + 1
+    return looks
+
+
+def _surplus(effects: pd.DataFrame, layers: Sequence[int], share: float, error: float) -> tuple[float, float]:
+    """Bounds on a set's mean effect less ``share`` times that of all layers: Student's interval of this ``error``.
+
+    Each end allows for one more pair than was drawn, in which all layers bring the whole text, and the set nothing of
+    it (lower end) or all (upper end). So a few pairs that agree are never sure.
+    """
+    both = effects[[joined(layers), "all"]].dropna().to_numpy()
+    surplus = both[:, 0] - share * both[:, 1]
+    ends = []
+    for other, side in ((-share, -1), (1 - share, 1)):
+        x = np.append(surplus, other)
+        ends.append(float(x.mean() + side * stats.t.ppf(1 - error / 2, len(x) - 1) * stats.sem(x)))
+    return ends[0], ends[1]
 
 
 def _cost(experiment: Experiment, sources: int) -> int:
@@ -402,6 +435,13 @@ def _found(
     compared = [tuple(map(int, name.split())) for name in drawn.effects if name != "all"]
     values = {s: drawn.reached(s)[1:] for s in compared}
     own = values[layers]
+    low, high = metrics.percentiles(own)
+    if drawn.by == "exact":
+        # As many pairs as there are may agree, and the next one may not.
+        low, high = (
+            metrics.percentiles(reached(_with_one_more(drawn.effects, layers, end), layers)[1:])[i]
+            for i, end in enumerate((0.0, 1.0))
+        )
     # The same set comes out where it reaches the share and no smaller one does.
     smaller = [v >= share for s, v in values.items() if len(s) < len(layers)]
     same = (own >= share) & ~np.any(smaller, axis=0) if smaller else own >= share
@@ -411,10 +451,15 @@ def _found(
         layers=layers,
         effects=tuple(float(e) for e in effects),
         score=drawn.score(layers),
-        reached=metrics.Interval(float(drawn.reached(layers)[0]), *metrics.percentiles(own), len(drawn.effects)),
+        reached=metrics.Interval(float(drawn.reached(layers)[0]), low, high, len(drawn.effects)),
         confidence=float(np.mean(same)),
         share=parameter_share(drawn.experiment.model, layers),
         pairs=pairs,
         row_evaluations=round(rows),
         seconds=0.0,
     )
+
+
+def _with_one_more(effects: pd.DataFrame, layers: Sequence[int], effect: float) -> pd.DataFrame:
+    """A table of effects with one more pair, in which all layers bring the whole text, and the set ``effect`` of it."""
+    return pd.concat([effects, pd.DataFrame([{joined(layers): effect, "all": 1.0}])], ignore_index=True)

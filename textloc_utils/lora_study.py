@@ -18,15 +18,15 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from textloc_utils import lora, metrics, models, ocr, prompts
+from textloc_utils import lora, lora_looks, metrics, models, ocr, prompts
 from textloc_utils.experiment import Experiment
 from textloc_utils.lora import Training
+from textloc_utils.lora_looks import BEFORE, diversity
 from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model
 from textloc_utils.settings import TextlocError
 
 ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
-BEFORE = "before"  #: the row of the model without an adapter
 SEEDS = (0, 1, 2)
 SCENES = 1024  #: of the new task, drawn once for all arms
 REFERENCE_RANK = 2  #: of all text layers, whose number of parameters every arm gets where these are equal
@@ -55,30 +55,10 @@ def shared(steps: int | None = None) -> Training:
     return Training(layers=()) if steps is None else Training(layers=(), steps=steps)
 
 
-def random_layers(model: Model, layers: Sequence[int], seed: int) -> tuple[int, ...]:
-    """As many text layers as there are ``layers``, drawn from the others (from all where the others are too few)."""
-    every = range(len(model.layers))
-    others = [i for i in every if i not in layers]
-    pool = others if len(others) >= len(layers) else list(every)
-    return tuple(sorted(random.Random(f"random layers {seed}").sample(pool, len(layers))))
-
-
 def arms(model: Model, layers: Sequence[int], seed: int, training: Training) -> list[Arm]:
-    """The runs of one seed, for the localized ``layers``; ``training`` holds what they share.
-
-    Every seed draws random layers of its own. A model whose picture never attends to itself alone (joint attention)
-    has no arm "all attention": its text layers are all it has.
-    """
-    every = tuple(range(len(model.layers)))
-    training = replace(training, seed=seed)
-    sets = {
-        "localized": replace(training, layers=tuple(sorted(layers))),
-        "all text layers": replace(training, layers=every),
-        "random layers": replace(training, layers=random_layers(model, layers, seed)),
-    }
-    if models.self_attention(model.denoiser):
-        sets["all attention"] = replace(training, layers=every, self_attention=True)
-    count = lora.parameters(model, replace(training, layers=every, rank=REFERENCE_RANK))
+    """The runs of one seed, for the localized ``layers``; ``training`` holds what they share."""
+    sets = lora_looks.arms(model, layers, replace(training, seed=seed))
+    count = lora.parameters(model, replace(sets[lora_looks.EVERY], rank=REFERENCE_RANK))
     same_rank = [Arm(name=name, equal="rank", training=each) for name, each in sets.items()]
     return same_rank + [
         Arm(name=name, equal="parameters", training=lora.with_parameters(model, each, count))
@@ -93,7 +73,7 @@ def measure(experiment: Experiment, n: int, seed: int = 42) -> dict:
     """Scores of the experiment's model as it is, over ``n`` held-out words of each task.
 
     Keys, each for ``new`` and ``old``: ``_scores`` (the text scores in the order of the prompts, joined by spaces),
-    ``_score``, ``_exact``, ``_cer`` and ``_f1`` (means); and ``diversity``, see :func:`diversity`.
+    ``_score``, ``_exact``, ``_cer`` and ``_f1`` (means); and ``diversity``, see ``lora_looks.diversity``.
     """
     out: dict[str, object] = {}
     for task, todo in (("new", prompts.long_prompts(n, seed)), ("old", prompts.spelling_prompts(n, seed))):
@@ -111,16 +91,6 @@ def measure(experiment: Experiment, n: int, seed: int = 42) -> dict:
     asked = [prompts.SIMPLE_TEMPLATE.format(text=word) for word in words for _ in range(KIN[1])]
     made = experiment.draw(asked, [seed + i for i in range(KIN[1])] * KIN[0])
     return out | {"diversity": diversity(made.images.reshape(*KIN, *made.images.shape[1:]))}
-
-
-def diversity(pictures: np.ndarray) -> float:
-    """Mean distance between two pictures of one prompt, over (prompts, pictures, H, W, 3).
-
-    The distance is the root of the mean squared difference, in grey levels.
-    """
-    left, right = np.triu_indices(pictures.shape[1], k=1)
-    each = [np.sqrt(metrics.mse(kin[left], kin[right])) for kin in pictures]
-    return float(np.mean(each))
 
 
 def evaluate(experiment: Experiment, folder: str | os.PathLike, n: int, seed: int = 42) -> pd.DataFrame:

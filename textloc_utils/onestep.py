@@ -8,29 +8,46 @@ layer l patched. The one-step effect of layer l is::
 
 It is 0 if the patch changes nothing, and 1 if it changes as much as the target prompt does. Attribution patching
 (Syed et al. 2023) estimates the effects of all layers to first order, from one backward pass.
+
+A baseline that patches nothing stands beside them: how much of its attention the picture pays, in each layer, to the
+tokens in which the prompts differ.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 
 import pandas as pd
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from textloc_utils.generate import BATCH_FULL_SIZE, EnoughError, counted
-from textloc_utils.models import Model, check_prompts, guided, read_call, select_rows
+from textloc_utils.models import (
+    Model,
+    TextLayer,
+    attention_maps,
+    check_prompts,
+    guided,
+    image_and_text,
+    read_call,
+    select_rows,
+)
 from textloc_utils.patching import Patch, patched
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
+from textloc_utils.sites import token_groups
 
 DEPTHS = ("one-step", "attribution")
+ATTENTION = "attention"  #: the baseline
 LEVELS = (0.0, 0.2, 0.4)  #: shares of the steps that are done
 
 
 def check_depth(depth: str) -> None:
-    """Raise TextlocError unless it is one of DEPTHS."""
-    if depth not in DEPTHS:
-        raise TextlocError(f"unknown depth {depth!r}; allowed: {', '.join(DEPTHS)}")
+    """Raise TextlocError unless it is one of DEPTHS or ATTENTION."""
+    if depth not in (*DEPTHS, ATTENTION):
+        raise TextlocError(f"unknown depth {depth!r}; allowed: {', '.join((*DEPTHS, ATTENTION))}")
 
 
 def effects(
@@ -48,8 +65,9 @@ def effects(
     ``levels`` are shares of the steps done when the source's noisy picture is taken, 0 <= level < 1. One row per pair,
     level and layer; columns model, seed, depth, level, layer, effect, and row_evaluations, the pair's denoiser rows
     divided by its rows here, so that the column's sum is the cost. A backward pass counts as two evaluations of its
-    rows. Raises TextlocError for an unknown depth, a level out of range, answers of the denoiser that are not finite or
-    do not differ, or an effect that is not finite.
+    rows. ``depth`` is one of DEPTHS, or ATTENTION, whose "effects" are shares of attention, 0 to 1. Raises
+    TextlocError for an unknown depth, a level out of range, answers of the denoiser that are not finite or do not
+    differ, or an effect that is not finite.
     """
     check_depth(depth)
     if not levels or any(not 0 <= level < 1 for level in levels):
@@ -88,7 +106,12 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], depth: str, settings: 
     found, backward, state = {}, [0], {"calls": 0, "step": 0, "inside": False}
     # Where negatives have a call of their own, the prompts' comes first, and it alone is asked.
     calls = 1 if model.doubled else model.evaluations(settings["guidance"])
-    probe = _one_step if depth == "one-step" else _attribution
+    places = token_groups(model, pair)["different"]
+    probe = {
+        "one-step": _one_step,
+        "attribution": _attribution,
+        ATTENTION: functools.partial(_attention, places=places),
+    }[depth]
 
     def after(denoiser, args, kwargs, output):
         if state["inside"]:
@@ -188,3 +211,56 @@ def _attribution(model: Model, args: tuple, kwargs: dict, guidance: float) -> tu
         change = output[0::2] - output[1::2]
         values[layer.index] += float((gradient[1::2].double() * change.double()).sum()) / scale
     return values, len(outputs[names[0][2]])
+
+
+def _attention(
+    model: Model, args: tuple, kwargs: dict, guidance: float, *, places: tuple[int, ...]
+) -> tuple[list[float], int]:
+    """The share of the picture's attention to the text's ``places`` in each layer, under the source's prompt."""
+    shares = _Shares(model, places)
+    handles = []
+    try:
+        for layer in model.layers:
+            attention = model.denoiser.get_submodule(layer.name)
+            handles.append(attention.register_forward_pre_hook(functools.partial(shares.enter, layer)))
+            handles.append(attention.register_forward_hook(shares.leave, always_call=True))
+        shares.tokens = read_call(model.denoiser, args, kwargs).tokens
+        with shares:
+            _call(model, args, kwargs, [0], guidance)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [layer.name for layer in model.layers if layer.index not in shares.found]:
+        raise TextlocError(f"{missing[0]} computed its attention so that it could not be seen; take another search")
+    return [shares.found[layer.index] for layer in model.layers], 0
+
+
+class _Shares(TorchFunctionMode):
+    """Sees the text layers' attention where stock processors hand it to torch, and notes its share at some tokens.
+
+    The share is a mean over the picture's tokens and the heads, of the last row, which is the prompt's.
+    """
+
+    def __init__(self, model: Model, places: tuple[int, ...]):
+        super().__init__()
+        self.model, self.places = model, list(places)
+        self.layer: TextLayer | None = None
+        self.tokens = 0
+        self.found: dict[int, float] = {}
+
+    def enter(self, layer, module, args) -> None:
+        self.layer = layer
+
+    def leave(self, module, args, output) -> None:
+        self.layer = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if self.layer is not None and function is F.scaled_dot_product_attention:
+            self._note(self.layer, *args, **(kwargs or {}))
+        return output
+
+    def _note(self, layer, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **other):
+        pictures, texts = image_and_text(self.model.denoiser, layer, query.shape[2], key.shape[2], self.tokens)
+        maps = attention_maps(query, key, [-1], pictures, attn_mask, scale)
+        self.found[layer.index] = float(maps[..., texts][..., self.places].float().sum(-1).mean())

@@ -47,7 +47,8 @@ class Patch:
 
     Rows count the pipeline call's prompts (see the module's row convention); ``layers`` are indices of the model's
     text layers: one, several, or "all". The patch holds at steps ``start`` <= s < ``stop`` (None: to the end), in the
-    attention heads named in ``heads`` (one, several, or None or "all": all), for ``tensors`` "k", "v" or "kv".
+    attention heads named in ``heads`` (one, several, or None or "all": all), for ``tensors`` "k", "v" or "kv", and at
+    the places ``tokens`` of the text (as ``heads``; ``Model.text_columns`` says which token stands where).
     ``pooled`` copies the pooled text embedding as well, a site of its own that has neither layers nor heads.
 
     >>> Patch(source=0, target=1, layers=3).layers
@@ -62,11 +63,13 @@ class Patch:
     heads: tuple[int, ...] | None = None
     tensors: str = "kv"
     pooled: bool = False
+    tokens: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        heads = None if self.heads is None or self._all(self.heads) else as_indices(self.heads, "heads")
         layers = ALL if self._all(self.layers) else as_indices(self.layers, "layers")
-        object.__setattr__(self, "heads", heads)
+        for name in ("heads", "tokens"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None or self._all(value) else as_indices(value, name))
         object.__setattr__(self, "layers", layers)
         for name in ("source", "target", "start", "stop"):
             value = getattr(self, name)
@@ -190,6 +193,7 @@ class _Copy:
     start: int
     stop: int | None
     heads: tuple[int, ...] | None
+    tokens: tuple[int, ...] | None
     letter: str
     sources: list[int]
     targets: list[int]
@@ -293,6 +297,8 @@ def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
                 raise TextlocError(f"heads {p.heads} are out of range; layer {layer} has heads 0 to {last}")
             if getattr(model.denoiser.get_submodule(model.layers[layer].name), "fused_projections", False):
                 raise TextlocError("the pipeline's projections are fused; call unfuse_qkv_projections() first")
+        if any(t < 0 for t in p.tokens or ()):
+            raise TextlocError(f"tokens {p.tokens} are out of range; the text's places count from 0")
         if p.pooled and model.pooled_site is None:
             raise TextlocError(f"{model.spec.name} has no pooled text embedding to patch")
     _check_conflicts(model, patches)
@@ -310,6 +316,7 @@ def _check_conflicts(model: Model, patches: tuple[Patch, ...]) -> None:
                 layers & others
                 and set(p.tensors) & set(other.tensors)
                 and (p.heads is None or other.heads is None or set(p.heads) & set(other.heads))
+                and (p.tokens is None or other.tokens is None or set(p.tokens) & set(other.tokens))
             )
             if p.target != other.target and not apart_in_steps and (same_place or (p.pooled and other.pooled)):
                 raise TextlocError(f"row {p.source} is patched from rows {other.target} and {p.target} at one place")
@@ -325,16 +332,17 @@ def patch_sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[lis
         for layer, letter in places:
             name = layer.key if letter == "k" else layer.value
             layer_at[name] = layer
-            grouped[name][p.start, p.stop, p.heads, letter].append((p.source, p.target))
+            grouped[name][p.start, p.stop, p.heads, p.tokens, letter].append((p.source, p.target))
         if p.pooled and model.pooled_site is not None:
             layer_at[model.pooled_site] = None
-            grouped[model.pooled_site][p.start, p.stop, None, ""].append((p.source, p.target))
+            grouped[model.pooled_site][p.start, p.stop, None, None, ""].append((p.source, p.target))
     sites = {}
     for name, groups in grouped.items():
         copies = []
-        for (start, stop, heads, letter), pairs in groups.items():
+        for (start, stop, heads, tokens, letter), pairs in groups.items():
             sources, targets = map(list, zip(*pairs, strict=True))
-            copies.append(_Copy(start=start, stop=stop, heads=heads, letter=letter, sources=sources, targets=targets))
+            part = {"start": start, "stop": stop, "heads": heads, "tokens": tokens, "letter": letter}
+            copies.append(_Copy(**part, sources=sources, targets=targets))
         sites[name] = copies, layer_at[name]
     return sites
 
@@ -439,16 +447,25 @@ class _CopyRows:
                 into, from_ = (self.layer.text(x, copy.letter, fired.clock.tokens) for x in (into, from_))
             source = self.batch.index(copy.sources, size, output.device)
             target = self.batch.index(copy.targets, size, output.device)
-            if self.layer is None or copy.heads is None:
+            if self.layer is None or (copy.heads is None and copy.tokens is None):
                 into[source] = from_[target]
             else:
-                heads = torch.tensor(copy.heads, device=output.device)
-                split = (self.layer.heads, -1)
-                picked = from_.unflatten(-1, split)[target[:, None], :, heads]
-                into.unflatten(-1, split)[source[:, None], :, heads] = picked  # unflatten gives a view
+                into, from_ = (x.unflatten(-1, (self.layer.heads, -1)) for x in (into, from_))  # views
+                places, heads = self._chosen(copy, into)
+                into[source[:, None, None], places, heads] = from_[target[:, None, None], places, heads]
             written |= set(copy.sources)
         fired.note(self.name, len(written) * (size // self.batch.rows))
         return patched_output
+
+    def _chosen(self, copy: _Copy, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy's tokens (n, 1) and heads (m) in the text's keys or values (rows, tokens, heads, channels)."""
+        if any(place >= text.shape[1] for place in copy.tokens or ()):
+            raise TextlocError(f"tokens {copy.tokens} are out of range; this text has places 0 to {text.shape[1] - 1}")
+        places, heads = (
+            torch.tensor(range(size) if some is None else some, device=text.device, dtype=torch.long)
+            for some, size in ((copy.tokens, text.shape[1]), (copy.heads, text.shape[2]))
+        )
+        return places[:, None], heads
 
     def _check_length(self, output: torch.Tensor) -> None:
         """Refuse an output without its text: some models keep the text's keys and compute the picture's alone."""
@@ -488,11 +505,12 @@ class _CopyMasks:
             for copy in copies:
                 source = self.batch.index(copy.sources, size, mask.device)
                 target = self.batch.index(copy.targets, size, mask.device)
-                whole = {"k", "v"} <= {c.letter for c in copies if c.heads is None and c.sources == copy.sources}
+                all_of_it = [c for c in copies if c.heads is c.tokens is None and c.sources == copy.sources]
+                whole = {"k", "v"} <= {c.letter for c in all_of_it}
                 if not whole and not torch.equal(mask[source], mask[target]):
                     raise TextlocError(
-                        "source and target prompt have different lengths, so that heads, keys or values alone cannot "
-                        "be patched; patch kv in all heads, or take prompts of as many tokens"
+                        "source and target prompt have different lengths, so that heads, tokens, keys or values alone "
+                        "cannot be patched; patch kv in all heads, or take prompts of as many tokens"
                     )
                 changed[name][source] = mask[target]
         return args, kwargs | changed

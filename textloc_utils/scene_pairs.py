@@ -1,4 +1,4 @@
-"""Pairs of prompts about scenes of the miniatures' world, which differ in the text, in another factor, or in both.
+"""Pairs of prompts about scenes of the miniatures' worlds, which differ in the text, in another factor, or in both.
 
 Pairs that select a set of layers, pairs that choose a setting, and pairs that are reported are made of different words,
 see USES.
@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from textloc_utils import prompts
-from textloc_utils.miniatures import factors, world
+from textloc_utils.miniatures import evaluation, factors, world
+from textloc_utils.models import Model, training_log
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 
 #: What pairs are used for, and their words: halves of the validation words, and the test words.
 USES = ("select", "tune", "report")
+SEEDS = {"select": 2_000, "tune": 3_000, "report": 0}  #: added to the seed of pairs without scenes
 #: What can differ in a pair beside the text.
 FACTORS = ("material", "ink", "typeface", "sign")
 
@@ -67,20 +69,26 @@ def make(
     seed: int = 42,
     *,
     differs: tuple[str, ...] = ("text",),
-    template: str = world.NAMED,
+    template: str | None = None,
     two_groups: bool = False,
+    same_length: bool = False,
+    only: world.World = world.SECOND,
 ) -> list[ScenePair]:
-    """``n`` pairs over the words of one of USES whose scenes differ in ``differs``.
+    """``n`` pairs over the words of one of USES whose scenes, of the world ``only``, differ in ``differs``.
 
-    Two words share no letter at the same place, so that a letter that is read back belongs to one of them. With
-    ``two_groups`` their first letters go with different materials, see ``world.GROUPS``. The ink of both scenes is
-    readable on their signs. Every pair has a seed of its own, counted up from ``seed``.
+    Without a ``template`` the prompts name everything that the world's captions can name. Two words share no letter at
+    the same place, so that a letter that is read back belongs to one of them. With ``two_groups`` their first letters
+    go with different materials, see ``world.GROUPS``; with ``same_length`` they are equally long. The ink of both
+    scenes is readable on their signs. Every pair has a seed of its own, counted up from ``seed``.
     """
     known = ("text", *FACTORS)
     if n < 1:
         raise TextlocError(f"at least one pair is needed, got {n}")
     if not differs or any(name not in known for name in differs):
         raise TextlocError(f"pairs differ in some of {', '.join(known)}, got {' '.join(differs) or 'nothing'}")
+    for name in differs:
+        if name != "text" and len({"typeface": only.typefaces, "material": only.materials}.get(name, (0, 1))) < 2:
+            raise TextlocError(f"there is one {name} in the {only.name} world, so that no pair can differ in it")
     pool, rng = words(use), random.Random(f"{use} {seed} {differs} {template}")
     pairs: list[ScenePair] = []
     while len(pairs) < n:
@@ -89,8 +97,10 @@ def make(
             continue
         if two_groups and world.OWN[source[0]] == world.OWN[target[0]]:
             continue
-        scene = world.random_scene(rng, text=source)
-        other = {name: _others(scene, name) for name in differs if name != "text"}
+        if same_length and len(source) != len(target):
+            continue
+        scene = world.random_scene(rng, only, text=source)
+        other = {name: _others(scene, name, only) for name in differs if name != "text"}
         if not all(other.values()):
             continue
         changed: dict[str, Any] = {name: rng.choice(values) for name, values in other.items()}
@@ -99,8 +109,8 @@ def make(
         target_scene = replace(scene, text=text, column=min(scene.column, room), **changed)
         pairs.append(
             ScenePair(
-                source=_prompt(scene, template),
-                target=_prompt(target_scene, template),
+                source=_prompt(scene, template, only),
+                target=_prompt(target_scene, template, only),
                 source_text=source,
                 target_text=text,
                 seed=seed + len(pairs),
@@ -112,14 +122,34 @@ def make(
     return pairs
 
 
-def _others(scene: world.Scene, name: str) -> list[str]:
+def world_of(model: Model) -> world.World | None:
+    """The world that a miniature was trained in; None for another model, and for a miniature of the first kind."""
+    log = training_log(model.spec) or {}
+    return world.WORLDS.get(log.get("report", {}).get("world"))
+
+
+def for_model(model: Model, n: int, use: str, seed: int = 42, **options) -> list[Pair]:
+    """``n`` pairs for a model over the words of one of USES: of scenes of a miniature's world, see :func:`make`.
+
+    For other models they are ``prompts.make_pairs``', drawn by a seed of each use's own.
+    """
+    only = world_of(model)
+    if only is None:
+        words(use)
+        return prompts.make_pairs(n, seed + SEEDS[use])
+    return list(make(n, use, seed, only=only, **options))
+
+
+def _others(scene: world.Scene, name: str, only: world.World) -> list[str]:
     """The values of a factor that the scene does not have and that keep its text readable."""
     if name == "sign":
         return [sign for sign, inks in world.READABLE.items() if scene.ink in inks and sign != scene.sign]
-    values = {"ink": world.READABLE[scene.sign], "typeface": world.TYPEFACES, "material": world.MATERIALS}[name]
+    values = {"ink": world.READABLE[scene.sign], "typeface": only.typefaces, "material": only.materials}[name]
     return [value for value in values if value != getattr(scene, name)]
 
 
-def _prompt(scene: world.Scene, template: str) -> str:
+def _prompt(scene: world.Scene, template: str | None, only: world.World) -> str:
+    if template is None:
+        return evaluation.named(scene, only)
     used = {name: getattr(scene, name) for name in world.FACTORS if f"{{{name}}}" in template}
     return world.prompt(scene.text, template, **used)

@@ -4,11 +4,13 @@ A table has one row per picture. Its columns COLUMNS say which site was patched 
 a name for readers. Code does not read it, but uses ``kind`` and the columns behind it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from textloc_utils.models import Model, as_indices
 from textloc_utils.patching import Patch
+from textloc_utils.prompts import Pair
+from textloc_utils.results import LATER
 
 #: What a table says of a site: its name; its kind; its layers and heads, indices joined by spaces (no heads: all of
 #: them); whether the pooled text is patched; the steps from ``start`` up to, not including, ``stop``; keys or values.
@@ -30,7 +32,11 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A place to patch: what a ``patching.Patch`` has besides its rows, and the ``kind`` of place that it is."""
+    """A place to patch: what a ``patching.Patch`` has besides its rows, and the ``kind`` of place that it is.
+
+    ``tokens`` names one of :func:`token_groups`, as the places of tokens differ from pair to pair. ``layer_heads`` are
+    pairs of a layer and one of its heads, where not all of the ``layers`` have the same heads patched.
+    """
 
     kind: str = "set"
     layers: tuple[int, ...] = ()
@@ -39,18 +45,25 @@ class Site:
     stop: int | None = None
     heads: tuple[int, ...] | None = None
     tensors: str = "kv"
+    tokens: str = field(default="", metadata=LATER)
+    layer_heads: tuple[tuple[int, int], ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self):
         object.__setattr__(self, "layers", as_indices(self.layers, "layers"))
 
-    def patch(self, source: int, target: int) -> Patch:
-        """The patch of row ``source`` from row ``target`` at this site."""
-        settings = {name: value for name, value in vars(self).items() if name != "kind"}
-        return Patch(source=source, target=target, **settings)
+    def patches(self, source: int, target: int, tokens: Mapping[str, tuple[int, ...]] | None = None) -> list[Patch]:
+        """The patches of row ``source`` from row ``target`` here; ``tokens`` are :func:`token_groups`' groups."""
+        settings = {name: value for name, value in vars(self).items() if name not in ("kind", "layer_heads")}
+        settings["tokens"] = (tokens or {})[self.tokens] if self.tokens else None
+        whole = Patch(source=source, target=target, **settings)
+        if not self.layer_heads:
+            return [whole]
+        return [replace(whole, layers=(layer,), heads=(head,)) for layer, head in self.layer_heads]
 
     def columns(self, steps: int) -> dict:
         """The COLUMNS of a run of this many steps."""
-        told = vars(self) | {"layers": joined(self.layers), "heads": joined(self.heads or ())}
+        heads = self.heads or [f"{layer}.{head}" for layer, head in self.layer_heads]
+        told = vars(self) | {"layers": joined(self.layers), "heads": joined(heads)}
         told["stop"] = steps if self.stop is None else self.stop
         return {"site": self.name} | {column: told[column] for column in COLUMNS[1:]}
 
@@ -64,7 +77,25 @@ class Site:
 SOURCE, TARGET = Site(kind="source"), Site(kind="target")  #: plain pictures
 
 
-def joined(indices: Iterable[int]) -> str:
+def token_groups(model: Model, pair: Pair) -> dict[str, tuple[int, ...]]:
+    """The text's places at which the two prompts of a pair hold different tokens, and those at which they do not.
+
+    Keys: "different" and "same"; and "different 0", "different 1"... for each text that the denoiser reads, where it
+    reads several (Stable Diffusion 3: that of both CLIPs, and T5's).
+    """
+    groups: dict[str, list[int]] = {"different": [], "same": []}
+    texts = list(zip(model.text_columns(pair.source), model.text_columns(pair.target), strict=True))
+    start = 0
+    for number, ((_, a), (_, b)) in enumerate(texts):
+        names = ["different", f"different {number}"] if len(texts) > 1 else ["different"]
+        for name in names:
+            groups.setdefault(name, []).extend(start + i for i in range(len(a)) if a[i] != b[i])
+        groups["same"] += [start + i for i in range(len(a)) if a[i] == b[i]]
+        start += len(a)
+    return {name: tuple(places) for name, places in groups.items()}
+
+
+def joined(indices: Iterable[int | str]) -> str:
     """Indices as a table holds them: joined by spaces."""
     return " ".join(map(str, indices))
 

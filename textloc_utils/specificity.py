@@ -2,7 +2,8 @@
 
 For each factor, pairs of validation words that differ in it alone select a set of layers (``localization``, by exact
 match). Pairs of test words then say what the set brings, what all other layers bring, and what random sets of the same
-size bring. A last table patches the text's layers from targets that differ in the text and in one more factor.
+size bring. Another table patches the text's layers from targets that differ in the text and in one more factor; and a
+last one empties them, to see whether the text is written without them.
 """
 
 import random
@@ -13,11 +14,14 @@ import pandas as pd
 from textloc_utils import localization, metrics, scene_pairs, sweeps
 from textloc_utils.experiment import Experiment, digest_of
 from textloc_utils.models import Model
+from textloc_utils.prompts import Pair
 from textloc_utils.scene_pairs import FACTORS
 from textloc_utils.sites import Site, every_layer
 
 SEARCHED = ("text", *FACTORS)
 RANDOM_SETS = 5
+#: Added to the seed of the pairs of the budgeted search: other pairs than the exhaustive one's.
+OTHER_PAIRS = 500
 
 
 def search(experiment: Experiment, factor: str, n: int, seed: int = 42) -> localization.Found | None:
@@ -30,6 +34,20 @@ def search(experiment: Experiment, factor: str, n: int, seed: int = 42) -> local
         return localization.published(experiment, pairs, "exhaustive", by="exact")[0]
     except localization.NothingFoundError:
         return None
+
+
+def searches(experiment: Experiment, n: int, seed: int = 42) -> dict[str, localization.Found]:
+    """The set that holds the text by every search of ``localization.SEARCHES``, from ``n`` pairs that select.
+
+    The budgeted search has pairs of its own, so that it cannot agree with the exhaustive one by their chance alone.
+    Published as ``localization.localize`` says.
+    """
+    found = {}
+    for how in localization.SEARCHES:
+        own = seed + OTHER_PAIRS if how == "budgeted" else seed
+        pairs = scene_pairs.for_model(experiment.model, n, "select", own)
+        found[how] = localization.published(experiment, pairs, how, by="exact")[0]
+    return found
 
 
 def random_sets(model: Model, size: int, seed: int = 0) -> list[Site]:
@@ -70,6 +88,23 @@ def carried(experiment: Experiment, layers: tuple[int, ...], n: int, seed: int =
     return _table(experiment, "carried", plans)
 
 
+def needed(experiment: Experiment, layers: tuple[int, ...], n: int, seed: int = 42) -> pd.DataFrame:
+    """Whether ``n`` test words are still written when layers read an empty prompt in place of theirs.
+
+    ``exact`` says that the word is written. Rows as of ``sweeps.patch_pair``; kinds of sites: "found", "others", "all"
+    and "random". Published as ``results/study_MODEL_needed.csv``.
+    """
+    model, every = experiment.model, every_layer(experiment.model)
+    others = tuple(i for i in every.layers if i not in layers)
+    sites = [Site(kind="found", layers=layers), every, Site(kind="others", layers=others)]
+    sites = [site for site in sites + random_sets(model, len(layers), seed) if site.layers]
+    emptied = [
+        Pair(source=p.source, target="", source_text=p.source_text, target_text=p.source_text, seed=p.seed)
+        for p in scene_pairs.for_model(model, n, "report", seed)
+    ]
+    return _table(experiment, "needed", [(emptied, list(dict.fromkeys(sites)))])
+
+
 def _table(experiment: Experiment, name: str, plans: list) -> pd.DataFrame:
     inputs = {"rows": sweeps.ROWS, "plans": [[digest_of(pairs), sites] for pairs, sites in plans]}
     return experiment.table(
@@ -85,11 +120,23 @@ def _table(experiment: Experiment, name: str, plans: list) -> pd.DataFrame:
 def rates(table: pd.DataFrame) -> pd.DataFrame:
     """How often each site draws the whole target, from the table of :func:`reported`, with Wilson's intervals.
 
-    Columns differs, kind, layers, n, exact, exact_low, exact_high; random sets are taken together.
+    Columns differs (where the table has it), kind, layers, n, exact, exact_low, exact_high; random sets are taken
+    together.
     """
     patched = table[~table.kind.isin(["source"])]
     patched = patched.assign(layers=patched.layers.where(patched.kind != "random", "random"))
-    return metrics.summarise(patched, ["differs", "kind", "layers"], ["exact"])
+    by = [column for column in ("differs", "kind", "layers") if column in table]
+    return metrics.summarise(patched, by, ["exact"])
+
+
+def by_style(table: pd.DataFrame) -> pd.DataFrame:
+    """How often the text's set, and all layers, write the target in each typeface that the prompts name.
+
+    From the table of :func:`reported`; columns typeface, kind ("found", "all"), n, exact, exact_low, exact_high.
+    """
+    part = table[(table.differs == "text") & table.kind.isin(["found", "all"])]
+    part = part.rename(columns={"source_typeface": "typeface"})
+    return metrics.summarise(part, ["typeface", "kind"], ["exact"])
 
 
 def moved(table: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, check_layers
 from textloc_utils.prompts import Pair
 from textloc_utils.scene_pairs import ScenePair
-from textloc_utils.sites import SOURCE, TARGET, Site
+from textloc_utils.sites import SOURCE, TARGET, Site, token_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,10 +110,12 @@ def patch_pair(
     model, chosen = experiment.model, _sites(experiment, sites)
     todo = ([SOURCE] if source else []) + chosen
     room = max(1, (batch_size or rows_per_call(model)) - 1)
+    tokens = token_groups(model, pair) if any(site.tokens for site in chosen) else None
     drawn, cost = [], 0
     for start in range(0, max(1, len(todo)), room):
         part = todo[start : start + room]
-        patches = [site.patch(1 + i, 0) for i, site in enumerate(part) if site is not SOURCE]
+        sources = [(1 + i, site) for i, site in enumerate(part) if site is not SOURCE]
+        patches = [patch for row, site in sources for patch in site.patches(row, 0, tokens)]
         texts = [pair.target] + [pair.source] * len(part)
         made = experiment.draw(texts, [pair.seed] * len(texts), patches=patches)
         drawn += list(made.images[1:] if start else made.images)

@@ -22,7 +22,7 @@ def test_a_patched_picture_costs_hardly_more_than_a_plain_one(name):
     patched = sites.single_layers(model)
     asked = [pair.source, pair.target] + [pair.source] * len(patched)
     seeds = [pair.seed] * len(asked)
-    patches = [site.patch(2 + i, 1) for i, site in enumerate(patched)]
+    patches = [patch for i, site in enumerate(patched) for patch in site.patches(2 + i, 1)]
     times = {"plain": [], "patched": []}
     for i in range(REPEATS + 1):
         for kind, chosen in (("plain", []), ("patched", patches)):

@@ -243,6 +243,30 @@ def adapter_losses(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def plane(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Gain in spelling against what drifted, one panel per model, with 95 % intervals (tables of ``lora_looks.plane``).
+
+    Every arm has a colour, every drift a mark; further left is less drift.
+    """
+    figure, axes = _panels(tables, 2.4, columns=2, sharey=True)
+    marks = {"typefaces": ("o", "typefaces, bits"), "materials": ("s", "materials"), "diversity": ("^", "diversity")}
+    arms = list(dict.fromkeys(arm for table in tables.values() for arm in table.arm))
+    colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
+    for axis, table in zip(axes, tables.values(), strict=True):
+        for arm, row in table.groupby("arm", sort=False):
+            for name, (mark, _) in marks.items():
+                style = {"fmt": mark, "color": colours[arm], "markersize": 5, "elinewidth": 0.6}
+                error = {"xerr": _error(row, name), "yerr": _error(row, "gain")}
+                axis.errorbar(row[name], row.gain, **error, **style, label=arm if name == "typefaces" else None)
+        for mark, label in marks.values():
+            axis.plot([], [], mark, color=QUIET, label=label)
+        axis.set_xlabel("drift")
+    for axis in axes[::2]:
+        axis.set_ylabel("gain in exact spelling")
+    _legend(figure, axes)
+    return figure
+
+
 def trade_off(
     curves: Mapping[str, pd.DataFrame], points: Mapping[str, pd.DataFrame], *, text: str, picture: str
 ) -> Figure:

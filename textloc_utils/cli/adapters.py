@@ -54,7 +54,7 @@ def check_layers(asked: list) -> None:
 
 def layers_of(model, asked: list, seed: int) -> tuple[int, ...]:
     """Text layers by number, ``all``, ``localized`` or ``random`` (as many as are localized, drawn from the others)."""
-    from textloc_utils import lora_study
+    from textloc_utils import lora_looks
     from textloc_utils.experiment import known_layers
 
     if asked == ["all"]:
@@ -62,7 +62,7 @@ def layers_of(model, asked: list, seed: int) -> tuple[int, ...]:
     if asked not in (["localized"], ["random"]):
         return tuple(sorted(set(asked)))
     layers = known_layers(model)
-    return layers if asked == ["localized"] else lora_study.random_layers(model, layers, seed)
+    return layers if asked == ["localized"] else lora_looks.random_layers(model, layers, seed)
 
 
 def _add_train(actions) -> None:

@@ -58,6 +58,11 @@ def _add_train(commands) -> None:
         "--seeing", type=options.layer, nargs="+", metavar="I", help="the only text layers that may see the letters"
     )
     train.add_argument(
+        "--text",
+        choices=["subwords", "random"],
+        help="text encoders whose tokens hold several letters, or that never learned (default: letters, learned)",
+    )
+    train.add_argument(
         "--precision",
         default="auto",
         choices=["auto", "fp32", "bf16"],
@@ -75,7 +80,8 @@ def _train(args) -> None:
 
     if args.ship and args.no_ship:
         raise TextlocError("give --ship or --no-ship, not both")
-    if (args.world, args.layers, args.seeing) != ("second", None, None) and not (args.ship or args.no_ship):
+    study = (args.layers, args.seeing, args.text) != (None, None, None) or args.world != "second"
+    if study and not (args.ship or args.no_ship):
         raise TextlocError("a run for a study is no miniature of the book; add --no-ship, or name a folder with --ship")
     given = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
     budget = replace(training.default_budget(args.name), **given)
@@ -89,6 +95,7 @@ def _train(args) -> None:
         only=world.WORLDS[args.world],
         layers=args.layers,
         seeing=args.seeing and tuple(args.seeing),
+        text=args.text,
         cache=args.parts,
         device=args.device,
         precision=args.precision,

@@ -19,9 +19,9 @@ def add(commands) -> None:
     localize.add_argument(
         "--search",
         default="budgeted",
-        choices=["exhaustive", "budgeted", "one-step", "attribution"],
+        choices=["exhaustive", "budgeted", "one-step", "attribution", "attention"],
         help="exhaustive draws every layer for every pair; budgeted finds the set for a fraction of that; one-step and "
-        "attribution draw no picture (default: budgeted)",
+        "attribution draw no picture; attention is a baseline, which patches nothing (default: budgeted)",
     )
     options.add_preset(localize, "how many pairs of which prompts, and steps")
     localize.add_argument("--pairs", type=options.count, metavar="N", help="number of pairs (default: the preset's)")
@@ -53,11 +53,11 @@ def add(commands) -> None:
 
 def _pairs(args) -> list:
     """The pairs to search on: of the preset's sets in equal parts, of one set, or of a file."""
-    from textloc_utils import onestep, prompts
+    from textloc_utils import localization, prompts
 
     work = preset(args.preset)
     # A published table is the book's, which sweeps over more pairs than it probes without pictures.
-    drawn = args.publish and args.search not in onestep.DEPTHS
+    drawn = args.publish and args.search not in localization.WITHOUT_PICTURES
     n = args.pairs or (work.sweep_pairs if drawn else work.pairs)
     if args.prompts is not None and args.prompts not in options.SETS:
         chosen = prompts.load_pairs(args.prompts, n, args.seed)

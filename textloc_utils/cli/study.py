@@ -1,4 +1,4 @@
-"""The book's measurements: ``study contents``, ``seeds``, ``edit``, ``guard``, ``lora``.
+"""The book's measurements, ``study ...``: layers, contents, trainings, seeds, edit, guard, toxic, lora, looks.
 
 All are kept piece by piece: a killed run goes on where it was.
 """
@@ -8,12 +8,24 @@ from pathlib import Path
 from textloc_utils.cli import adapters, options
 from textloc_utils.settings import preset
 
+CONTENTS = (
+    "colours",
+    "steps",
+    "parts",
+    "length",
+    "tokens",
+    "heads",
+)  #: names of ``layer_contents``, without the import
+
+SCENES = ("open", "named", "open_given")  #: names of ``edit.study.SCENES``
+
 
 def add(commands) -> None:
     """Add this group's commands."""
     studies = commands.add_parser("study", help="the book's measurements; results are kept piece by piece")
     studies = studies.add_subparsers(dest="study", required=True, metavar="STUDY")
-    for each in (_add_contents, _add_seeds, _add_edit, _add_guard, _add_lora):
+    layers = (_add_layers, _add_contents, _add_trainings, _add_seeds)
+    for each in (*layers, _add_edit, _add_guard, _add_toxic, _add_lora, _add_looks):
         each(studies)
 
 
@@ -33,12 +45,40 @@ def _measurement(studies, name: str, run, what: str, work: str, publish: str = "
     return command
 
 
+def _add_layers(studies) -> None:
+    what = "which layers hold the text, by every search, and which hold each other factor of a miniature's scenes"
+    _measurement(studies, "layers", _layers, what, "how many pairs and steps", "the tables")
+
+
+def _layers(args) -> None:
+    from textloc_utils import scene_pairs, specificity
+
+    work, model = preset(args.preset), _model(args)
+    run = options.experiment(args, model, steps=work.steps)
+    n, reported = work.sweep_pairs, work.words
+    searched = specificity.searches(run, n, args.seed)
+    for how, found in searched.items():
+        print(f"{how}: {found}")
+    sets = {"text": searched["exhaustive"].layers}
+    print(specificity.rates(specificity.needed(run, sets["text"], reported, args.seed)).round(3).to_string(index=False))
+    if scene_pairs.world_of(model) is None:
+        return  # nobody reads the other factors of such pictures
+    for factor in scene_pairs.FACTORS:
+        held = specificity.search(run, factor, n, args.seed)
+        print(f"{factor}: {'all layers together bring nothing of it' if held is None else held}")
+        if held is not None:
+            sets[factor] = held.layers
+    for table, short in (
+        (specificity.reported(run, sets, reported, args.seed), specificity.rates),
+        (specificity.carried(run, sets["text"], reported, args.seed), specificity.moved),
+    ):
+        print(short(table).round(3).to_string(index=False))
+
+
 def _add_contents(studies) -> None:
     what = "what the localized layers carry: text against colours, steps, heads, keys, values, length"
     contents = _measurement(studies, "contents", _contents, what, "how many pairs and steps", "the tables")
-    contents.add_argument(
-        "--tables", nargs="+", choices=["colours", "steps", "parts", "length"], help="which tables (default: all)"
-    )
+    contents.add_argument("--tables", nargs="+", choices=CONTENTS, help="which tables (default: all)")
     options.add_layers(contents)
 
 
@@ -46,10 +86,44 @@ def _contents(args) -> None:
     from textloc_utils import layer_contents, sweeps
 
     run, work, layers = _experiment(args)
-    for name in args.tables or layer_contents.STUDIES:
+    for name in args.tables or CONTENTS:
         print(f"{name}, layers {' '.join(map(str, layers))}")
+        if name == "heads":
+            table = layer_contents.heads(run, layers, work.pairs, args.seed)
+            print(layer_contents.rates(table).round(3).to_string(index=False))
+            continue
         table = layer_contents.study(run, name, layers, work.pairs, args.seed)
         _print_effects(sweeps.effect_intervals(table))
+
+
+def _add_trainings(studies) -> None:
+    trainings = studies.add_parser(
+        "trainings",
+        help="whether other trainings of a miniature keep the text in as few layers, and if planted layers are found",
+        description="Search the layers of miniatures that were trained in the plain world, from other seeds, at other "
+        "depths, or with planted layers. The tables are published.",
+    )
+    trainings.add_argument("model", metavar="MODEL", help="a miniature, like sd3-mini")
+    trainings.add_argument(
+        "runs",
+        nargs="+",
+        type=options.path,
+        metavar="DIR",
+        help="what `textloc train MODEL --world plain --ship DIR` wrote",
+    )
+    options.add_preset(trainings, "how many pairs")
+    options.add_seed(trainings)
+    trainings.set_defaults(run=_trainings)
+
+
+def _trainings(args) -> None:
+    from textloc_utils import models, ocr, trainings
+
+    reader = ocr.check_reader(models.spec(args.model).height)
+    runs, n = [Path(run) for run in args.runs], preset(args.preset).pairs
+    table = trainings.publish(args.model, runs, n, args.seed, progress=options.progress())
+    print(table.round(3).to_string(index=False))
+    print(f"read by {reader}")
 
 
 def _add_seeds(studies) -> None:
@@ -88,7 +162,11 @@ def _add_edit(studies) -> None:
     what = "editing against its baselines: over many pairs, along trade-off curves, on given pictures"
     edit = _measurement(studies, "edit", _edit, what, "how many pairs, noises and steps", "the tables")
     edit.add_argument(
-        "--tables", nargs="+", default=["methods"], choices=["methods", "curve", "given"], help="default: methods"
+        "--tables",
+        nargs="+",
+        default=["methods"],
+        choices=["methods", "curve", "given", *SCENES],
+        help="default: methods",
     )
     edit.add_argument("--pairs", type=options.count, metavar="N", help="of a table (default: the preset's)")
     options.add_noises(edit, None)
@@ -100,6 +178,11 @@ def _edit(args) -> None:
 
     run, work, layers = _experiment(args)
     for name in args.tables:
+        if name in SCENES:
+            print(f"{name}, layers {' '.join(map(str, layers))}")
+            table = edit.scene_table(run, name, layers, args.pairs or work.words, args.seed)
+            print(edit.kept(table).round(3).to_string(index=False))
+            continue
         pairs = edit.held_out_pairs(args.pairs or (work.pairs if name == "curve" else work.edits), args.seed)
         pairs = prompts.with_noises(pairs, args.noises or work.noises)
         table = edit.table(run, name, layers, pairs)
@@ -129,6 +212,23 @@ def _guard(args) -> None:
     print(f"harmless pictures unchanged bit for bit: {guarded.unchanged.sum()} of {len(guarded)}")
 
 
+def _add_toxic(studies) -> None:
+    what = "toxic words where the scene follows the word: the guard, its baselines, and a safe adapter"
+    options.add_layers(_measurement(studies, "toxic", _toxic, what, "how many prompts and steps", "the tables"))
+
+
+def _toxic(args) -> None:
+    from textloc_utils.safety import scenes
+
+    run, work, layers = _experiment(args)
+    training = scenes.shared(work.steps)
+    table = scenes.measure(run, work.words, args.seed, layers=layers, training=training)
+    columns = ["method", "learned", "n", "toxic", "exact", "material_kept", "ssim_outside", "extra"]
+    for kind, part in table.groupby("kind", sort=False):
+        print(kind)
+        print(scenes.rates(part, ["method", "learned"])[columns].round(3).to_string(index=False))
+
+
 def _add_lora(studies) -> None:
     what = "adapters on localized layers against all, random ones, and all attention"
     adapters.add_chosen_layers(_measurement(studies, "lora", _lora, what, "how many words and steps"))
@@ -142,6 +242,21 @@ def _lora(args) -> None:
     layers = adapters.layers_of(model, args.layers, args.seed)
     run, training = options.experiment(args, model, steps=work.steps), lora_study.shared(work.steps)
     adapters.print_scores(lora_study.study(run, layers, work.sweep_pairs, args.seed, training=training))
+
+
+def _add_looks(studies) -> None:
+    what = "adapters from the early checkpoint, tuned on one look: gain in spelling against drift"
+    options.add_layers(_measurement(studies, "looks", _looks, what, "how many words and steps", "the tables"))
+
+
+def _looks(args) -> None:
+    from textloc_utils import lora_looks
+
+    run, work, layers = _experiment(args)
+    training, tuning = lora_looks.shared(work.steps), min(work.words, lora_looks.TUNING)
+    table = lora_looks.study(run, layers, work.words, args.seed, tuning=tuning, training=training)
+    columns = ["arm", "lr", "seeds", *lora_looks.GAINS, *lora_looks.DRIFTS]
+    print(lora_looks.plane(table)[columns].to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 
 
 def _model(args):

@@ -63,8 +63,8 @@ from textloc_utils.edit.study import (
     differences,
     held_out_pairs,
     kept,
-    open_table,
     rendered,
+    scene_table,
     summarise,
     table,
 )

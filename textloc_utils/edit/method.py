@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps
 from textloc_utils.experiment import Experiment
 from textloc_utils.models import Model, as_indices, check_layers
 from textloc_utils.prompts import Pair
+from textloc_utils.results import LATER
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer
 
@@ -39,8 +40,8 @@ class Method:
     name: str
     patch: Site | None = None
     maps: float | None = None
-    own_maps: float = 0.0
-    flow_from: int | None = None
+    own_maps: float = field(default=0.0, metadata=LATER)
+    flow_from: int | None = field(default=None, metadata=LATER)
     reseed: int = 0
 
     def __post_init__(self):
@@ -137,7 +138,7 @@ def edit(
         rows.append(target)
     else:
         rows += [target, source]
-        patches = [method.patch.patch(len(rows) - 1, len(rows) - 2)]
+        patches = method.patch.patches(len(rows) - 1, len(rows) - 2)
     asked, seeds = zip(*rows, strict=True)
     options = {"patches": patches, "batch_size": len(rows)}
     if method.maps is not None:  # a second stage enlarges an edit under the source prompt, as it does a patched row

@@ -2,14 +2,12 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 
-import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from textloc_utils.models import Model, TextLayer, check_hookable, image_and_text, self_attention
+from textloc_utils.models import Model, TextLayer, attention_maps, check_hookable, image_and_text, self_attention
 from textloc_utils.patching import Fired
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
@@ -115,17 +113,13 @@ class _ReplacedMaps(TorchFunctionMode):
 
     def _replace(self, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **other):
         """``output``, (B, heads, queries, d), with the last prompt's row as replaced maps would have it."""
-        batch, _, queries, width = query.shape
+        batch, _, queries, _ = query.shape
         if batch not in (self.rows, 2 * self.rows):
             raise TextlocError(f"maps were asked for {self.rows} rows, but the denoiser got {batch}")
         pictures, sources, targets = self._where(queries, key.shape[2])
         rows = [batch - self.rows, batch - 1]
-        scores = query[rows][:, :, pictures] @ key[rows].transpose(-1, -2) * (scale or 1 / math.sqrt(width))
-        if attn_mask is not None:
-            hidden = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -torch.inf)
-            scores = scores + hidden.expand(batch, -1, -1, -1)[rows][:, :, pictures if hidden.shape[2] > 1 else 0 : 1]
-        maps = scores.softmax(-1)
-        self.bytes = max(self.bytes, 2 * scores.numel() * scores.element_size())
+        maps = attention_maps(query, key, rows, pictures, attn_mask, scale)
+        self.bytes = max(self.bytes, 2 * maps.numel() * maps.element_size())
         change = (maps[0][..., sources] - maps[1][..., targets]) @ value[-1][:, targets]
         output = output.clone()
         output[-1, :, pictures] += change

@@ -13,6 +13,7 @@ from textloc_utils import metrics, ocr, scene_pairs
 from textloc_utils.edit.inversion import DAMPED, PASSES, invert
 from textloc_utils.edit.method import (
     LOCALIZED,
+    PLAIN,
     SAME_SEED,
     Method,
     all_layers,
@@ -188,10 +189,7 @@ def compare(
 
 
 def _key(methods: Sequence[Method], given: bool) -> dict:
-    # What a method does not use says nothing of it, and came later than tables that were made without it.
-    new = {"own_maps": 0.0, "flow_from": None}
-    told = [{k: v for k, v in asdict(method).items() if (k, v) not in new.items()} for method in methods]
-    about = {"edit_rows": ROWS, "methods": told, "given": given}
+    about = {"edit_rows": ROWS, "methods": list(methods), "given": given}
     return about | ({"passes": [PASSES, DAMPED]} if given else {})
 
 
@@ -233,23 +231,35 @@ def _published(
     return experiment.table(f"edit_{experiment.name}_{name}", inputs, made)
 
 
-def open_table(
-    experiment: Experiment, layers: Sequence[int], n: int, seed: int = 42, *, tuning: int = 48
-) -> pd.DataFrame:
-    """Every method at its best setting on ``n`` pairs of test words whose prompts name the text alone.
+#: Tables on scenes: the prompts' template (None: they name everything), and whether pictures are given.
+SCENES = {"open": (world.OPEN, False), "named": (None, False), "open_given": (world.OPEN, True)}
 
-    The two words of a pair go with different materials, so that the new prompt asks for another one without a word.
-    Settings are chosen by :func:`best` on ``tuning`` such pairs of other words. Published as
-    ``results/edit_MODEL_open.csv``, and what chose the settings as ``results/edit_MODEL_dials.csv``.
+
+def scene_table(
+    experiment: Experiment, name: str, layers: Sequence[int], n: int, seed: int = 42, *, tuning: int = 48
+) -> pd.DataFrame:
+    """Every method at its best setting on ``n`` pairs of test words, one of SCENES.
+
+    The two words of a pair go with different materials, so that a new prompt that names the text alone asks for another
+    material without a word. Settings are chosen by :func:`best` on ``tuning`` such pairs of other words, whose
+    pictures are drawn, not given. Published as ``results/edit_MODEL_NAME.csv``, and what chose the settings as
+    ``results/edit_MODEL_dials.csv``, or ``named_dials``.
     """
+    if name not in SCENES:
+        raise TextlocError(f"unknown table {name!r}; allowed: {', '.join(SCENES)}")
+    template, given = SCENES[name]
     turned = dials(experiment.model, layers, experiment.steps)
-    made = functools.partial(scene_pairs.make, seed=seed, template=world.OPEN, two_groups=True)
-    known = _published(experiment, "dials", turned, made(tuning, "tune"))
-    return _published(experiment, "open", best(turned, known), made(n, "report"))
+    made = functools.partial(scene_pairs.make, seed=seed, template=template, two_groups=True)
+    known = _published(experiment, "dials" if template else "named_dials", turned, made(tuning, "tune"))
+    chosen = best(turned, known)
+    if given:
+        # From given noise there is no other picture of the new prompt to draw.
+        chosen = [method for method in chosen if method.name != PLAIN]
+    return _published(experiment, name, chosen, made(n, "report"), given=given)
 
 
 def kept(table: pd.DataFrame) -> pd.DataFrame:
-    """How often each method keeps each factor of the source's picture, from the table of :func:`open_table`.
+    """How often each method keeps each factor of the source's picture, from a table of :func:`scene_table`.
 
     One row per method: columns method, start, share, n, and for every factor and for exact its rate under its name,
     with ``_low`` and ``_high`` (Wilson's interval).

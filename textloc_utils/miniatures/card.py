@@ -87,6 +87,8 @@ def export(name: str, run: Path, destination: Path) -> dict:
             files.write_json(file, {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"})
         known = {**recipe(name).SPEC, "prompt_template": world.NAMED, "colours": list(world.SIGNS)}
         known["trained"] = {"device": report["device"], "samples": report["samples"]}
+        if report["seeing"]:
+            known["trained"]["seeing"] = report["seeing"]
         files.write_json(part / "textloc.json", known)
         known["trained"] |= {"test": measure(models.load(name, device="cpu", model_path=part))}
         early = _early(name, run, part)

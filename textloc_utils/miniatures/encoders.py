@@ -8,7 +8,7 @@ it is. A denoiser that never changes its encoder cannot make up for an encoder t
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
@@ -91,16 +91,22 @@ def _clip(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor):
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of text encoder: ``tokens`` is the length it pads to, ``encode`` how its pipeline reads it."""
+    """A kind of text encoder: ``tokens`` is the length it pads to, ``encode`` how its pipeline reads it.
+
+    ``subwords`` and ``learned`` are otherwise in studies: whether its tokens hold several letters, and whether it
+    learns from captions, or stays as it is drawn.
+    """
 
     tokenizer: str
     tokens: int
     build: Callable[[PreTrainedTokenizerFast], nn.Module]
     encode: Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+    subwords: bool = False
+    learned: bool = True
 
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that goes with it."""
-        return letter_tokenizer(length=self.tokens, kind=self.tokenizer)
+        return letter_tokenizer(length=self.tokens, kind=self.tokenizer, subwords=self.subwords)
 
 
 #: LDMTextToImagePipeline and IFPipeline pad to 77 tokens. Only IFPipeline gives its T5 the mask.
@@ -130,6 +136,9 @@ KINDS = {
         encode=lambda encoder, ids, mask: (encoder(ids)[0], None),
     ),
 }
+#: What the text encoders of a study may be in place of the recipe's, whose tokens are letters.
+TEXTS: dict[str, dict] = {"subwords": {"subwords": True}, "random": {"learned": False}}
+KINDS |= {f"{kind}-{name}": replace(KINDS[kind], **what) for name, what in TEXTS.items() for kind in ("clip", "t5")}
 
 
 class _Reader(nn.Module):
@@ -161,12 +170,14 @@ class _Reader(nn.Module):
 def pretrain(kind: Kind, *, seed: int, steps: int, device: torch.device | str = "cpu") -> tuple[nn.Module, float]:
     """An encoder that was trained on captions alone, out of training, and how well it can be read.
 
-    The second value is the share of letters and factors that were named rightly in the last tenth of the steps, 0..1.
-    All random numbers come from ``seed``.
+    The second value is the share of letters and factors that were named rightly in the last tenth of the steps, 0..1;
+    0 of a kind that is not learned. All random numbers come from ``seed``.
     """
     torch.manual_seed(seed)
     rng, tokenizer, encode = random.Random(f"{seed} captions"), kind.make_tokenizer(), kind.encode
     encoder = kind.build(tokenizer).to(device).train()
+    if not kind.learned:
+        return encoder.requires_grad_(False).eval().cpu(), 0.0
     with torch.no_grad():
         ids, mask, *_ = _batch(random.Random(0), tokenizer, 2, device)
         embeddings, pooled = encode(encoder, ids, mask)
@@ -181,11 +192,12 @@ def pretrain(kind: Kind, *, seed: int, steps: int, device: torch.device | str = 
         named, spelled = reader(embeddings)
         loss = F.cross_entropy(spelled.flatten(0, 1), letters.flatten())
         loss = loss + sum(F.cross_entropy(n, f) for n, f in zip(named, factors, strict=True))
-        # Said of each letter's token by itself, too, which is learned first and makes the rest easy to find.
-        quoted = (ids >= first) & (ids < first + len(LETTERS))
-        places, letter = (quoted.cumsum(1) - 1)[quoted], ids[quoted] - first
-        place_, letter_ = reader.marks(embeddings[quoted]).split([world.COLUMNS, len(LETTERS)], dim=1)
-        loss = loss + F.cross_entropy(place_, places) + F.cross_entropy(letter_, letter)
+        if not kind.subwords:
+            # Said of each letter's token by itself, too, which is learned first and makes the rest easy to find.
+            quoted = (ids >= first) & (ids < first + len(LETTERS))
+            places, letter = (quoted.cumsum(1) - 1)[quoted], ids[quoted] - first
+            place_, letter_ = reader.marks(embeddings[quoted]).split([world.COLUMNS, len(LETTERS)], dim=1)
+            loss = loss + F.cross_entropy(place_, places) + F.cross_entropy(letter_, letter)
         if pooled is not None:
             there = F.one_hot(letters, 1 + len(LETTERS)).amax(1)[:, 1:].float()
             loss = loss + F.binary_cross_entropy_with_logits(reader.occurs(pooled), there)

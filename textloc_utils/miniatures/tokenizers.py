@@ -1,14 +1,31 @@
-"""Word-level tokenizers for the miniatures: the captions' words whole, quoted text letter by letter."""
+"""Word-level tokenizers for the miniatures: the captions' words whole, quoted text letter by letter or in pieces."""
+
+import functools
+from collections import Counter
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from textloc_utils import prompts
 from textloc_utils.miniatures import world
 from textloc_utils.prompts import LETTERS
 
+PIECES = 150  #: of two or three letters
 
-def letter_tokenizer(*, length: int, kind: str) -> PreTrainedTokenizerFast:
+
+@functools.cache
+def pieces() -> tuple[str, ...]:
+    """The PIECES most common pairs and triples of letters in the training words, none of them a caption's word."""
+    words = [word.lower() for word in prompts.words("train")]
+    found = Counter(word[i : i + n] for word in words for n in (2, 3) for i in range(len(word) - n + 1))
+    taken = set(world.vocabulary())
+    return tuple([piece for piece, _ in found.most_common() if piece not in taken][:PIECES])
+
+
+def letter_tokenizer(*, length: int, kind: str, subwords: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer that splits quoted text into letters, padded and cut to ``length`` tokens.
+
+    With ``subwords`` it takes the longest of :func:`pieces` from left to right, and letters where there is none.
 
     It reads capitals and small letters alike, as a pipeline may lower-case its prompts (DeepFloyd IF). ``kind`` is
     ``clip`` (start and end token around the prompt, padded with the end token as CLIP does) or ``t5`` (end token only,
@@ -20,11 +37,12 @@ def letter_tokenizer(*, length: int, kind: str) -> PreTrainedTokenizerFast:
     outside, inside = r'(?=(?:[^"]*"[^"]*")*[^"]*$)', r'(?=[^"]*"(?:[^"]*"[^"]*")*[^"]*$)'
     article = normalizers.Replace(Regex(r"\ba\b" + outside), "an")
     words = [w for w in world.vocabulary() if w != "a"]
-    vocabulary = {t: i for i, t in enumerate([*special, *LETTERS.lower(), *words])}
+    longer = sorted(pieces(), key=len, reverse=True) if subwords else []
+    vocabulary = {t: i for i, t in enumerate([*special, *LETTERS.lower(), *words, *longer])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.normalizer = normalizers.Sequence([normalizers.Lowercase(), article])
     # The whole prompt tells which letters stand in quotes, so that they are split off first.
-    split = pre_tokenizers.Split(Regex("[a-z]" + inside), "isolated")
+    split = pre_tokenizers.Split(Regex(f"(?:{'|'.join([*longer, '[a-z]'])})" + inside), "isolated")
     raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
     if kind == "clip":
         start, end = special[:2]

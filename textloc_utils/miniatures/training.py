@@ -122,11 +122,20 @@ class Prepared:
 
 
 def prepare(
-    rules, folder: Path, budget: Budget, *, seed: int, only: world.World, cache: Path, device: str, log=print
+    rules,
+    folder: Path,
+    budget: Budget,
+    *,
+    seed: int,
+    only: world.World,
+    cache: Path,
+    device: str,
+    text: str | None = None,
+    log=print,
 ) -> None:
     """Make the shared parts of a run, and its pool, each once; ``folder`` keeps the pool and where the parts are."""
     known = {}
-    for component, (kind, number) in rules.TEXT.items():
+    for component, (kind, number) in _texts(rules, text).items():
         place, report = parts.make_encoder(
             kind, folder=cache, steps=budget.encoder_steps, seed=number, device=device, log=log
         )
@@ -145,17 +154,22 @@ def prepare(
     files.write_json(folder / "parts.json", known)
 
 
-def _prepared(rules, folder: Path) -> Prepared:
+def _texts(rules, text: str | None) -> dict[str, tuple[str, int]]:
+    """The recipe's text encoders, or those of a study: component to (kind, seed)."""
+    return {part: (f"{kind}-{text}" if text else kind, number) for part, (kind, number) in rules.TEXT.items()}
+
+
+def _prepared(rules, folder: Path, text: str | None = None) -> Prepared:
     known = json.loads((folder / "parts.json").read_text())
-    found = {}
-    for component, (kind, _) in rules.TEXT.items():
+    found, texts = {}, _texts(rules, text)
+    for component, (kind, _) in texts.items():
         of = encoders.KINDS[kind]
         blank = of.build(of.make_tokenizer())
         found[component] = type(blank).from_pretrained(known[component]["folder"]).eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(known["vae"]["folder"]).eval() if "vae" in known else None
     return Prepared(
         encoders=found,
-        tokenizers={component: encoders.KINDS[kind].make_tokenizer() for component, (kind, _) in rules.TEXT.items()},
+        tokenizers={component: encoders.KINDS[kind].make_tokenizer() for component, (kind, _) in texts.items()},
         vae=vae,
         report={component: of["report"] for component, of in known.items()},
     )
@@ -190,6 +204,7 @@ def train(
     only: world.World = world.SECOND,
     layers: int | None = None,
     seeing: tuple[int, ...] | None = None,
+    text: str | None = None,
     device: str = "auto",
     precision: str = "auto",
     compiled: bool = False,
@@ -199,9 +214,10 @@ def train(
     """Train miniature ``name`` in ``folder``, or go on where its checkpoint was.
 
     ``budget`` defaults to the recipe's. ``only`` is the world it learns; ``cache`` the folder of the parts that it
-    shares with others. For studies, ``layers`` is the number of blocks where a recipe lets it be chosen, and
-    ``seeing`` the text layers that ever see the letters (see :mod:`.planted`). With ``compiled`` torch compiles the
-    denoiser's forward pass first. Returns the training report, None in other processes than the main one.
+    shares with others. For studies, ``layers`` is the number of blocks where a recipe lets it be chosen, ``seeing`` the
+    text layers that ever see the letters (see :mod:`.planted`), and ``text`` one of ``encoders.TEXTS``, what the text
+    encoders are in place of the recipe's. With ``compiled`` torch compiles the denoiser's forward pass first. Returns
+    the training report, None in other processes than the main one.
 
     Evaluations are logged in ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``, the
     denoiser that spelled nearest to EARLY on the way to ``folder/early``. A second stage follows in
@@ -218,7 +234,12 @@ def train(
         raise TextlocError(f"the seed must be a whole number from 0 to 2147483647, got {seed}")
     if layers is not None and "layers" not in inspect.signature(rules.pipeline).parameters:
         raise TextlocError(f"{name} has one number of layers; it can be chosen for sd3-mini")
-    inputs = {"name": name, "seed": seed, "world": only.name, "layers": layers, "seeing": seeing, **asdict(budget)}
+    if text is not None and any(kind not in encoders.KINDS for kind, _ in _texts(rules, text).values()):
+        raise TextlocError(f"the text encoders of {name} cannot be {text}; those of sd3-mini can be chosen")
+    if text == "subwords" and seeing:
+        raise TextlocError("planted layers know letters by their tokens; leave out seeing, or the subwords")
+    study = {"layers": layers, "seeing": seeing, "text": text}
+    inputs = {"name": name, "seed": seed, "world": only.name, **study, **asdict(budget)}
     folder, cache = Path(folder), Path(cache or parts.default_folder())
     for each in (folder, cache):
         check_writable(each)
@@ -233,11 +254,13 @@ def train(
     main = accelerator.is_main_process
     if main:
         files.write_json(folder / "inputs.json", inputs)
-        prepare(rules, folder, budget, seed=seed, only=only, cache=cache, device=str(accelerator.device), log=log)
+        prepare(
+            rules, folder, budget, seed=seed, only=only, cache=cache, device=str(accelerator.device), text=text, log=log
+        )
     accelerator.wait_for_everyone()
     how = {"seed": seed, "only": only, "precision": precision, "compiled": compiled, "log": log}
     built = {} if layers is None else {"layers": layers}
-    ready = _prepared(rules, folder)
+    ready = _prepared(rules, folder, text)
     second = getattr(rules, "Stage2", None)
     part = _part(budget, 1 - second.SHARE) if second else budget
     report = _Run(name, rules, folder, part, ready, accelerator, built=built, seeing=seeing, **how).run()
@@ -250,8 +273,7 @@ def train(
     if main:
         report |= {
             "world": only.name,
-            "layers": layers,
-            "seeing": seeing,
+            **study,
             "parts": ready.report,
             "commit": results.provenance().get("commit"),
         }

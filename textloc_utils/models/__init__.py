@@ -25,6 +25,7 @@ from textloc_utils.models.architectures import (
 )
 from textloc_utils.models.calls import (
     DenoiserCall,
+    attention_maps,
     call_rows,
     denoise,
     guided,

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,3 +193,23 @@ def image_and_text(denoiser: nn.Module, layer: TextLayer, queries: int, keys: in
     if architecture(denoiser).picture_first:
         return slice(0, queries - tokens), slice(keys - tokens, keys)
     return slice(tokens if layer.family == JOINT else 0, queries), slice(0, tokens)
+
+
+def attention_maps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: list[int],
+    queries: slice,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention maps, (rows, heads, queries, keys), of some rows and queries of what torch's fused attention is given.
+
+    ``query`` and ``key`` are (B, heads, tokens, d); ``mask`` and ``scale`` those of ``scaled_dot_product_attention``.
+    """
+    scores = query[rows][:, :, queries] @ key[rows].transpose(-1, -2) * (scale or 1 / math.sqrt(query.shape[-1]))
+    if mask is not None:
+        hidden = mask if mask.dtype != torch.bool else torch.where(mask, 0.0, -torch.inf)
+        hidden = hidden.expand(len(query), -1, -1, -1)[rows]
+        scores = scores + hidden[:, :, queries if hidden.shape[2] > 1 else slice(0, 1)]
+    return scores.softmax(-1)

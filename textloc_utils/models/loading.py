@@ -219,6 +219,10 @@ def load(
     # The place alone: a second naming of the dtype would also take it to what T5 has to keep in float32.
     pipe.to(place)
     stage2 = _load_stage2(chosen, pipe, local, dtype)
+    if seeing := (chosen.trained or {}).get("seeing"):
+        from textloc_utils.miniatures import planted
+
+        planted.install(pipe, chosen, seeing)  # it was trained like this, and would write nothing otherwise
     return Model.from_pipeline(pipe, chosen, stage2 and stage2.to(place))
 
 

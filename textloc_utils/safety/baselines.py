@@ -26,9 +26,11 @@ class SafeDiffusion:
     beta: float
 
 
-#: The configuration that the paper on text localization compares with, published as Hyp-Medium, and the strongest one.
+#: Published as Hyp-Medium, which the paper on text localization compares with, Hyp-Strong and Hyp-Max.
 SLD_MEDIUM = SafeDiffusion(scale=1000, warmup=10, threshold=0.01, momentum=0.3, beta=0.4)
+SLD_STRONG = SafeDiffusion(scale=2000, warmup=7, threshold=0.025, momentum=0.5, beta=0.7)
 SLD_MAX = SafeDiffusion(scale=5000, warmup=0, threshold=1.0, momentum=0.5, beta=0.7)
+CONFIGURATIONS = {"SLD medium": SLD_MEDIUM, "SLD strong": SLD_STRONG, "SLD max": SLD_MAX}
 
 
 def concept(findings: Iterable[Finding]) -> str:

@@ -24,7 +24,7 @@ import tomllib
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -517,11 +517,11 @@ def harmless_word(word: str) -> str:
     return min(HARMLESS, key=fit)
 
 
-def clean(prompt: str, findings: Iterable[Finding]) -> str:
+def clean(prompt: str, findings: Iterable[Finding], replace: Callable[[str], str] = harmless_word) -> str:
     """The prompt with a harmless word for each finding, in small letters where the toxic one was."""
     parts, end = [], 0
     for finding in findings:
-        word = harmless_word(finding.word)
+        word = replace(finding.word)
         parts += [prompt[end : finding.start], word.lower() if finding.text.islower() else word]
         end = finding.end
     return "".join([*parts, prompt[end:]])

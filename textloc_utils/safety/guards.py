@@ -1,7 +1,7 @@
 """The guard: called like its pipeline, it draws toxic prompts without their toxic text."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from textloc_utils.experiment import Experiment, known_layers
 from textloc_utils.generate import first_call, save
 from textloc_utils.models import ADDED, CROSS, Model, check_prompts, family_of
 from textloc_utils.patching import Fired, Patch
-from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM, Negative, SafeDiffusion, SafeGuidance, concept
+from textloc_utils.safety.baselines import CONFIGURATIONS, Negative, SafeDiffusion, SafeGuidance, concept
 from textloc_utils.safety.calls import Change, Embedding, Lent
-from textloc_utils.safety.detector import Detector, Finding, WordDetector, clean
+from textloc_utils.safety.detector import Detector, Finding, WordDetector, clean, harmless_word
 from textloc_utils.settings import TextlocError
 
 #: Arguments of pipeline calls that hold a prompt.
@@ -22,7 +22,7 @@ PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
 #: Arguments that are of no use when a prompt is only to be encoded, and would not fit the number of prompts.
 _OTHERS = ("generator", "latents", "callback_on_step_end")
 #: What :func:`guard` takes as ``method``. "guard" is "guard by embedding" on U-Nets, "guard by row" elsewhere.
-METHODS = ("guard", "guard by embedding", "guard by row", "negative prompt", "SLD medium", "SLD max", "prompt swap")
+METHODS = ("guard", "guard by embedding", "guard by row", "negative prompt", *CONFIGURATIONS, "prompt swap")
 
 
 def guard(
@@ -31,6 +31,7 @@ def guard(
     *,
     detector: Detector | None = None,
     method: str | SafeDiffusion = "guard",
+    harmless: Callable[[str], str] = harmless_word,
 ) -> "Guard":
     """What is called like the pipeline, and keeps the toxic text of prompts out of its pictures.
 
@@ -44,6 +45,8 @@ def guard(
         Called with a prompt, returns its findings (default: ``detector.WordDetector()``).
     method
         One of METHODS, or settings of Safe Latent Diffusion: the baselines act on the same prompts.
+    harmless
+        Called with a toxic word, returns the word that takes its place.
 
     Raises
     ------
@@ -68,7 +71,7 @@ def guard(
     if layers is None:
         layers = known_layers(model) if str(method).startswith("guard") else ()
     layers = Patch(source=0, target=1, layers=layers).indices(model)
-    return Guard(model, layers, detector or WordDetector(), method)
+    return Guard(model, layers, detector or WordDetector(), method, harmless)
 
 
 class Guard:
@@ -78,11 +81,18 @@ class Guard:
     took part, at which steps, on how many rows.
     """
 
-    _OWN = ("_inner", "layers", "detector", "method", "fired", "__signature__")
+    _OWN = ("_inner", "layers", "detector", "method", "harmless", "fired", "__signature__")
 
-    def __init__(self, model: Model, layers: tuple[int, ...], detector: Detector, method: str | SafeDiffusion):
+    def __init__(
+        self,
+        model: Model,
+        layers: tuple[int, ...],
+        detector: Detector,
+        method: str | SafeDiffusion,
+        harmless: Callable[[str], str],
+    ):
         self._inner = model
-        self.layers, self.detector, self.method = layers, detector, method
+        self.layers, self.detector, self.method, self.harmless = layers, detector, method, harmless
         self.fired: Fired | None = None
         self.__signature__ = inspect.signature(model.pipe)
 
@@ -113,7 +123,7 @@ class Guard:
     def screen(self, prompt: str) -> tuple[str, list[Finding]]:
         """A prompt cleaned, and what was found in it."""
         findings = list(self.detector(prompt))
-        return clean(prompt, findings), findings
+        return clean(prompt, findings, self.harmless), findings
 
     def __call__(self, *args, **kwargs):
         """The pipeline's call.
@@ -180,8 +190,7 @@ class Guard:
             return Lent(self._inner, n, rows, texts, self.layers)
         if self.method == "negative prompt":
             return Negative(self._inner, n, rows, texts)
-        known = {"SLD medium": SLD_MEDIUM, "SLD max": SLD_MAX}
-        config = known[self.method] if isinstance(self.method, str) else self.method
+        config = CONFIGURATIONS[self.method] if isinstance(self.method, str) else self.method
         steps = given.get("num_inference_steps", self.__signature__.parameters["num_inference_steps"].default)
         return SafeGuidance(self._inner, n, rows, texts, config, round(config.warmup * steps / 50))
 

@@ -4,7 +4,6 @@ import functools
 import random
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from textloc_utils.prompts import LETTERS, NOISE, spelling_prompts, test_words, 
 from textloc_utils.results import unit_hash
 from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM
 from textloc_utils.safety.detector import Detector, WordDetector, clean, mild_words
-from textloc_utils.safety.guards import guard
+from textloc_utils.safety.scenes import draw_by
 from textloc_utils.settings import TextlocError
 
 ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
@@ -90,16 +89,11 @@ def compare(
     cleaned = clean(prompt, findings)
     made = {}
     for run in runs:
-        if run == "unguarded":
-            made[run] = experiment.draw([prompt], [seed])
-        elif run == PATCHED_RUN:
+        if run == PATCHED_RUN:
             patch = Patch(source=0, target=1, layers=tuple(layers))
             made[run] = experiment.draw([prompt, cleaned], [seed] * 2, patches=[patch])
-        elif run == "prompt swap":  # also in a second stage, which a guard does not reach
-            made[run] = experiment.draw([cleaned], [seed])
         else:
-            guarded = guard(experiment.model, layers, detector=detector, method=run)
-            made[run] = replace(experiment, model=guarded.model).draw([prompt], [seed])
+            made[run] = draw_by(run, experiment, prompt, cleaned, seed, layers=layers, detector=detector)
     pictures = np.stack([m.images[0] for m in made.values()])
     plain, base = np.broadcast_to(pictures[:1], pictures.shape), made["unguarded"].row_evaluations
     mask = ocr.outside(experiment.model.spec.text_box, pictures, pictures[0])

@@ -1,0 +1,328 @@
+"""Adapters tuned on scenes of one look, from a miniature's early checkpoint: what spelling gains, and what drifts.
+
+The base is the denoiser as it was while it spelled about seven words in ten (``MINIATURE/early``). It is tuned on
+scenes of one typeface in front of one material (LOOK), whose captions name neither, so that an adapter can learn that
+all pictures look like that. Test words say how much better it spells then, in prompts that name another look and in
+prompts that name nothing. What the latter look like says what drifted. Each arm has a learning rate of its own, which
+validation words chose.
+
+What a table takes, from the first world's seconds per step and picture on one core: sd3-mini about 65 minutes,
+sdxl-mini 105, ldm-mini 125, if-mini 210, at the preset ``book``. The runs that choose the rates are a third of it.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from textloc_utils import lora, metrics, models, ocr, scene_pairs
+from textloc_utils.experiment import Experiment, fingerprint
+from textloc_utils.lora import Training
+from textloc_utils.miniatures import evaluation, factors, world
+from textloc_utils.models import Model
+from textloc_utils.settings import TextlocError
+
+ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
+BEFORE = "before"  #: the row of the model without an adapter
+LOCALIZED, EVERY = "localized", "all text layers"
+SCENES, STEPS = 4000, 200  #: of the look, drawn once for all arms; steps of a training
+RATES = (5e-4, 2e-3, 8e-3)  #: learning rates among which each arm's is chosen
+SEEDS, TUNED = (0, 1, 2, 3, 4), 100  #: seeds of the trainings that are reported, and of those that choose the rates
+TUNING = 64  #: validation words that choose a rate
+MARGIN = 0.02  #: of the exact rate: a gain that is smaller by less than this is as large, see ``data/claims.toml``
+LOOK = replace(
+    world.SECOND,
+    name="one look",
+    typefaces=("serif",),
+    materials=("brick",),
+    named=world.SECOND.named | {"typeface": 0.0, "material": 0.0},
+)
+#: What test prompts name: every look that shares nothing with LOOK.
+OTHERS = replace(
+    world.SECOND,
+    name="other looks",
+    typefaces=tuple(face for face in world.TYPEFACES if face not in LOOK.typefaces),
+    materials=tuple(material for material in world.MATERIALS if material not in LOOK.materials),
+)
+
+
+def early(model: Model) -> Model:
+    """A miniature as it was early in its training, loaded anew; TextlocError where its folder does not hold that."""
+    file = Path(model.spec.source) / "early" / "denoiser.safetensors"
+    if not (model.spec.miniature and file.is_file()):
+        raise TextlocError(f"{model.spec.name} has no early checkpoint ({file}); textloc train keeps a miniature's")
+    found = models.load(model.spec.name, device=str(model.device), model_path=model.spec.source)
+    try:
+        found.denoiser.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    except (OSError, SafetensorError, RuntimeError):
+        raise TextlocError(f"{file} is damaged or another model's; restore it, or train the miniature again") from None
+    return replace(found, spec=model.spec)
+
+
+def shared(steps: int | None = None) -> Training:
+    """What all arms share, before their layers are chosen; ``steps`` are a preset's, where it asks for few."""
+    return Training(layers=(), steps=steps or STEPS)
+
+
+def drawn_scenes(n: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """``n`` pictures of LOOK, uint8 (n, H, W, 3), and their captions; of training words and random strings."""
+    rng = random.Random(f"one look {seed}")
+    known = [world.random_scene(rng, LOOK) for _ in range(n)]
+    return np.stack([world.render(scene) for scene in known]), [world.caption(scene, rng, LOOK) for scene in known]
+
+
+def random_layers(model: Model, layers: Sequence[int], seed: int) -> tuple[int, ...]:
+    """As many text layers as there are ``layers``, drawn from the others (from all where the others are too few)."""
+    every = range(len(model.layers))
+    others = [i for i in every if i not in layers]
+    pool = others if len(others) >= len(layers) else list(every)
+    return tuple(sorted(random.Random(f"random layers {seed}").sample(pool, len(layers))))
+
+
+def arms(model: Model, layers: Sequence[int], training: Training) -> dict[str, Training]:
+    """The trainings to compare, by name, for the localized ``layers``; ``training`` holds what they share.
+
+    Every training seed draws random layers of its own. A model whose picture never attends to itself alone (joint
+    attention) has no arm "all attention": its text layers are all it has.
+    """
+    every = tuple(range(len(model.layers)))
+    found = {
+        LOCALIZED: replace(training, layers=tuple(sorted(layers))),
+        EVERY: replace(training, layers=every),
+        "random layers": replace(training, layers=random_layers(model, layers, training.seed)),
+    }
+    if models.self_attention(model.denoiser):
+        found["all attention"] = replace(training, layers=every, self_attention=True)
+    return found
+
+
+def diversity(pictures: np.ndarray) -> float:
+    """Mean distance between two pictures of one group, over (groups, pictures, H, W, 3).
+
+    The distance is the root of the mean squared difference, in grey levels.
+    """
+    left, right = np.triu_indices(pictures.shape[1], k=1)
+    each = [np.sqrt(metrics.mse(kin[left], kin[right])) for kin in pictures]
+    return float(np.mean(each))
+
+
+# --- the tables -----------------------------------------------------------------------------------------------
+
+
+def asked_words(use: str, n: int, seed: int) -> list[str]:
+    """``n`` words of one of ``scene_pairs.USES``, drawn by ``seed``."""
+    pool = scene_pairs.words(use)
+    if not 4 <= n <= len(pool):
+        raise TextlocError(f"4 to {len(pool)} words can be asked for, got {n}")
+    return random.Random(f"{use} {seed}").sample(pool, n)
+
+
+def measure(experiment: Experiment, words: Sequence[str], seed: int) -> dict:
+    """What the experiment's model draws of ``words``.
+
+    The first half stands in prompts that name everything, in looks other than LOOK, the second in prompts that name
+    nothing. Keys: exact (share of all that spell their word), named and open (of each half), obeyed (named prompts
+    whose typeface and material are both as named), and of the open prompts' pictures typefaces and materials (how many
+    of each are read, in the world's order, joined by spaces) and diversity (of neighbours, see :func:`diversity`).
+    """
+    known = evaluation.scenes(list(words), seed, OTHERS)
+    half = len(known) // 2
+    asked = [evaluation.named(s) if i < half else world.prompt(s.text, world.OPEN) for i, s in enumerate(known)]
+    pictures = experiment.draw(asked, [seed + i for i in range(len(asked))]).images
+    exact = [metrics.exact_match(*each) for each in zip(ocr.read(pictures), words, strict=True)]
+    seen = factors.read(pictures)
+    obeyed = [(r.typeface, r.material) == (s.typeface, s.material) for r, s in zip(seen[:half], known, strict=False)]
+    faces, materials = [r.typeface for r in seen[half:]], [r.material for r in seen[half:]]
+    pairs = (len(known) - half) // 2
+    return {
+        "words": len(words),
+        "exact": float(np.mean(exact)),
+        "named": float(np.mean(exact[:half])),
+        "open": float(np.mean(exact[half:])),
+        "obeyed": float(np.mean(obeyed)),
+        "typefaces": " ".join(str(faces.count(name)) for name in world.TYPEFACES),
+        "materials": " ".join(str(materials.count(name)) for name in world.MATERIALS),
+        "diversity": diversity(pictures[half : half + 2 * pairs].reshape(pairs, 2, *pictures.shape[1:])),
+    }
+
+
+def study(
+    experiment: Experiment,
+    layers: Sequence[int],
+    n: int,
+    seed: int = 42,
+    *,
+    tuning: int = TUNING,
+    training: Training | None = None,
+    seeds: Sequence[int] = SEEDS,
+) -> pd.DataFrame:
+    """Train every arm from the early checkpoint and measure it on ``n`` test words, for the localized ``layers``.
+
+    One row for the early checkpoint and one per training seed and arm. Columns: model, arm, lr, seed, layers, rank,
+    parameters, seconds_per_step, and those of :func:`measure`. ``training`` is what the arms share (default:
+    :func:`shared`). Each arm's learning rate is the one of RATES that spells most of ``tuning`` validation words, the
+    smaller one of two that are equal. Runs are kept one by one in the store. Published as
+    ``results/lora_MODEL_looks.csv``, and what chose the rates as ``results/lora_MODEL_rates.csv``; both belong to the
+    weights of the finished miniature.
+    """
+    if not layers:
+        raise TextlocError("the study needs at least one localized layer")
+    models.check_layers(experiment.model, layers)
+    asked = {"tune": asked_words("tune", tuning, seed), "report": asked_words("report", n, seed)}
+    base = replace(experiment, model=early(experiment.model))
+    start = training or shared()
+    scenes = min(SCENES, start.steps * start.batch)
+    inputs = {"rows": ROWS, "early": fingerprint(base.model), "look": LOOK, "scenes": scenes, "seed": seed}
+    whole = base.key | inputs
+    data = functools.cache(lambda: lora.prepare(base.model, *drawn_scenes(scenes)))
+
+    def table(name: str, use: str, todo: Sequence[tuple[str, Training | None]]) -> pd.DataFrame:
+        def unit(arm: str, training: Training | None) -> pd.DataFrame:
+            about = whole | {"words": asked[use], "training": training}
+            row = base.unit("looks", about, lambda: [_run(base, data, training, asked[use], seed)])
+            row.insert(1, "arm", arm)
+            return row
+
+        def make() -> pd.DataFrame:
+            bar = tqdm(todo, desc=f"{base.name}: {name}", unit="run", disable=not base.progress)
+            return pd.concat([unit(*each) for each in bar], ignore_index=True)
+
+        return experiment.table(f"lora_{base.name}_{name}", inputs | {"words": asked[use], "arms": todo}, make)
+
+    tried = arms(base.model, layers, replace(start, seed=TUNED))
+    known = table("rates", "tune", [(arm, replace(each, lr=lr)) for arm, each in tried.items() for lr in RATES])
+    rates = best_rates(known)
+    todo = [arms(base.model, layers, replace(start, seed=at)).items() for at in seeds]
+    chosen = [(arm, replace(each, lr=rates[arm])) for of in todo for arm, each in of]
+    return table("looks", "report", [(BEFORE, None), *chosen])
+
+
+def _run(
+    experiment: Experiment,
+    data: Callable[[], lora.Data],
+    training: Training | None,
+    words: Sequence[str],
+    seed: int,
+) -> dict:
+    """One row of :func:`study`, without its arm; ``data`` is called for what to train on."""
+    about = {"model": experiment.name, "lr": 0.0, "seed": 0, "layers": "", "rank": 0, "parameters": 0}
+    if training is None:
+        return about | {"seconds_per_step": 0.0} | measure(experiment, words, seed)
+    report = lora.train(experiment.model, data(), training)
+    about |= {"lr": training.lr, "seed": training.seed, "layers": " ".join(map(str, training.layers))}
+    about |= {"rank": training.rank, "parameters": report.parameters, "seconds_per_step": report.seconds_per_step}
+    try:
+        return about | measure(experiment, words, seed)
+    finally:
+        lora.remove(experiment.model)
+
+
+def best_rates(table: pd.DataFrame) -> dict[str, float]:
+    """Each arm's learning rate from the table of all: the highest exact rate, and of equal ones the smaller."""
+    ordered = table.sort_values(["exact", "lr"], ascending=[False, True])
+    return {str(arm): float(part.lr.iloc[0]) for arm, part in ordered.groupby("arm", sort=False)}
+
+
+# --- what the table says --------------------------------------------------------------------------------------
+
+#: Columns of :func:`changes`: gains in exact rates, then drifts.
+GAINS, DRIFTS = ("gain", "named_gain", "open_gain"), ("typefaces", "materials", "diversity", "obeyed")
+
+
+def changes(table: pd.DataFrame) -> pd.DataFrame:
+    """What each training of :func:`study`'s table changed: columns arm, seed, GAINS and DRIFTS.
+
+    Gains are exact rates less those before. Drifts, all on open prompts but the last: typefaces, how far the entropy of
+    their shares moved, in bits; materials, total variation distance of their shares from those before; diversity and
+    obeyed, the part that was lost (below 0 where it rose).
+    """
+    first, trained = table[table.arm == BEFORE].iloc[0], table[table.arm != BEFORE]
+    return pd.DataFrame(
+        {
+            "arm": trained.arm,
+            "seed": trained.seed,
+            "gain": trained.exact - first.exact,
+            "named_gain": trained.named - first.named,
+            "open_gain": trained.open - first.open,
+            "typefaces": [abs(_entropy(each) - _entropy(first.typefaces)) for each in trained.typefaces],
+            "materials": [np.abs(_shares(each) - _shares(first.materials)).sum() / 2 for each in trained.materials],
+            "diversity": 1 - trained.diversity / first.diversity,
+            "obeyed": first.obeyed - trained.obeyed,
+        }
+    )
+
+
+def _shares(counts: str) -> np.ndarray:
+    numbers = np.array([float(number) for number in counts.split()])
+    return numbers / max(1.0, numbers.sum())
+
+
+def _entropy(counts: str) -> float:
+    shares = _shares(counts)
+    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+
+
+def plane(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per arm of :func:`study`'s table, means over training seeds.
+
+    Columns arm, lr, seeds, and each of GAINS and DRIFTS with ``_low`` and ``_high`` (Student's interval over seeds).
+    """
+    rates = table.groupby("arm").lr.first()
+    return pd.DataFrame(
+        {"arm": arm, "lr": rates[arm], "seeds": len(part)} | _students(part.set_index("seed"))
+        for arm, part in changes(table).groupby("arm", sort=False)
+    )
+
+
+def advantages(table: pd.DataFrame) -> pd.DataFrame:
+    """What :func:`plane` shows of the localized layers, less that of each other arm, paired by training seed.
+
+    Columns arm and each of GAINS and DRIFTS with ``_low`` and ``_high``.
+    """
+    by_arm = {arm: part.set_index("seed") for arm, part in changes(table).groupby("arm", sort=False)}
+    names = [*GAINS, *DRIFTS]
+    return pd.DataFrame(
+        {"arm": arm} | _students(by_arm[LOCALIZED][names] - part[names])
+        for arm, part in by_arm.items()
+        if arm != LOCALIZED
+    )
+
+
+def _students(part: Mapping) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name in (*GAINS, *DRIFTS):
+        found = metrics.student(part[name])
+        out |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+    return out
+
+
+def writes(table: pd.DataFrame) -> dict:
+    """How the claim "writes" of ``data/claims.toml`` stands by :func:`study`'s table.
+
+    Keys: outcome (supported, contradicted or undecided), figure (in words) and n.
+    """
+    less, rows, by = advantages(table).set_index("arm"), plane(table).set_index("arm"), changes(table).set_index("seed")
+    own, every, gain = rows.loc[LOCALIZED], less.loc[EVERY], {arm: part.gain for arm, part in by.groupby("arm")}
+    half = metrics.student(gain[LOCALIZED] - gain[EVERY] / 2)
+    beaten = (less.gain_high < MARGIN) & (less.typefaces_low > 0) & (less.materials_low > 0)
+    gentler = every.typefaces_high < 0 and every.materials_high < 0
+    if beaten.any() or own.gain_high <= 0 or half.high < 0:
+        outcome = "contradicted"
+    elif own.gain_low > 0 and every.gain_low > -MARGIN and gentler:
+        outcome = "supported"
+    else:
+        outcome = "undecided"
+    figure = f"exact rate {_told(own, 'gain')}, less all text layers' {_told(every, 'gain')}; drift less theirs: "
+    figure += f"typefaces {_told(every, 'typefaces')} bits, materials {_told(every, 'materials')}"
+    return {"outcome": outcome, "figure": figure, "n": int(table.words.iloc[0])}
+
+
+def _told(row: pd.Series, name: str) -> str:
+    return metrics.span(row[name], row[f"{name}_low"], row[f"{name}_high"], "+.2f")

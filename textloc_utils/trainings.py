@@ -1,0 +1,113 @@
+"""Miniatures trained several times: from other seeds, at other depths, with layers that are known to hold the letters.
+
+Such trainings live in the plain world (``miniatures.world``). Do all of them keep their text in as few layers, and are
+it layers that do the same? Do the searches find the layers that were planted (``miniatures.planted``)?
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from textloc_utils import localization, scene_pairs, specificity, sweeps
+from textloc_utils.experiment import Experiment, Spent, fingerprint
+from textloc_utils.localization import Found
+from textloc_utils.models import load
+from textloc_utils.settings import TextlocError
+from textloc_utils.sites import Site, joined
+
+#: What a run's set is made of, on pairs that are reported: all of it, and parts of it.
+PARTS: dict[str, dict] = {
+    "exact": {},
+    "keys": {"tensors": "k"},
+    "values": {"tensors": "v"},
+    "letters": {"tokens": "different"},
+}
+#: Values by layer in the log of a training, beside those of the whole model.
+BY_LAYER = ("target", "exact_layers")
+WHOLE = ("exact", "plain_target", "all_layers", "exact_all_layers")
+
+
+def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress: bool = False) -> pd.DataFrame:
+    """Search the layers of every run of miniature ``name``, over ``n`` pairs of its world, and publish what came out.
+
+    ``runs`` are the folders that ``textloc train NAME --ship`` wrote. Returns ``results/trainings_NAME.csv``, one row
+    per run and search: run (the folder's name), training_seed, blocks (0: the recipe's own), planted (layers, empty
+    where none are), text (letters, or one of ``miniatures.encoders.TEXTS``), spelled (exact rate at the end of its
+    training), search, layers, number, of (all text layers), share (of the parameters), found and false (planted layers
+    in the set, and others), cost (row evaluations, as a share of the exhaustive search's) and, after the exhaustive
+    search, what PARTS of the set write of ``n`` reported pairs. The cheap searches are done where layers are planted.
+    Beside it ``results/trainings_NAME_log.csv`` has the evaluations of each training: run, samples, layer (-1: the
+    whole model), WHOLE, BY_LAYER.
+
+    Raises TextlocError for a folder without a miniature, one of another model, and two of one name.
+    """
+    logs = {Path(folder).name: _log(name, Path(folder)) for folder in runs}
+    if len(logs) < len(runs) or not runs:
+        raise TextlocError(f"runs need different names, got {', '.join(Path(folder).name for folder in runs)}")
+    rows, seconds, weights = [], 0.0, []
+    for folder in runs:
+        model = load(name, model_path=str(folder))
+        experiment = Experiment.of(model, progress=progress)
+        spent = Spent(experiment.store)
+        about = _about(Path(folder).name, logs[Path(folder).name])
+        planted = [int(layer) for layer in about["planted"].split()]
+        sets = _search(experiment, n, seed, all_of_them=bool(planted))
+        for how, found in sets.items():
+            row = about | {"search": how, "layers": joined(found.layers), "number": len(found.layers)}
+            row["of"] = len(model.layers)
+            row |= {"share": found.share, "cost": found.row_evaluations / sets["exhaustive"].row_evaluations}
+            hits = len(set(planted) & set(found.layers)) if planted else 0
+            row |= {"found": hits, "false": len(found.layers) - hits if planted else 0}
+            rows.append(row | (_parts(experiment, found, n, seed) if how == "exhaustive" else {}))
+        seconds += spent.seconds
+        weights.append(fingerprint(model))
+    told = {"pairs": n, "seed": seed, "key": {"weights": weights}}
+    table = pd.DataFrame(rows)
+    experiment.write(f"trainings_{name}", table, seconds=round(seconds, 1), **told)
+    experiment.write(f"trainings_{name}_log", _evaluations(logs), seconds=0.0, **told)  # copied from the logs
+    return table
+
+
+def _search(experiment: Experiment, n: int, seed: int, *, all_of_them: bool) -> dict[str, Found]:
+    if all_of_them:
+        return specificity.searches(experiment, n, seed)
+    pairs = scene_pairs.for_model(experiment.model, n, "select", seed)
+    return {"exhaustive": localization.localize(experiment, pairs, how="exhaustive", by="exact")}
+
+
+def _parts(experiment: Experiment, found: Found, n: int, seed: int) -> dict[str, float]:
+    pairs = scene_pairs.for_model(experiment.model, n, "report", seed, same_length=True)
+    sites = [Site(kind=part, layers=found.layers, **how) for part, how in PARTS.items()]
+    table = sweeps.table(experiment, pairs, sites, source=False)
+    return {part: float(table.exact[table.kind == part].mean()) for part in PARTS}
+
+
+def _about(run: str, log: dict) -> dict:
+    report = log["report"]
+    about = {"run": run, "training_seed": report["seed"], "blocks": report["layers"] or 0}
+    about |= {"planted": joined(report["seeing"] or ()), "text": report.get("text") or "letters"}
+    return about | {"spelled": log["evaluations"][-1]["exact"]}
+
+
+def _evaluations(logs: dict[str, dict]) -> pd.DataFrame:
+    rows = []
+    for run, log in logs.items():
+        for each in log["evaluations"]:
+            at = {"run": run, "samples": each["samples"]}
+            rows.append(at | {"layer": -1} | {key: each.get(key) for key in WHOLE})
+            for layer in range(len(each.get("target", ()))):
+                rows.append(at | {"layer": layer} | {key: each[key][layer] for key in BY_LAYER})
+    return pd.DataFrame(rows, columns=["run", "samples", "layer", *WHOLE, *BY_LAYER])
+
+
+def _log(name: str, folder: Path) -> dict:
+    """The training log of a miniature that ``textloc train --ship`` wrote."""
+    try:
+        log = json.loads((folder / "training.json").read_text())
+    except OSError:
+        raise TextlocError(f"{folder} holds no miniature; textloc train {name} --ship {folder} writes one") from None
+    if log["report"]["name"] != name:
+        raise TextlocError(f"{folder} holds {log['report']['name']}, not {name}")
+    return log
