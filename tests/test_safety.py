@@ -365,6 +365,7 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(experiment, "generate", generate_twice)
+    monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "anew"))
     with pytest.raises(KeyboardInterrupt):
         safety.draw(guarded, asked, tmp_path / "b", steps=2)
     assert safety.draw(guarded, asked, tmp_path / "b", steps=2) == whole and calls[2:] == [[asked[1]], [asked[2]]]
