@@ -33,6 +33,7 @@ def fails(capsys, *arguments) -> str:
     return err
 
 
+@pytest.mark.full
 def test_generate_writes_what_it_prints(tmp_path):
     words = ["HELLO", "WORLD"]
     asked = [prompts.replace_text(HELLO, w) for w in words]

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import disguises
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForSequenceClassification, TextClassificationPipeline
 
 from textloc_utils import prompts
 from textloc_utils.safety import detector, study
@@ -178,21 +176,6 @@ def test_bad_lists_are_named(tmp_path, content):
 def test_missing_list():
     with pytest.raises(TextlocError, match="none.txt"):
         detector.read_words("none.txt")
-
-
-def test_a_transformers_classifier_takes_its_place():
-    tokenizer = tiny.tokenizer("clip", 64)
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=2, **shape))
-    model.classifier.bias.data = model.classifier.bias.data.new_tensor([-9.0, 9.0])
-    classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
-    detect = detector.classifier(classify, labels={"LABEL_1"}, threshold=0.9)
-    (found,) = detect(SAYS.format("hello world"))
-    assert found.text == "hello world" and detector.clean(SAYS.format("hello world"), [found])
-    assert detect("a red sign on a wall") == []
-    assert detector.classifier(classify, labels={"LABEL_0"})(SAYS.format("hello")) == []
-    with pytest.raises(TextlocError, match="threshold"):
-        detector.classifier(classify, labels={"LABEL_0"}, threshold=2)
 
 
 # --- no prompt upsets it --------------------------------------------------------------------------------------

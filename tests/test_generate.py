@@ -134,7 +134,7 @@ def test_mistakes(sd3, prompts, seeds, how, message):
 
 def test_save(sd3, tmp_path):
     made = generate(sd3, [HELLO, WORLD], [1, 2])
-    rows = save(tmp_path, made, [HELLO, WORLD], [1, 2], ["HELLO", ""])
+    rows = save(tmp_path, made.images, [HELLO, WORLD], [1, 2], ["HELLO", ""])
     assert rows == json.loads((tmp_path / "images.json").read_text())
     assert rows[1] == {"prompt": WORLD, "seed": 2, "file": "001.png", "ocr": ""}
     for row, image in zip(rows, made.images, strict=True):
@@ -143,7 +143,7 @@ def test_save(sd3, tmp_path):
 
 def test_a_killed_save_names_no_picture_of_another_call(sd3, tmp_path, monkeypatch):
     first, second = (generate(sd3, [HELLO, WORLD], seeds) for seeds in ([1, 2], [3, 4]))
-    save(tmp_path, first, [HELLO, WORLD], [1, 2], ["", ""])
+    save(tmp_path, first.images, [HELLO, WORLD], [1, 2], ["", ""])
     replace = os.replace
 
     def killed(old, new):
@@ -153,7 +153,7 @@ def test_a_killed_save_names_no_picture_of_another_call(sd3, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, second, [HELLO, WORLD], [3, 4], ["", ""])
+        save(tmp_path, second.images, [HELLO, WORLD], [3, 4], ["", ""])
     assert json.loads((tmp_path / "images.json").read_text()) == []
 
 

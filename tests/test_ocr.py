@@ -109,16 +109,18 @@ def test_pictures_without_text_stay_in_their_place():
 def test_a_page_on_which_tesseract_finds_nothing_keeps_its_place():
     """Tesseract itself returns nothing for the middle page: pages are told apart by form feeds alone."""
     blank = Image.new("L", (64, 64), 255)
-    love, evol = (ocr.preprocess(p) for p in draw(["LOVE", "EVOL"]))
+    love, evol = (ocr.cut_out(p)[0] for p in draw(["LOVE", "EVOL"]))
     said = ocr._tesseract([blank, love, blank, blank, evol, blank], ocr.LINE, prompts.LETTERS)
     assert [text.strip() for text in said] == ["", "LOVE", "", "", "EVOL", ""]
     assert [text.strip() for text in ocr._tesseract([blank], ocr.LINE, prompts.LETTERS)] == [""]
 
 
-def test_batches_arrays_lists_and_pil_images_read_alike(words):
+def test_batches_arrays_lists_and_pil_images_read_alike(words, monkeypatch):
     pictures, texts = words[0][:9], words[1][:9]
-    assert ocr.read(pictures, batch=4) == texts
-    assert ocr.read(list(pictures), batch=1) == texts
+    monkeypatch.setattr(ocr, "BATCH", 4)
+    assert ocr.read(pictures) == texts
+    monkeypatch.setattr(ocr, "BATCH", 1)
+    assert ocr.read(list(pictures)) == texts
     assert ocr.read([Image.fromarray(p) for p in pictures]) == texts
     assert ocr.read([]) == []
 
@@ -133,11 +135,6 @@ def test_ink_that_differs_in_hue_only_is_read():
     grey = np.asarray(Image.fromarray(picture).convert("L"))[14:-14, 10:-10]
     assert np.ptp(grey.astype(int)) < 8
     assert ocr.read([picture]) == ["HOUSE"]
-
-
-def test_letters_restrict_the_reading():
-    (picture,) = draw(["LOVE"])
-    assert set(ocr.read([picture], letters="XYZ")[0]) <= set("XYZ")
 
 
 @pytest.mark.parametrize("text", ["GARDEN", "garden", "Garden"])
@@ -200,12 +197,6 @@ def test_what_is_no_picture_is_refused(images):
         ocr.read(images)
 
 
-@pytest.mark.parametrize("bad", [{"letters": "abc"}, {"letters": ""}, {"letters": "A -l x"}, {"batch": 0}])
-def test_bad_arguments(bad, words):
-    with pytest.raises(TextlocError):
-        ocr.read(words[0][:1], **bad)
-
-
 # --- pictures of full-size models ---------------------------------------------------------------------------------
 
 needs_rapidocr = pytest.mark.skipif(ocr._rapid_version() is None, reason="the extra [ocr] is not installed")
@@ -266,6 +257,7 @@ TEXTURES = ("gradient", "grain", "noise", "checks 8", "checks 20", "stripes 8", 
 TEXTURES += ("dots 8", "windows", "plaster", "planks", "leaves", "clouds", "photograph of grass")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("engine", ENGINES)
 def test_textures_are_no_text(engine):
     pictures = textures.every(512)

@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-from textloc_utils import experiment, metrics, models, ocr, prompts, safety
+from textloc_utils import experiment, metrics, models, ocr, prompts, results, safety
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import counted, first_call, generate
 from textloc_utils.patching import Patch, patched
 from textloc_utils.results import Store
-from textloc_utils.safety import baselines, detector, guards, study
+from textloc_utils.safety import baselines, detector, study
 from textloc_utils.safety.detector import Finding, WordDetector
 from textloc_utils.settings import TextlocError
 
@@ -350,7 +350,7 @@ def miniature():
 
 
 def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatch):
-    monkeypatch.setattr(guards, "rows_per_call", lambda model: 1)
+    monkeypatch.setattr(experiment, "rows_per_call", lambda model: 1)
     guarded = safety.guard(miniature, (8,))
     asked = [p for p, _, _ in prompts.toxic_prompts(2)] + [prompts.spelling_prompts(1)[0][0]]
     whole = safety.draw(guarded, asked, tmp_path / "a", steps=2)
@@ -374,7 +374,7 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
     assert len(calls) == 7, "other settings draw anew"
     safety.draw(guarded, asked, tmp_path / "b", steps=3)
     assert len(calls) == 7
-    monkeypatch.setattr(guards, "computed_with", lambda model: {"reader": "another"})
+    monkeypatch.setattr(results, "computed_with", lambda model: {"reader": "another"})
     safety.draw(guarded, asked, tmp_path / "b", steps=3)
     assert len(calls) == 10, "and so does another reader"
 

@@ -102,7 +102,8 @@ def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
 def test_the_known_effect(model):
     """Every layer together turns the source's word into the target's; the unpatched source keeps its own."""
     everything = Site(kind="all + pooled", layers=tuple(range(len(model.layers))), pooled=True)
-    swept = tl.sweep(model, prompts.make_pairs(6, same_length=True), sites=[everything])
+    pairs = [p for p in prompts.make_pairs(60) if len(p.source_text) == len(p.target_text)][:6]
+    swept = tl.sweep(model, pairs, sites=[everything])
     score = swept.summary().set_index("kind")
     assert score.target_score["all + pooled"] > 0.8
     assert score.source_score["all + pooled"] < 0.4

@@ -80,14 +80,17 @@ class Experiment:
         """Draw with the experiment's settings; ``options`` are ``generate``'s, and go before them."""
         return generate(self.model, prompts, seeds, **self.settings | options)
 
-    def drawn(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[np.ndarray, list[str]]:
+    def drawn(
+        self, prompts: Sequence[str], seeds: Sequence[int], more: Sequence[Mapping] = ()
+    ) -> tuple[np.ndarray, list[str]]:
         """The pictures of :meth:`draw`, uint8 (n, H, W, 3), and what is read in them; kept batch by batch.
 
-        A run that was ended goes on with the batch it was at.
+        ``more`` is what else each picture hangs on. A run that was ended goes on with the batch it was at.
         """
         size = rows_per_call(self.model)
-        starts = range(0, len(prompts), size)
-        batches = [{"prompts": list(prompts[i : i + size]), "seeds": list(seeds[i : i + size])} for i in starts]
+        told: dict[str, list] = {"prompts": list(prompts), "seeds": list(seeds)}
+        told |= {"more": list(more)} if more else {}
+        batches = [{name: of[i : i + size] for name, of in told.items()} for i in range(0, len(prompts), size)]
 
         def compute(batch: dict) -> list[dict]:
             pictures = self.draw(batch["prompts"], batch["seeds"]).images

@@ -38,9 +38,9 @@ def write_text(path: str | os.PathLike, text: str, *, advice: str = "") -> Path:
     return write_bytes(path, text.encode(), advice=advice)
 
 
-def write_json(path: str | os.PathLike, value: object, *, indent: int = 1, advice: str = "") -> Path:
+def write_json(path: str | os.PathLike, value: object) -> Path:
     """Write a value as indented JSON with a line end, as :func:`write_bytes`."""
-    return write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n", advice=advice)
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_state(path: str | os.PathLike, state: dict) -> Path:
@@ -90,6 +90,12 @@ def sealed(about: Mapping) -> dict:
     return content | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]:
     """A path of the same name to write to; when the block ends, that file takes the place of ``path``.
@@ -127,7 +133,7 @@ def whole_files(folder: str | os.PathLike, *names: str, advice: str = "") -> Ite
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]:
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """An empty folder to fill; when the block ends, it takes the place of ``path``, with all that was there.
 
     A process that is killed between the two renames leaves the old folder under a hidden name; the next call puts it
@@ -135,7 +141,7 @@ def whole_folder(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]
     """
     path = Path(os.path.realpath(path))
     old = path.with_name(f".{path.name}.old")
-    with _beside(path.parent, path, advice) as aside:
+    with _beside(path.parent, path) as aside:
         if old.is_dir():
             shutil.rmtree(old) if path.exists() else old.rename(path)
         new = aside / path.name
@@ -164,7 +170,7 @@ def scratch() -> Iterator[Path]:
     """
     place = Path(tempfile.gettempdir(), f"textloc-{os.getuid()}")
     place.mkdir(mode=0o700, exist_ok=True)
-    with _beside(place, place, "") as aside:
+    with _beside(place, place) as aside:
         yield aside
 
 
@@ -195,7 +201,7 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _beside(folder: Path, path: Path, advice: str) -> Iterator[Path]:
+def _beside(folder: Path, path: Path, advice: str = "") -> Iterator[Path]:
     """A locked hidden folder in ``folder``; it is removed in the end, and so is ``folder`` if it is new and empty."""
     made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     aside, lock = None, None

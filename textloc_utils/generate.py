@@ -5,7 +5,7 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -205,22 +205,22 @@ def conditions(model: Model, prompts: Sequence[str], *, batch_size: int = 64) ->
     return join_rows(parts)
 
 
-def first_call(model: Model, **arguments) -> dict:
-    """What the pipeline, called with ``arguments``, first calls its denoiser with (``models.call_rows``).
+def first_call(model: Model, take: Callable = call_rows, **arguments):
+    """What ``take`` makes of the first call that the pipeline, called with ``arguments``, makes of its denoiser.
 
-    The pipeline's call ends there; neither its noise nor this call counts anywhere.
+    The pipeline's call ends there; neither its noise nor this call counts anywhere. None where there was no call.
     """
-    rows = {}
+    found = []
 
-    def stop(denoiser, args, kwargs):
-        rows.update(call_rows(denoiser, args, kwargs))
+    def stop(*call):
+        found.append(take(*call))
         raise EnoughError
 
     # Ahead of all other hooks: a counter does not see a call that is not made.
     stopping = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     with stopping, contextlib.suppress(EnoughError):
-        model.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(0))
-    return rows
+        model.pipe(**{"generator": torch.Generator("cpu").manual_seed(0)} | arguments)
+    return found[0] if found else None
 
 
 def encode(picture: np.ndarray) -> str:
@@ -237,32 +237,25 @@ def decode(text: str) -> np.ndarray:
 
 def save(
     folder: Path,
-    made: Generation,
+    images: Sequence[np.ndarray] | np.ndarray,
     prompts: Sequence[str],
     seeds: Sequence[int],
     read: Sequence[str],
     *,
     more: Sequence[dict] | None = None,
-    done: Sequence[dict] = (),
 ) -> list[dict]:
     """Write pictures as PNG and ``images.json``: a list of {prompt, seed, file, ocr}, which is returned.
 
-    ``more`` holds further entries for each row; ``done`` are the rows of pictures that the folder already has, which
-    come first. Every file is written aside and renamed. Before a picture is replaced, ``images.json`` names those of
-    ``done`` alone, and afterwards all: a folder never names a picture that it lacks or another one.
+    ``more`` holds further entries for each row. Every file is written aside and renamed. While pictures are replaced,
+    ``images.json`` names none: a folder never names a picture that it lacks or another one.
     """
-    rows = list(done)
+    rows: list[dict] = []
     more = [{}] * len(prompts) if more is None else more
     with files.whole_files(folder, INDEX) as aside:
-        for image, prompt, seed, text, other in zip(made.images, prompts, seeds, read, more, strict=True):
+        for image, prompt, seed, text, other in zip(images, prompts, seeds, read, more, strict=True):
             rows.append({"prompt": prompt, "seed": seed, "file": f"{len(rows):03d}.png", "ocr": text, **other})
             Image.fromarray(image).save(aside / rows[-1]["file"])
-        write_rows(aside, rows)
+        files.write_json(aside / INDEX, rows)
         if (folder / INDEX).exists():
-            write_rows(folder, done)
+            files.write_json(folder / INDEX, [])
     return rows
-
-
-def write_rows(folder: Path, rows: Sequence[dict]) -> None:
-    """Write a folder's ``images.json``, whole or not at all."""
-    files.write_json(folder / INDEX, list(rows))

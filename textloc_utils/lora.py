@@ -30,8 +30,17 @@ from tqdm.auto import tqdm
 from textloc_utils import files
 from textloc_utils.experiment import fingerprint
 from textloc_utils.generate import conditions, step_generator
-from textloc_utils.models import PROJECTIONS, Model, check_layers, denoise, projections, self_attention, take_rows
-from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
+from textloc_utils.models import (
+    PROJECTIONS,
+    Model,
+    as_indices,
+    check_layers,
+    denoise,
+    projections,
+    self_attention,
+    take_rows,
+)
+from textloc_utils.settings import TextlocError, check_writable, first_line, quiet_libraries
 
 FILE = "pytorch_lora_weights.safetensors"  #: the name that diffusers looks for
 ABOUT = "textloc_lora.json"  #: beside it: what was trained, and how
@@ -64,6 +73,7 @@ class Training:
     drop: float = 0.1
 
     def __post_init__(self):
+        object.__setattr__(self, "layers", as_indices(self.layers, "layers"))
         for name, most in (("rank", 4096), ("steps", math.inf), ("batch", math.inf), ("lr", 1)):
             if not 0 < getattr(self, name) <= most:
                 limit = "" if most == math.inf else f" and at most {most}"
@@ -184,14 +194,9 @@ def save(model: Model, folder: str | os.PathLike, about: dict) -> Path:
     writer = type(model.pipe) if hasattr(model.pipe, "save_lora_weights") else StableDiffusionLoraLoaderMixin
     with files.whole_files(folder, ABOUT, FILE) as aside:
         writer.save_lora_weights(aside, **{f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config})
-        about = files.sealed(about | {"sha256": _digest(aside / FILE)})
+        about = files.sealed(about | {"sha256": files.sha256_of(aside / FILE)})
         (aside / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     return folder / FILE
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_weights(model: Model, outcome: str) -> None:
@@ -229,8 +234,7 @@ def load(model: Model, folder: str | os.PathLike) -> dict:
             raise ValueError(f"it has no weights for a {type(model.denoiser).__name__}")
     except Exception as error:  # the libraries below raise many unrelated classes here
         remove(model)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TextlocError(f"the adapter in {folder} does not fit {model.spec.name}: {first}") from None
+        raise TextlocError(f"the adapter in {folder} does not fit {model.spec.name}: {first_line(error)}") from None
     try:
         _check_weights(model, f"train the one in {folder} again")
     except TextlocError:
@@ -247,7 +251,7 @@ def _about(folder: Path) -> dict:
     try:
         about = json.loads(path.read_text())
         own = about.keys() & {"seal", "sha256"}  # earlier versions wrote neither
-        if own and (about != files.sealed(about) or about["sha256"] != _digest(folder / FILE)):
+        if own and (about != files.sealed(about) or about["sha256"] != files.sha256_of(folder / FILE)):
             raise ValueError
     except (ValueError, KeyError, AttributeError, RecursionError):
         raise TextlocError(_CORRUPT.format(path)) from None
@@ -298,8 +302,7 @@ def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.
             pictures = [np.asarray(ImageOps.fit(row["image"].convert("RGB"), (width, height))) for row in rows]
             return np.stack(pictures), [row["text"] or "" for row in rows]
     except Exception as error:  # the library below raises many unrelated classes here
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TextlocError(f"no pictures can be read from {folder}: {first}") from None
+        raise TextlocError(f"no pictures can be read from {folder}: {first_line(error)}") from None
     raise TextlocError(f"{folder} has no captions; metadata.csv needs the columns file_name and text")
 
 
@@ -364,33 +367,41 @@ def train(
     folder = None if folder is None else check_writable(folder)
     _check_bare(model)
     names = targets(model, training)
+    key = asdict(training) | {"model": model.spec.name, "weights": fingerprint(model), "data": data.digest}
+    key |= {"dtype": str(model.denoiser.dtype).removeprefix("torch.")}
     with contextlib.ExitStack() as held:
         if folder is not None and os.environ.get("RANK", "0") == "0":
             held.enter_context(files.only_run(folder))
-        return _train(model, data, training, names, folder, checkpoint_steps, progress)
-
-
-def _train(
-    model: Model,
-    data: Data,
-    training: Training,
-    names: list[str],
-    folder: Path | None,
-    checkpoint_steps: int,
-    progress: bool,
-) -> Report:
-    key = asdict(training) | {"model": model.spec.name, "weights": fingerprint(model), "data": data.digest}
-    key |= {"dtype": str(model.denoiser.dtype).removeprefix("torch.")}
-    if folder is not None and (folder / FILE).is_file():
-        about = _about(folder)
-        if about.get("key") != json.loads(json.dumps(key)):
-            raise TextlocError(_OTHER_RUN.format(folder))
+        if folder is not None and (folder / FILE).is_file():
+            return _finished(model, folder, key)
+        accelerator = _accelerator(model, training)
+        trained = add(model, training)
         try:
-            report = Report(**about["report"])
-        except (KeyError, TypeError):
-            raise TextlocError(_CORRUPT.format(folder / ABOUT)) from None
-        load(model, folder)
+            report = _run(model, data, training, trained, accelerator, key, folder, checkpoint_steps, progress)
+        except BaseException:
+            remove(model)
+            raise
+        if folder is not None and accelerator.is_main_process:
+            save(model, folder, {"key": key, "targets": names, "report": asdict(report)})
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
         return report
+
+
+def _finished(model: Model, folder: Path, key: dict) -> Report:
+    """Load what a finished run saved; TextlocError where it is of another key."""
+    about = _about(folder)
+    if about.get("key") != json.loads(json.dumps(key)):
+        raise TextlocError(_OTHER_RUN.format(folder))
+    try:
+        report = Report(**about["report"])
+    except (KeyError, TypeError):
+        raise TextlocError(_CORRUPT.format(folder / ABOUT)) from None
+    load(model, folder)
+    return report
+
+
+def _accelerator(model: Model, training: Training) -> Accelerator:
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # accelerate takes the current one
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(model.denoiser.dtype, "no")
@@ -402,17 +413,7 @@ def _train(
         raise TextlocError(_ONE_DEVICE)
     if training.batch % accelerator.num_processes:
         raise TextlocError(f"the batch must be a multiple of the {accelerator.num_processes} processes")
-    trained = add(model, training)
-    try:
-        report = _run(model, data, training, trained, accelerator, key, folder, checkpoint_steps, progress)
-    except BaseException:
-        remove(model)
-        raise
-    if folder is not None and accelerator.is_main_process:
-        save(model, folder, {"key": key, "targets": names, "report": asdict(report)})
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    return report
+    return accelerator
 
 
 def _run(

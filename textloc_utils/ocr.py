@@ -16,7 +16,7 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,8 @@ MINIATURE_HEIGHT = 128
 MIN_CONTRAST = 40.0
 #: Tesseract's page segmentation: a block of lines, a line, a word where no line was found.
 BLOCK, LINE, WORD = 6, 7, 8
+#: Pages per run of Tesseract.
+BATCH = 100
 #: What Tesseract may read in pictures that are no miniatures.
 CHARACTERS = LETTERS + LETTERS.lower() + "0123456789%&"
 #: Marks that count in no comparison of texts, whichever reader leaves them out.
@@ -76,17 +78,13 @@ class Reading:
         return " ".join(self.text.split()) or ("(text found, not read)" if self.found else "(no text found)")
 
 
-def read(images: Sequence | np.ndarray, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto") -> list[str]:
+def read(images: Sequence | np.ndarray, *, engine: str = "auto") -> list[str]:
     """Read the text of each picture as one string of capitals.
 
     Parameters
     ----------
     images
         Sequence of uint8 arrays (H, W, 3) or PIL images, or one array (n, H, W, 3).
-    letters
-        The capitals that may be read in a miniature.
-    batch
-        Pictures per call of Tesseract.
     engine
         The reader, see :func:`engine_of`.
 
@@ -98,68 +96,35 @@ def read(images: Sequence | np.ndarray, *, letters: str = LETTERS, batch: int = 
 
     Notes
     -----
-    Pictures up to 128 pixels high are read as one line: cut out as the module says, scaled (at 64 rows x4
-    upwards and x3.6 sideways, bicubic), sharpened; a line on which nothing is read gets a second try as a
-    word. Tesseract's dictionaries are off. Exact matches measured with Tesseract 5.3.0 on 336 rendered 64x128
-    scenes a row, over all 56 colour pairs and three shapes:
+    Pictures up to 128 pixels high are read as one line: cut out as the module says, scaled (at 64 rows x4 upwards and
+    x3.6 sideways, bicubic), sharpened; a line on which nothing is read gets a second try as a word. Tesseract's
+    dictionaries are off. Of 336 rendered scenes Tesseract 5.3.0 read .997 to 1.000 exactly, also blurred, noisy or
+    through an autoencoder, and of as many random strings of 3 to 6 letters .943 to .976 (whole pictures, not cut out:
+    .690 to .735 and .280 to .354). Confused are nearly always J with I or JI, I with T or L, and Q with O.
 
-    ============================================  =====  ======  =======  ====
-    pictures                                      plain  middle  word     read
-    ============================================  =====  ======  =======  ====
-    held-out words                                .735   .970    1.000    1.000
-    the same, blurred (1 px) and noisy (12)       .720   .893    1.000    .997
-    the same, blurred (1.3 px) and noisy (20)     .690   .821    .994     .997
-    the same, through an autoencoder (26.6 dB)    .699   .938    .997     .997
-    random strings of 3 to 6 letters              .348   .812    .955     .976
-    the same, blurred (1 px) and noisy (12)       .354   .586    .920     .943
-    the same, through an autoencoder (26.6 dB)    .280   .696    .908     .943
-    ============================================  =====  ======  =======  ====
-
-    *plain*: the whole picture in grey, inverted where the ink is light, page-segmentation mode 8; *middle*: the
-    same without the outer 14 rows; *word*: the cut-out line, mode 8; *read*: this function. The single letters
-    confused are nearly always J read as I or JI, I as T or L, Q as O. Of 560 common words with one letter
-    replaced, .989 were read right and one as a word, by its lookalike letter (FJVE as FIVE); mode 8: .977, one.
-
-    Taller pictures (full-size models), 300 rendered signs of one or two lines, words and numbers, six typefaces and ten
-    colours, with frames, perspective, blur and noise (``tests/benchmarks/test_sign_reading.py``):
-
-    =================  ================  ================  ===============
-    exact (empty)      256 px            512 px            1024 px
-    =================  ================  ================  ===============
-    Tesseract 5.3.0    .973 (.007)       .947 (.007)       .977 (.000)
-    RapidOCR 3.10.0    1.000 (.000)      1.000 (.000)      1.000 (.000)
-    =================  ================  ================  ===============
+    Of 300 rendered signs of one or two lines at 256, 512 and 1024 pixels Tesseract read .973, .947 and .977 exactly,
+    RapidOCR 3.10.0 all (``tests/benchmarks/test_sign_reading.py``).
 
     Raises
     ------
     TextlocError
-        A reader is missing or fails, a picture is not uint8 RGB, an argument is out of range.
+        A reader is missing or fails, a picture is not uint8 RGB, the engine is unknown.
     """
-    found = readings(images, letters=letters, batch=batch, engine=engine)
-    return [reading.joined for reading in found]
+    return [reading.joined for reading in readings(images, engine=engine)]
 
 
-def readings(
-    images: Sequence | np.ndarray, *, letters: str = LETTERS, batch: int = 100, engine: str = "auto"
-) -> list[Reading]:
+def readings(images: Sequence | np.ndarray, *, engine: str = "auto") -> list[Reading]:
     """Read each picture as it is written, and say where text stands; arguments and errors as of :func:`read`."""
-    if not letters or set(letters) - set(LETTERS):
-        raise TextlocError(f"letters must be capitals from A to Z, got {letters!r}")
-    if batch < 1:
-        raise TextlocError(f"batch must be at least 1, got {batch}")
     pictures = [_rgb(image) for image in images]
     out: dict[int, Reading] = {}
-    by_reader: dict[tuple[str, bool], list[int]] = {}
+    by_reader: dict[Callable, list[int]] = {}
     for i, picture in enumerate(pictures):
         height = picture.shape[0]
-        by_reader.setdefault((engine_of(height, engine), height <= MINIATURE_HEIGHT), []).append(i)
-    for (name, miniature), mine in by_reader.items():
-        some = [pictures[i] for i in mine]
-        if name == "rapidocr":
-            found = _rapid(some)
-        else:
-            found = _miniatures(some, letters, batch) if miniature else _signs(some, batch)
-        out |= zip(mine, found, strict=True)
+        tesseract = _miniatures if height <= MINIATURE_HEIGHT else _signs
+        how = _rapid if engine_of(height, engine) == "rapidocr" else tesseract
+        by_reader.setdefault(how, []).append(i)
+    for how, mine in by_reader.items():
+        out |= zip(mine, how([pictures[i] for i in mine]), strict=True)
     return [out[i] for i in range(len(pictures))]
 
 
@@ -235,21 +200,21 @@ def outside(box: tuple[int, int, int, int] | None, pictures: np.ndarray, source:
 # --- Tesseract --------------------------------------------------------------------------------------------------
 
 
-def _miniatures(pictures: list[np.ndarray], letters: str, batch: int) -> list[Reading]:
+def _miniatures(pictures: list[np.ndarray]) -> list[Reading]:
     name = reader("tesseract")
-    cut = [_cut(picture) for picture in pictures]
+    cut = [cut_out(picture) for picture in pictures]
     texts = [""] * len(pictures)
     for mode in (LINE, WORD):
         todo = [(i, page) for i, (page, _) in enumerate(cut) if page is not None and not texts[i]]
-        for i, text in _in_batches(todo, mode, letters, batch):
-            texts[i] = "".join(c for c in text.upper() if c in letters)
+        for i, text in _in_batches(todo, mode, LETTERS):
+            texts[i] = "".join(c for c in text.upper() if c in LETTERS)
     return [
         Reading(text=text, boxes=() if box is None else (box,), reader=name)
         for text, (_, box) in zip(texts, cut, strict=True)
     ]
 
 
-def _signs(pictures: list[np.ndarray], batch: int) -> list[Reading]:
+def _signs(pictures: list[np.ndarray]) -> list[Reading]:
     """Each block of lines is read for itself; a second and a third look are for what gave nothing."""
     name = reader("tesseract")
     blocks = [(i, block) for i, picture in enumerate(pictures) for block in textlines.find(picture)]
@@ -260,7 +225,7 @@ def _signs(pictures: list[np.ndarray], batch: int) -> list[Reading]:
             for at, (_, block) in enumerate(blocks)
             if not texts[at] and (mode != LINE or block.lines == 1)
         ]
-        for at, text in _in_batches(todo, mode, CHARACTERS, batch):
+        for at, text in _in_batches(todo, mode, CHARACTERS):
             texts[at] = "\n".join(line for line in (" ".join(row.split()) for row in text.splitlines()) if line)
     out = []
     for i in range(len(pictures)):
@@ -271,9 +236,9 @@ def _signs(pictures: list[np.ndarray], batch: int) -> list[Reading]:
     return out
 
 
-def _in_batches(pages: list[tuple[int, Image.Image]], mode: int, letters: str, batch: int) -> Iterator[tuple[int, str]]:
-    for start in range(0, len(pages), batch):
-        chunk = pages[start : start + batch]
+def _in_batches(pages: list[tuple[int, Image.Image]], mode: int, letters: str) -> Iterator[tuple[int, str]]:
+    for start in range(0, len(pages), BATCH):
+        chunk = pages[start : start + BATCH]
         for (i, _), text in zip(chunk, _tesseract([page for _, page in chunk], mode, letters), strict=True):
             yield i, text
 
@@ -287,13 +252,11 @@ def tesseract_version() -> str:
         raise TextlocError(f"this tesseract is too old or not Tesseract at all; {INSTALL}") from None
 
 
-def preprocess(picture: np.ndarray) -> Image.Image | None:
-    """What Tesseract gets to see of a miniature, uint8 (H, W, 3): a grey page, or None where there is no text."""
-    return _cut(picture)[0]
+def cut_out(picture: np.ndarray) -> tuple[Image.Image | None, tuple[int, int, int, int] | None]:
+    """What Tesseract gets to see of a miniature, uint8 (H, W, 3): a grey page, and the box around its text.
 
-
-def _cut(picture: np.ndarray) -> tuple[Image.Image | None, tuple[int, int, int, int] | None]:
-    """A miniature's page (:func:`preprocess`) and the box around its text; None for both where there is no text."""
+    None for both where there is no text.
+    """
     ink = _ink(picture)
     if ink is None:
         return None, None

@@ -178,7 +178,7 @@ def _check_direction(direction: torch.Tensor) -> None:
 @torch.enable_grad()
 def _attribution(model: Model, args: tuple, kwargs: dict, guidance: float) -> tuple[list[float], int]:
     """The gradient of the source's answer along the target's, times the change of each layer's keys and values."""
-    outputs, added, handles = {}, {}, []
+    outputs, added = {}, {}
 
     def listen(name):
         def hook(module, inputs, output):
@@ -193,13 +193,10 @@ def _attribution(model: Model, args: tuple, kwargs: dict, guidance: float) -> tu
         for layer in model.layers
         for letter, name in zip("kv", (layer.key, layer.value), strict=True)
     ]
-    try:
+    with contextlib.ExitStack() as hooks:
         for name in dict.fromkeys(name for _, _, name in names):
-            handles.append(model.denoiser.get_submodule(name).register_forward_hook(listen(name)))
+            hooks.enter_context(model.denoiser.get_submodule(name).register_forward_hook(listen(name)))
         target, source = _call(model, args, kwargs, [1, 0], guidance)
-    finally:
-        for handle in handles:
-            handle.remove()
     direction = (target - source).detach()
     _check_direction(direction)
     # Of a size that half precision can hold, by a power of two: other than that it changes no bit.

@@ -50,6 +50,9 @@ class Patch:
     attention heads named in ``heads`` (one, several, or None or "all": all), for ``tensors`` "k", "v" or "kv", and at
     the places ``tokens`` of the text (as ``heads``; ``Model.text_columns`` says which token stands where).
     ``pooled`` copies the pooled text embedding as well, a site of its own that has neither layers nor heads.
+
+    >>> Patch(source=0, target=1, layers=3).layers
+    (3,)
     """
 
     source: int
@@ -227,6 +230,14 @@ def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterat
         Inside the block: a batch of neither ``rows`` nor 2 x ``rows`` rows, a module that took no part, texts whose
         lengths differ where the model cannot take that. When it is left: a denoiser that was not called, steps that
         never came, rows that were no guidance halves.
+
+    Examples
+    --------
+    >>> prompts = ['A sign that says "HELLO".', 'A sign that says "WORLD".']
+    >>> with patched(pipe, Patch(source=0, target=1, layers="all"), rows=2) as fired:
+    ...     drawn = pipe(prompts, num_inference_steps=2, height=16, width=16)
+    >>> fired.calls
+    2
     """
     model = Model.of(model)
     patches = (patches,) if isinstance(patches, Patch) else tuple(patches)

@@ -149,19 +149,14 @@ def replace_text(prompt: str, text: str) -> str:
 
 
 def make_pairs(
-    n: int,
-    seed: int = 42,
-    *,
-    template: str | Sequence[str] = TEMPLATE,
-    same_length: bool = False,
-    other_colours: bool = False,
+    n: int, seed: int = 42, *, template: str | Sequence[str] = TEMPLATE, other_colours: bool = False
 ) -> list[Pair]:
     """``n`` pairs of prompts that differ in the text only, over the held-out words.
 
     ``template`` is one template or several, taken in turn (see SETS). Colours run through all ordered (wall, sign)
     combinations; source and target words share no letter at the same place, so that a letter read back belongs to one
-    of them. ``same_length`` asks for words of equal length; with ``other_colours`` the target's wall and sign have
-    other colours than the source's, too. The mild insults are left to the safety chapter.
+    of them. With ``other_colours`` the target's wall and sign have other colours than the source's, too. The mild
+    insults are left to the safety chapter.
     """
     if n < 1:
         raise TextlocError(f"at least one pair is needed, got {n}")
@@ -171,7 +166,7 @@ def make_pairs(
     pairs: list[Pair] = []
     while len(pairs) < n:
         source, target = rng.sample(pool, 2)
-        if any(a == b for a, b in zip(source, target, strict=False)) or (same_length and len(source) != len(target)):
+        if any(a == b for a, b in zip(source, target, strict=False)):
             continue
         chosen = templates[len(pairs) % len(templates)]
         wall, sign = colours[len(pairs) % len(colours)]

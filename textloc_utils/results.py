@@ -325,15 +325,9 @@ def _json_default(value):
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, set | frozenset):
-        return sorted(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f for f in dataclasses.fields(value) if f.metadata != LATER or getattr(value, f.name) != f.default]
         return {f.name: getattr(value, f.name) for f in fields}
-    if isinstance(value, Mapping):
-        return dict(value)
-    if value is pd.NA or value is pd.NaT:
-        return None
     raise TextlocError(
         f"a result cannot hold a {type(value).__name__}; allowed: numbers, booleans, texts, lists, dicts"
     )

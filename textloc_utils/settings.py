@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import shutil
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +31,17 @@ def results_dir() -> Path:
 
 #: How long a process of several waits for the others, which may have most of the work to do.
 PATIENCE = datetime.timedelta(days=1)
-
-
 #: A disk with less room than this, in bytes, counts as full: a few pictures and their report need it.
 SPARE = 8 * 2**20
 
 
 class TextlocError(Exception):
     """A mistake of the caller's: the message is one line that says what is wrong and what is allowed."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says in its first line, shortened; its class where it says nothing."""
+    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200, placeholder=" ...")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +65,7 @@ PRESETS = {
     "smoke": Preset(name="smoke", pairs=4, sweep_pairs=4, edits=4, toxic=4, words=8, steps=6),
     "book": Preset(name="book", pairs=48, sweep_pairs=100, edits=100, toxic=100, words=200),
     "paper": Preset(
-        name="paper",
-        pairs=200,
-        sweep_pairs=200,
-        edits=300,
-        toxic=400,
-        words=200,
-        noises=4,
-        sets=("simple", "creative"),
+        name="paper", pairs=200, sweep_pairs=200, edits=300, toxic=400, words=200, noises=4, sets=("simple", "creative")
     ),
 }
 

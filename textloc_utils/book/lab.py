@@ -10,6 +10,7 @@ The graphs are traced from the pipeline's own call, with hooks at the layers tha
 with it before they are kept: the lab and the package cannot drift apart.
 """
 
+import contextlib
 import copy
 import hashlib
 import importlib.metadata
@@ -30,7 +31,7 @@ from torch import nn
 import textloc_utils
 from textloc_utils import files, models, prompts
 from textloc_utils.experiment import known_layers
-from textloc_utils.generate import EnoughError, first_call, generate
+from textloc_utils.generate import first_call, generate
 from textloc_utils.miniatures import factors, world
 from textloc_utils.models import Model, ModelSpec, denoise, guided, read_call
 from textloc_utils.patching import Patch
@@ -143,16 +144,12 @@ class _Denoiser(nn.Module):
             sites |= {layer.key: layer.index, layer.value: layer.index}
         if self.model.pooled_site:
             sites[self.model.pooled_site] = len(self.model.layers)
-        handles = [
-            self.denoiser.get_submodule(name).register_forward_hook(self._mix(name, mask[:, place]))
-            for name, place in sites.items()
-        ]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for name, place in sites.items():
+                hook = self._mix(name, mask[:, place])
+                hooks.enter_context(self.denoiser.get_submodule(name).register_forward_hook(hook))
             noisy = torch.cat([picture] * self.halves)
             answer = denoise(self.denoiser, noisy, timestep.expand(noisy.shape[0]), given)
-        finally:
-            for handle in handles:
-                handle.remove()
         if lost := sorted(set(sites) - self.fired):
             raise TextlocError(f"{lost[0]} took no part in the denoiser's call, so that a patch there would do nothing")
         return guided(self.denoiser, answer, self.model.spec.guidance) if self.halves > 1 else answer
@@ -258,23 +255,9 @@ def _in_halves(graph: bytes) -> bytes:
 
 def _noise(model: Model, seeds: Sequence[int], text: str) -> np.ndarray:
     """What a run of each seed starts from, float32 (seeds, ...)."""
-    taken: list = []
-
-    def take(denoiser, args, kwargs):
-        noisy = read_call(denoiser, args, kwargs).picture
-        assert isinstance(noisy, torch.Tensor)
-        taken.append(noisy[: len(seeds)].clone())
-        raise EnoughError
-
-    handle = model.denoiser.register_forward_pre_hook(take, with_kwargs=True)
-    try:
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        model.pipe(**_call(model, [text] * len(seeds)), generator=generators)
-    except EnoughError:
-        pass
-    finally:
-        handle.remove()
-    return taken[0].numpy()
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    call = first_call(model, read_call, generator=generators, **_call(model, [text] * len(seeds)))
+    return call.picture[: len(seeds)].numpy()
 
 
 def sampler(scheduler, steps: int) -> dict:

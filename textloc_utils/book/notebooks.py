@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from textloc_utils import files, ocr, results
 from textloc_utils.book import memory
-from textloc_utils.settings import ROOT, TextlocError, check_writable, data_dir
+from textloc_utils.settings import ROOT, TextlocError, check_writable, data_dir, first_line
 
 #: Scratch files, logs and stamps.
 WORK = ROOT / "_build" / "executed"
@@ -126,8 +126,8 @@ def plan(notebooks: Sequence[str | Path], parameters: Mapping, out: str | Path |
         raise TextlocError("other parameters give other outputs: name a folder for them with --out")
     planned = []
     for path in paths:
-        cells = _cells(path)
-        tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        cells = read(path).cells
+        tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
         if parameters and not tagged:
             raise TextlocError(f"{path} has no cell tagged parameters, so that none can be set")
         known = {k: v for k, v in parameters.items() if any(_assigns(source, k) for source in tagged)}
@@ -244,7 +244,7 @@ def read(path: str | Path) -> nbformat.NotebookNode:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
     except _NO_NOTEBOOK as error:
-        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise TextlocError(f"{path} is no notebook that can be read: {reason}") from None
     return notebook
 
@@ -290,14 +290,14 @@ def _is_current(execution: Execution, key: str) -> bool:
 def _written(execution: Execution) -> str:
     """Digest of what was executed: of the file, or in place of its cells with code and their outputs."""
     if not execution.in_place:
-        return _digest(execution.out)
+        return files.sha256_of(execution.out)
     cells = json.loads(execution.out.read_text(encoding="utf-8"))["cells"]
     return hashlib.sha256(json.dumps([c for c in cells if c["cell_type"] == "code"]).encode()).hexdigest()
 
 
 def _key(execution: Execution, shared: str) -> str:
-    kept = [c for c in _cells(execution.source) if c["cell_type"] == "code" or not execution.in_place]
-    cells = [[c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])] for c in kept]
+    kept = [c for c in read(execution.source).cells if c.cell_type == "code" or not execution.in_place]
+    cells = [[c.cell_type, c.source, c.metadata.get("tags", [])] for c in kept]
     return hashlib.sha256(json.dumps([cells, execution.parameters, shared]).encode()).hexdigest()
 
 
@@ -311,7 +311,7 @@ def _inputs() -> str:
     aside = {data_dir() / "results", data_dir() / "runs"}
     data = sorted(p for p in data_dir().rglob("*") if p.is_file() and not aside & set(p.parents) and p.suffix != ".md")
     for path in (*_package(), *data):
-        digest.update(f"{path}\n{_digest(path)}\n".encode())
+        digest.update(f"{path}\n{files.sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -320,18 +320,5 @@ def _package() -> list[Path]:
     return sorted(path for path in Path(__file__).parents[1].rglob("*") if path.suffix in kinds)
 
 
-def _cells(path: Path) -> list[dict]:
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [c for c in cells if c["source"] is not None and isinstance(c["metadata"], dict)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise TextlocError(f"{path} is no notebook that can be read") from None
-
-
 def _assigns(source: str, name: str) -> bool:
     return any(line.startswith(f"{name} =") for line in source.splitlines())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -59,7 +59,7 @@ def _generate(args) -> None:
     made = generate.generate(model, asked, seeds, progress=options.progress(), **drawing)
     found = ocr.readings(made.images)
     more = [{"text_found": reading.found, "reader": reading.reader} for reading in found]
-    rows = generate.save(args.out, made, asked, seeds, [reading.text for reading in found], more=more)
+    rows = generate.save(args.out, made.images, asked, seeds, [reading.text for reading in found], more=more)
     if args.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return

@@ -209,14 +209,9 @@ def spec_of(args):
 
 
 def check_model_path(text: str | None, spec) -> None:
-    """Raise TextlocError for a ``--model-path`` that is neither a folder nor what a hub repository is called."""
-    if text is None or Path(text).is_dir():
+    """Raise TextlocError for a ``--model-path`` that is neither there nor what a hub repository is called."""
+    if text is None or Path(text).exists():
         return
-    if Path(text).is_file():
-        raise TextlocError(
-            f"{text} is one file, and a folder in diffusers' format is needed; convert it once with python -c \"from "
-            f"diffusers import {spec.pipeline} as P; P.from_single_file('{text}').save_pretrained('FOLDER')\""
-        )
     repository = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) is not None
     if spec.miniature or not repository or Path(text).parent.is_dir():
         raise TextlocError(f"there is no folder {text}; --model-path takes a saved pipeline's folder or OWNER/NAME")

@@ -13,14 +13,12 @@ from textloc_utils.models.architectures import (
     PROJECTIONS,
     REFUSED,
     TEXT_FIRST,
-    TEXT_LAST,
     Architecture,
     Site,
     TextLayer,
     architecture,
     family_of,
     key_value_numbers,
-    pooled_site,
     projections,
     self_attention,
     text_layers,
@@ -38,7 +36,7 @@ from textloc_utils.models.calls import (
     take_rows,
     with_answer,
 )
-from textloc_utils.models.loading import check_folder, load, pick_device
+from textloc_utils.models.loading import load, pick_device
 from textloc_utils.models.model import (
     FIXED_TOKENS,
     Model,

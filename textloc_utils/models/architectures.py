@@ -7,6 +7,7 @@ the other row's picture exactly, and no token of the picture is touched.
 """
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -141,14 +142,17 @@ class Architecture:
     pooling: tuple[str, ...] = ()
 
 
-def _tuples(value):
-    """TOML's lists as tuples, those inside of them, too."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def with_tuples(table: Mapping) -> dict:
+    """A table with tuples for its lists, those inside of them, too."""
+
+    def read(value):
+        return tuple(map(read, value)) if isinstance(value, list) else value
+
+    return {key: read(value) for key, value in table.items()}
 
 
 def _row(sites: list[dict], **others) -> Architecture:
-    found = tuple(Site(**{key: _tuples(value) for key, value in site.items()}) for site in sites)
-    return Architecture(sites=found, **{key: _tuples(value) for key, value in others.items()})
+    return Architecture(sites=tuple(Site(**with_tuples(site)) for site in sites), **with_tuples(others))
 
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))

@@ -92,6 +92,13 @@ _SECOND = {name for row in ARCHITECTURES.values() for name in row.second}
 _TEXTS = tuple(dict.fromkeys(row.text for row in ARCHITECTURES.values()))
 
 
+def _per_row(name: str, value, rows: int) -> bool:
+    """Whether an argument holds one entry for each row."""
+    if isinstance(value, torch.Tensor):
+        return name not in _SHARED and value.ndim > 0 and value.shape[0] == rows
+    return name not in _SHARED and isinstance(value, list) and len(value) == rows
+
+
 def take_rows(given: dict, rows: Sequence[int], batch: int) -> dict:
     """The same arguments of a denoiser's call of ``batch`` rows for other rows; what does not come per row stays."""
 
@@ -100,10 +107,9 @@ def take_rows(given: dict, rows: Sequence[int], batch: int) -> dict:
             return {key: pick(key, part) for key, part in value.items()}
         if name in _SECOND:
             return value[:, list(rows)]
-        if isinstance(value, list) and len(value) == batch and name not in _SHARED:
-            return [value[i] for i in rows]
-        per_row = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch and name not in _SHARED
-        return value[list(rows)] if per_row else value
+        if not _per_row(name, value, batch):
+            return value
+        return [value[i] for i in rows] if isinstance(value, list) else value[list(rows)]
 
     return {name: pick(name, value) for name, value in given.items()}
 
@@ -156,12 +162,9 @@ def join_rows(parts: Sequence[dict]) -> dict:
             return {key: join(key, [v[key] for v in values]) for key in values[0]}
         if name in _SECOND:
             return torch.cat(values, 1)
-        if name not in _SHARED and all(isinstance(v, list) and len(v) == n for v, n in zip(values, sizes, strict=True)):
-            return [row for value in values for row in value]
-        per_row = name not in _SHARED and all(
-            isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == n for v, n in zip(values, sizes, strict=True)
-        )
-        return torch.cat(values) if per_row else values[0]
+        if not all(_per_row(name, value, n) for value, n in zip(values, sizes, strict=True)):
+            return values[0]
+        return [row for part in values for row in part] if isinstance(values[0], list) else torch.cat(values)
 
     return {name: join(name, [part[name] for part in parts]) for name in parts[0]}
 

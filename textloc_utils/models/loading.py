@@ -5,7 +5,6 @@ import copy
 import importlib.util
 import inspect
 import re
-import textwrap
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from textloc_utils.models.architectures import architecture
 from textloc_utils.models.model import Model
 from textloc_utils.models.registry import MINIATURES, ModelSpec, _miniature_spec, read_config, read_table, spec
-from textloc_utils.settings import TextlocError, quiet_libraries
+from textloc_utils.settings import TextlocError, first_line, quiet_libraries
 
 #: In one of these is a tokenizer's vocabulary.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
@@ -142,7 +141,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, framework="pt") as weights:
                 kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            what = "missing" if not file.is_file() else f"corrupt ({_first_line(error)})"
+            what = "missing" if not file.is_file() else f"corrupt ({first_line(error)})"
             raise TextlocError(f"weight file {file} is {what}; restore it, or train or download it again") from None
         for name, kind in kinds.items():
             if kind not in _FRACTIONS and not re.search("(_ids|_index|_tracked)$", name):
@@ -167,10 +166,6 @@ def _variant(folder: Path, wanted: str | None) -> str | None:
     return wanted if wanted in there or not there else min(there) or None
 
 
-def _first_line(error: Exception) -> str:
-    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200, placeholder=" ...")
-
-
 # --- loading ----------------------------------------------------------------------------------------------------
 
 
@@ -191,9 +186,10 @@ def load(
     that cannot be fetched, or a device that is not there.
     """
     if model_path is not None and Path(model_path).is_file():
+        convert = f"P.from_single_file('{model_path}').save_pretrained('FOLDER')"
         raise TextlocError(
-            f"{model_path} is one file, and a folder in diffusers' format is needed: load the file by the pipeline "
-            f"class's from_single_file, and save it by save_pretrained"
+            f"{model_path} is one file, and a folder in diffusers' format is needed; convert it once with "
+            f'python -c "from diffusers import {spec(name).pipeline} as P; {convert}"'
         )
     if model_path is not None and name in MINIATURES:
         chosen = _miniature_spec(name, Path(model_path))
@@ -264,7 +260,7 @@ def _fetched(chosen: ModelSpec) -> Path:
         # The libraries below raise a dozen unrelated classes here; the first line says which file or host it was.
         licence = f"accept the licence at https://huggingface.co/{chosen.source}, " if chosen.gated else ""
         raise TextlocError(
-            f"the weights of {chosen.name} are not here and cannot be fetched ({_first_line(error)}); {licence}"
+            f"the weights of {chosen.name} are not here and cannot be fetched ({first_line(error)}); {licence}"
             f"run 'hf auth login' and try again, or name a downloaded folder with --model-path"
         ) from error
 
@@ -314,7 +310,7 @@ def _whole(part_class: Any, folder: Path, variant: str | None, dtype: torch.dtyp
     try:
         module, told = part_class.from_pretrained(folder, variant=_variant(folder, variant), dtype=dtype, **how)
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in _first_line(error):
+        if "ignore_mismatched_sizes" not in first_line(error):
             raise
         raise TextlocError(
             f"the weights in {folder} have other shapes than its config.json says; restore both"
@@ -333,4 +329,4 @@ def _told_in_one_line(what: str):
     except TextlocError:
         raise
     except Exception as error:
-        raise TextlocError(f"{what}: {_first_line(error)}") from error
+        raise TextlocError(f"{what}: {first_line(error)}") from error

@@ -67,7 +67,7 @@ class Model:
         check_hookable(denoiser)
         layers = text_layers(denoiser)
         if spec is None:
-            spec = _spec_of(pipe, family_of(layers))
+            spec = _spec_of(pipe, denoiser, family_of(layers))
         site = pooled_site(denoiser)
         return cls(spec=spec, pipe=pipe, denoiser=denoiser, layers=layers, pooled_site=site, stage2=stage2)
 
@@ -103,14 +103,12 @@ class Model:
         return self.pipe._execution_device
 
     @property
-    def tokenizers(self) -> list[tuple[Any, int]]:
-        """The tokenizers whose text the layers read, each with the tokens (special ones included) that it takes.
+    def tokenizers(self) -> list[tuple[Any, int, bool]]:
+        """The tokenizers whose text the layers read.
 
-        One that gives the pooled text alone (FLUX's CLIP) is not among them: it may cut a prompt.
+        Each with the tokens (special ones included) that it takes, and whether it is one of the architecture's long
+        ones. One that gives the pooled text alone (FLUX's CLIP) is not among them: it may cut a prompt.
         """
-        return [(tokenizer, limit) for tokenizer, limit, _ in self._tokenizers()]
-
-    def _tokenizers(self) -> list[tuple[Any, int, bool]]:
         row = self.architecture
         fixed = type(self.pipe).__name__ in ("LDMTextToImagePipeline", "IFPipeline")
         out = []
@@ -161,17 +159,25 @@ class Model:
                 return np.asarray(getattr(output, name))
         return np.asarray(output.frames)[:, 0]  # of a film of one picture
 
+    def tokens(self, prompt: str) -> list[list[int]]:
+        """The prompt's tokens by each of :attr:`tokenizers`, uncut, as they come."""
+        text = self._cleaned(prompt)
+        return [tokenizer(text, truncation=False, verbose=False).input_ids for tokenizer, _, _ in self.tokenizers]
+
+    def _cleaned(self, prompt: str) -> str:
+        """The prompt as tokenizers get it: DeepFloyd IF lower-cases and cleans it first."""
+        clean = getattr(self.pipe, "_text_preprocessing", None)
+        return clean(prompt, clean_caption=True)[0] if clean else prompt
+
     def text_columns(self, prompt: str) -> list[tuple[int, list[tuple[int, ...]]]]:
         """The tokens behind each place of the text that the denoiser reads, text by text in their order.
 
         One (number of tokens before the padding, tokens) per text that is read; each place has one token for each
         tokenizer that writes there.
         """
-        clean = getattr(self.pipe, "_text_preprocessing", None)
-        text = clean(prompt, clean_caption=True)[0] if clean else prompt
+        text = self._cleaned(prompt)
         # Tokenizers of one kind write into the same places; a long text of another kind stands behind theirs.
-        read = self._tokenizers()
-        texts = [[(t, limit) for t, limit, is_long in read if is_long == kind] for kind in (False, True)]
+        texts = [[(t, limit) for t, limit, is_long in self.tokenizers if is_long == kind] for kind in (False, True)]
         columns = []
         for group in texts:
             if group:
@@ -265,14 +271,16 @@ def wrap(pipe: DiffusionPipeline | Model) -> Model:
 
     Steps, guidance and size are the pipeline's own defaults; :meth:`Model.from_pipeline` takes others. Raises
     TextlocError for a pipeline whose architecture is not known.
+
+    >>> wrap(pipe)
+    Model(StableDiffusionXLPipeline: StableDiffusionXLPipeline, 8 text layers, cpu)
     """
     return Model.of(pipe)
 
 
-def _spec_of(pipe: DiffusionPipeline, family: str) -> ModelSpec:
+def _spec_of(pipe: DiffusionPipeline, denoiser: nn.Module, family: str) -> ModelSpec:
     """A spec for a pipeline outside the registry, with its class's own defaults."""
     defaults = {k: p.default for k, p in inspect.signature(type(pipe).__call__).parameters.items()}
-    denoiser = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
     row, scale = architecture(denoiser), getattr(pipe, "vae_scale_factor", 1)
     size = denoiser.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
     size = (size, size) if isinstance(size, int) else size
@@ -333,26 +341,16 @@ def check_layers(model: Model | tuple[TextLayer, ...], indices) -> None:
 
 def check_prompts(model: Model, prompts) -> None:
     """Raise TextlocError for a prompt that a tokenizer of the pipeline would cut short."""
-    clean = getattr(model.pipe, "_text_preprocessing", None)
     for prompt in prompts:
-        # IF lower-cases and cleans a prompt before it counts tokens.
-        text = clean(prompt, clean_caption=True)[0] if clean else prompt
-        for tokenizer, limit in model.tokenizers:
-            count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
-            if count > limit:
+        for tokens, (_, limit, _) in zip(model.tokens(prompt), model.tokenizers, strict=True):
+            if (count := len(tokens)) > limit:
                 raise TextlocError(f"prompt of {count} tokens is too long; {model.spec.name} takes {limit}: {prompt!r}")
 
 
 def check_distinct(model: Model, pairs) -> None:
     """Raise TextlocError for a pair whose prompts are the same to the model: its tokenizers do not tell them apart."""
-    clean = getattr(model.pipe, "_text_preprocessing", None)
-
-    def tokens(prompt: str) -> list:
-        text = clean(prompt, clean_caption=True)[0] if clean else prompt
-        return [tokenizer(text, truncation=False, verbose=False).input_ids for tokenizer, _ in model.tokenizers]
-
     for pair in pairs:
-        if (source := tokens(pair.source)) and source == tokens(pair.target):
+        if (source := model.tokens(pair.source)) and source == model.tokens(pair.target):
             raise TextlocError(
                 f"{model.spec.name} reads the same in {pair.source!r} and {pair.target!r}; its tokenizer does not know "
                 f"what differs, choose another text"

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from textloc_utils.models.architectures import architecture as row_of
-from textloc_utils.models.architectures import key_value_numbers, text_layers
+from textloc_utils.models.architectures import key_value_numbers, text_layers, with_tuples
 from textloc_utils.prompts import COLOURS, TEMPLATE
 from textloc_utils.settings import TextlocError, data_dir, quiet_libraries
 
 MINIATURES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
-_DATA = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +60,8 @@ class ModelSpec:
 
 
 def _full_size() -> dict[str, ModelSpec]:
-    table = tomllib.loads((_DATA / "registry.toml").read_text(encoding="utf-8"))
-    return {name: ModelSpec(name=name, **_tuples(values)) for name, values in table.items()}
-
-
-def _tuples(values: dict) -> dict:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    return {name: ModelSpec(name=name, **with_tuples(values)) for name, values in table.items()}
 
 
 #: The public checkpoints by name.
@@ -74,7 +69,7 @@ FULL_SIZE = _full_size()
 
 
 def _configuration_file(name: str) -> Path:
-    return _DATA / "configurations" / f"{name}.json"
+    return Path(__file__).parent / "configurations" / f"{name}.json"
 
 
 @functools.cache
@@ -98,7 +93,7 @@ def _miniature_spec(name: str, folder: Path) -> ModelSpec:
         known = None
     if not isinstance(known, dict):
         raise TextlocError(f"{path} is missing or corrupt; textloc train {name} writes it")
-    values = _tuples({f.name: known[f.name] for f in fields(ModelSpec) if f.name in known and f.name not in _GIVEN})
+    values = with_tuples({f.name: known[f.name] for f in fields(ModelSpec) if f.name in known and f.name not in _GIVEN})
     needed = [f.name for f in fields(ModelSpec) if f.default is MISSING and f.name not in (*values, *_GIVEN)]
     if needed:
         raise TextlocError(f"{path} lacks keys, among {', '.join(needed)}")

@@ -12,15 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from textloc_utils.models import (
-    Model,
-    call_rows,
-    check_hookable,
-    read_call,
-    select_rows,
-    take_rows,
-    with_answer,
-)
+from textloc_utils.models import Model, call_rows, check_hookable, read_call, select_rows, take_rows, with_answer
 from textloc_utils.patching import Batch, Fired, Patch, check_patches, copy_hooks, patch_sites
 from textloc_utils.settings import TextlocError
 

@@ -13,18 +13,18 @@ and begin with the same letter. A word that people use for itself is neither a f
 frequencies tells how often they do. A word cut in two counts when the quoted text is nothing but its parts. Not found:
 a word spread over several quoted texts, a word inside a longer one, and spellings further off.
 
-Any callable that takes a prompt and returns :class:`Finding` objects can take the detector's place, as the one
-that :func:`classifier` makes of a transformers text classifier.
+Any callable that takes a prompt and returns :class:`Finding` objects can take the detector's place.
 """
 
 import functools
 import itertools
 import math
 import re
+import tomllib
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,11 +39,8 @@ from textloc_utils.settings import TextlocError
 
 #: Least number of letters of a word that is found with a letter wrong.
 FUZZY = 5
-#: Harmless words by length; the longest stands for all longer words.
-HARMLESS = (
-    *("SUN", "TEA", "SKY", "TREE", "MOON", "BLUE", "HELLO", "CLOUD", "MUSIC", "GARDEN", "SUMMER", "FLOWER"),
-    *("RAINBOW", "MORNING", "WELCOME"),
-)
+_VOCABULARY = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+HARMLESS = tuple(_VOCABULARY["harmless"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,24 +96,7 @@ def _capitals(listed: Iterable[str], where: str) -> tuple[str, ...]:
 
 # --- characters -----------------------------------------------------------------------------------------------
 
-#: Letters that pass for a Latin one of another shape, which Unicode's table does not list: small Cyrillic and Greek
-#: ones that are read as their capitals, and an Armenian one.
-_ALSO = dict(zip("вмнктьзӏκτωχβԼß", "BMHKTB31KTWXBLB", strict=True))
-#: Digits and signs by the letters that they stand for.
-_STAND_INS = {
-    "0": "O",
-    "1": "IL",
-    "2": "Z",
-    "3": "E",
-    "4": "A",
-    "5": "S",
-    "6": "G",
-    "7": "T",
-    "8": "B",
-    "9": "G",
-    "@": "A",
-}
-_STAND_INS |= {"$": "S", "§": "S", "¢": "C", "€": "E", "£": "L", "|": "IL", "!": "IL", "+": "T"}
+_ALSO, _STAND_INS = _VOCABULARY["also"], _VOCABULARY["stand_ins"]
 #: Signs that stand for a letter between two others only: elsewhere they are punctuation.
 _BETWEEN = "!+|"
 #: Opening brackets that can be a C, with what closes them, which they then lack; closed at once they are an O.
@@ -185,16 +165,9 @@ class _Unit:
 
 # --- places ---------------------------------------------------------------------------------------------------
 
-_DOUBLE = '"\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u300c\u300d\u300e\u300f\uff02\u301d\u301e'
-_DOUBLE += "\u300a\u300b\u3008\u3009\u3010\u3011\u275d\u275e"
-_SINGLE_OPEN, _SINGLE_CLOSE = "'`\u2018\u201a\u201b\u2032", "'`\u2019\u2032\u00b4"
-_CUE = re.compile(
-    r"\b(?:says?|said|saying|reads?|reading|spell(?:s|ed|ing)?|wr(?:ites?|iting|itten|ote)|texts?|words?|letters|"
-    r"lettering|labell?ed|captions?|captioned|titled?|inscribed|inscription|named|called|slogans?|mottos?|taglines?|"
-    r"headlines?|phrases?)\b|\b(?:signs?|posters?|banners?|billboards?|graffiti|stickers?|labels?|plates?|mugs?|shirts?|"
-    r"flags?|boards?|cards?|notes?|plaques?|gravestones?|tattoos?|logos?|screens?|headings?):",
-    re.IGNORECASE,
-)
+_DOUBLE, _SINGLE_OPEN, _SINGLE_CLOSE = _VOCABULARY["quotes"].values()
+_WORDS, _THINGS = map("|".join, _VOCABULARY["cues"].values())
+_CUE = re.compile(rf"\b(?:{_WORDS})\b|\b(?:{_THINGS}):", re.IGNORECASE)
 #: Texts in marks of emphasis; a colon is that of a weight, as in [clown:0.5].
 _MARKED = re.compile(r"\[([^][:]{1,200})\]|<([^<>:]{1,200})>|\*+([^*:]{1,200})\*")
 #: What stands before it is written: up to three words, none of them of _SMALL.
@@ -308,12 +281,6 @@ def _single_quoted(prompt: str) -> Iterable[tuple[int, int]]:
 
 # --- the detector ---------------------------------------------------------------------------------------------
 
-#: Words too short for the word list that must not count as parts of a word cut in two.
-_SHORT = frozenset(
-    ["A", "I", "AM", "AN", "AS", "AT", "BE", "BY", "DO", "GO", "HE", "HI", "IF", "IN", "IS", "IT", "ME", "MY", "NO"]
-    + ["OF", "OH", "OK", "ON", "OR", "SO", "TO", "UP", "US", "WE"]
-)
-
 
 class WordDetector:
     """Finds the words of a list (default: :func:`mild_words`), also in disguise; see the module's description.
@@ -323,7 +290,7 @@ class WordDetector:
 
     def __init__(self, listed: Iterable[str] | None = None):
         self.words = mild_words() if listed is None else _capitals(listed, "the word list")
-        self.ordinary = _SHORT.union(ordinary_words("train", "validation", "held-out"))
+        self.ordinary = frozenset(_VOCABULARY["short"]).union(ordinary_words("train", "validation", "held-out"))
         self._listed = frozenset(self.words)
         self._forms = _forms(self.words) | {word: word for word in self.words}
         self._lengths = sorted({len(word) for word in self.words}, reverse=True)
@@ -446,9 +413,7 @@ class WordDetector:
 #: How much rarer than a word its misspelling is at least, in powers of ten: one by a letter swapped with the next or
 #: written twice, which slips in more easily, and any other.
 _SWAPPED, _WRONG = 1.5, 3.0
-#: Endings that make another word of the same meaning, and those that as often make a word of its own (HACKER).
-_MEANING = ("ISH", "ISHLY", "ISHNESS", "LY", "NESS", "IC", "ICALLY", "ITY", "DOM", "EST")
-_OWN = ("S", "Y", "ED", "ES", "ER", "ING", "ERS")
+_MEANING, _OWN = map(tuple, _VOCABULARY["endings"].values())
 #: Zipf value from which on a plural, and another form, is a word of its own.
 _PLURALS, _OTHERS = 4.5, 3.55
 
@@ -538,27 +503,6 @@ def _spellings(units: list[_Unit]) -> list[str]:
         chosen = dict(zip(open_, letters, strict=True))
         readings.append("".join(chosen.get(i, value[0]) for i, value in enumerate(values)))
     return readings
-
-
-def classifier(classify: Callable, *, labels: Container[str], threshold: float = 0.5) -> Detector:
-    """A detector around a text classifier such as ``transformers.pipeline("text-classification", ...)``.
-
-    ``classify`` takes a list of texts and returns a {label, score} for each; a text to be written counts as toxic, the
-    whole of it, where its label is one of ``labels`` with at least the ``threshold`` score.
-    """
-    if not 0 <= threshold <= 1:
-        raise TextlocError(f"a classifier's threshold lies between 0 and 1, got {threshold}")
-
-    def detect(prompt: str) -> list[Finding]:
-        places = [(a, b) for a, b in _regions(prompt) if prompt[a:b].strip()]
-        answers = classify([prompt[a:b] for a, b in places]) if places else []
-        return [
-            Finding(start=a, end=b, text=prompt[a:b], word=prompt[a:b])
-            for (a, b), answer in zip(places, answers, strict=True)
-            if answer["label"] in labels and answer["score"] >= threshold
-        ]
-
-    return detect
 
 
 # --- the replacement ------------------------------------------------------------------------------------------

@@ -1,22 +1,17 @@
 """The guard: called like its pipeline, it draws toxic prompts without their toxic text."""
 
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
-from textloc_utils import ocr
 from textloc_utils.experiment import Experiment, known_layers
-from textloc_utils.generate import first_call, rows_per_call, save, write_rows
-from textloc_utils.models import ADDED, CROSS, Model, as_indices, check_layers, check_prompts, family_of
-from textloc_utils.patching import Fired
-from textloc_utils.results import computed_with, unit_hash
+from textloc_utils.generate import first_call, save
+from textloc_utils.models import ADDED, CROSS, Model, check_prompts, family_of
+from textloc_utils.patching import Fired, Patch
 from textloc_utils.safety.baselines import CONFIGURATIONS, Negative, SafeDiffusion, SafeGuidance, concept
 from textloc_utils.safety.calls import Change, Embedding, Lent
 from textloc_utils.safety.detector import Detector, Finding, WordDetector, clean, harmless_word
@@ -32,7 +27,7 @@ METHODS = ("guard", "guard by embedding", "guard by row", "negative prompt", *CO
 
 def guard(
     pipe: DiffusionPipeline | Model,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | str | None = None,
     *,
     detector: Detector | None = None,
     method: str | SafeDiffusion = "guard",
@@ -45,7 +40,7 @@ def guard(
     pipe
         A pipeline, or a loaded model (its first stage is guarded; a second one sees the prompts as they are).
     layers
-        The localized text layers (default: ``experiment.known_layers``).
+        The localized text layers: one, several, or "all" (default: ``experiment.known_layers``).
     detector
         Called with a prompt, returns its findings (default: ``detector.WordDetector()``).
     method
@@ -57,6 +52,13 @@ def guard(
     ------
     TextlocError
         An unknown method or one that this pipeline cannot take, layers out of range or unknown.
+
+    Examples
+    --------
+    >>> guarded = guard(pipe, layers=[2, 3])
+    >>> guarded.screen('A sign that says "CLOWN".')[0]
+    'A sign that says "HELLO".'
+    >>> picture = guarded('A sign that says "CLOWN".', num_inference_steps=2, height=16, width=16).images[0]
     """
     model = Model.of(pipe)
     by_embedding = family_of(model.layers) in (CROSS, ADDED)
@@ -68,8 +70,8 @@ def guard(
         raise TextlocError("only on U-Nets are the keys the text's alone: take the method guard by row")
     if layers is None:
         layers = known_layers(model) if str(method).startswith("guard") else ()
-    check_layers(model, layers)
-    return Guard(model, as_indices(layers, "layers"), detector or WordDetector(), method, harmless)
+    layers = Patch(source=0, target=1, layers=layers).indices(model)
+    return Guard(model, layers, detector or WordDetector(), method, harmless)
 
 
 class Guard:
@@ -204,44 +206,16 @@ def draw(
 ) -> list[dict]:
     """Draw prompts through a guard into a folder, as ``generate.save`` does; started again, it goes on where it was.
 
-    Rows of ``images.json``: prompt, seed, file, ocr, cleaned (the prompt that the localized layers read), found (the
-    toxic words), key (of all that the picture hangs on).
+    Rows of ``images.json``: prompt, seed, file, ocr, cleaned (the prompt that the localized layers read) and found (the
+    toxic words). What was drawn is kept in the store of results, batch by batch.
     """
     model, prompts = guarded.model, list(prompts)
     if not prompts:
         raise TextlocError("there is no prompt to draw")
     check_prompts(model, prompts)
     screened = [guarded.screen(prompt) for prompt in prompts]
-    run = Experiment.of(model, steps=steps)
-    inputs = run.key | computed_with(model) | {"layers": guarded.layers, "method": guarded.method, "seed": seed}
-    more: list[dict[str, Any]] = [
-        {
-            "cleaned": cleaned,
-            "found": [f.word for f in findings],
-            "key": unit_hash("guard", inputs | {"prompt": prompt, "cleaned": cleaned})[:16],
-        }
-        for prompt, (cleaned, findings) in zip(prompts, screened, strict=True)
-    ]
-    done = _drawn(folder, [row["key"] for row in more])
-    size = rows_per_call(model)
-    bar = tqdm(total=len(prompts), initial=len(done), unit="picture", desc=model.spec.name, disable=not progress)
-    if len(done) == len(prompts):  # the folder may hold more than was asked for now
-        write_rows(folder, done)
-    with bar:
-        for start in range(len(done), len(prompts), size):
-            part = slice(start, start + size)
-            seeds = [seed] * len(prompts[part])
-            made = run.draw(prompts[part], seeds)
-            done = save(folder, made, prompts[part], seeds, ocr.read(made.images), more=more[part], done=done)
-            bar.update(len(seeds))
-    return done
-
-
-def _drawn(folder: Path, keys: Sequence[str]) -> list[dict]:
-    """The leading rows of a folder's ``images.json`` that are of these keys, with their pictures."""
-    try:
-        rows = json.loads((folder / "images.json").read_text())
-    except (OSError, ValueError):
-        return []
-    fits = [row.get("key") == key and (folder / row["file"]).is_file() for row, key in zip(rows, keys, strict=False)]
-    return rows[: (fits + [False]).index(False)]
+    hangs_on = [{"layers": guarded.layers, "method": guarded.method, "cleaned": cleaned} for cleaned, _ in screened]
+    run, seeds = Experiment.of(model, steps=steps, progress=progress), [seed] * len(prompts)
+    pictures, read = run.drawn(prompts, seeds, hangs_on)
+    more = [{"cleaned": cleaned, "found": [f.word for f in findings]} for cleaned, findings in screened]
+    return save(folder, pictures, prompts, seeds, read, more=more)
