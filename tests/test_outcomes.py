@@ -3,9 +3,10 @@
 import pandas as pd
 import pytest
 
-from textloc_utils import edit, scene_pairs
+from textloc_utils import edit, models, scene_pairs
 from textloc_utils.book import outcomes
 from textloc_utils.book.outcomes import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
+from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site
 
 ALL = ("material", "ink", "typeface", "sign")
@@ -187,3 +188,28 @@ def test_free(rows, seconds, outcome):
     )
     told = outcomes.free(table)
     assert told.outcome == outcome and told.n == 5
+
+
+def test_every_rule_has_a_judge_and_says_what_it_takes(monkeypatch, tmp_path):
+    rules = outcomes.rules()
+    assert list(rules) == list(dict.fromkeys(rules)) and set(rules) == set(outcomes.JUDGES)
+    for rule in rules.values():
+        assert all("{}" in table for table in rule["tables"]) and rule["command"].startswith("textloc study ")
+    monkeypatch.setattr(outcomes, "data_dir", lambda: tmp_path)
+    (tmp_path / "claims.toml").write_text('[few]\nclaim = "x"\n')
+    with pytest.raises(TextlocError, match="few needs a judge, and just claim, paper, for"):
+        outcomes.rules()
+
+
+def test_claims_are_judged_on_the_tables_that_are_there(monkeypatch):
+    model = models.load("sd3-mini", device="cpu")
+    there = {"localize_sd3-mini_exhaustive": searched((4,))}
+    monkeypatch.setattr(outcomes, "published_table", lambda model, name: there.get(name))
+    told = outcomes.judged([model]).set_index("name")
+    assert (
+        told.outcome["few"] == UNDECIDED
+        and told.outcome["share"] == SUPPORTED
+        and told.outcome["edits"] == outcomes.OPEN
+    )
+    assert told.outcome["specific"] == UNTESTABLE and told.minutes["few"] == 0.5
+    assert told.tables["few"] == "localize_sd3-mini_exhaustive" and told.tables["edits"] == ""

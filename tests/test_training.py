@@ -154,7 +154,7 @@ def test_a_compiled_run_compiles_training_steps_alone_and_changes_nothing(cache,
 
 
 def test_evaluations_are_dense_while_letters_bind_and_the_early_denoiser_is_kept(cache, tmp_path, monkeypatch):
-    # Exact spelling after each evaluation; letters bind between the third and the sixth.
+    # Exact spelling after each evaluation; letters bind between the third and the fourth, and the early one is near.
     course = iter([0.0, 0.0, 0.3, 0.6, 0.72, 0.95, *[1.0] * 5])
 
     def evaluate(pipe, spec, **options):

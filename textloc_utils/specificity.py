@@ -50,6 +50,22 @@ def searches(experiment: Experiment, n: int, seed: int = 42) -> dict[str, locali
     return found
 
 
+def alone(experiment: Experiment, n: int, seed: int = 42) -> pd.DataFrame:
+    """How often each layer alone, and all together, bring each of SEARCHED, on the ``n`` pairs that its search has.
+
+    Columns differs, kind ("layer", "all"), layers, n, exact, exact_low, exact_high (Wilson's interval). Published as
+    ``results/study_MODEL_alone.csv``, also for a factor that no search found.
+    """
+    pairs = {factor: scene_pairs.make(n, "select", seed, differs=(factor,)) for factor in SEARCHED}
+
+    def make() -> pd.DataFrame:
+        swept = pd.concat([sweeps.table(experiment, each) for each in pairs.values()], ignore_index=True)
+        return metrics.summarise(swept[swept.kind.isin(["layer", "all"])], ["differs", "kind", "layers"], ["exact"])
+
+    inputs = {"rows": sweeps.ROWS, "pairs": {factor: digest_of(each) for factor, each in pairs.items()}}
+    return experiment.table(f"study_{experiment.name}_alone", inputs, make)
+
+
 def random_sets(model: Model, size: int, seed: int = 0) -> list[Site]:
     """RANDOM_SETS sites of ``size`` text layers, of kind "random"."""
     rng, every = random.Random(f"random sets {seed}"), range(len(model.layers))

@@ -11,9 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from textloc_utils import localization, scene_pairs, specificity, sweeps
-from textloc_utils.experiment import Experiment, Spent, fingerprint
+from textloc_utils.experiment import Experiment, Spent, fingerprint, published_store
 from textloc_utils.localization import Found
-from textloc_utils.models import load
+from textloc_utils.models import Model, load
+from textloc_utils.results import NotPublishedError
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, joined
 
@@ -68,6 +69,14 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
     experiment.write(f"trainings_{name}", table, seconds=round(seconds, 1), **told)
     experiment.write(f"trainings_{name}_log", _evaluations(logs), seconds=0.0, **told)  # copied from the logs
     return table
+
+
+def published(model: Model) -> pd.DataFrame | None:
+    """The table of :func:`publish` of this model's name; None where none is published."""
+    try:
+        return published_store().load_published(f"trainings_{model.spec.name}")
+    except NotPublishedError:
+        return None
 
 
 def _search(experiment: Experiment, n: int, seed: int, *, all_of_them: bool) -> dict[str, Found]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from textloc_utils import edit, lora_looks, metrics, scene_pairs, specificity, sweeps
+from textloc_utils import edit, lora_looks, metrics, scene_pairs, specificity, sweeps, trainings
 from textloc_utils.experiment import published_table
 from textloc_utils.models import Model
 from textloc_utils.safety import scenes
@@ -50,7 +50,11 @@ def judged(models: Sequence[Model]) -> pd.DataFrame:
     for name, rule in rules().items():
         for model in models:
             wanted = [table.format(model.spec.name) for table in rule["tables"]]
-            tables = [published_table(model, table) for table in wanted]
+            # Other trainings have other weights.
+            tables = [
+                trainings.published(model) if table.startswith("trainings_") else published_table(model, table)
+                for table in wanted
+            ]
             found = [(n, t) for n, t in zip(wanted, tables, strict=True) if t is not None]
             outcome = Outcome(outcome=OPEN, figure="", n=0)
             if tables[0] is not None:

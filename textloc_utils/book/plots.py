@@ -167,6 +167,18 @@ def effects_by_model(tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Se
     return figure
 
 
+def layers_by_factor(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """How often each layer alone brings each factor, one heat map per model (tables of ``specificity.alone``)."""
+    figure, axes = _panels(tables, 1.8)
+    for axis, table in zip(axes, tables.values(), strict=True):
+        layers = table[table.kind == "layer"].astype({"layers": int})
+        shares = layers.pivot(index="differs", columns="layers", values="exact")
+        _heat(axis, shares.loc[dict.fromkeys(table.differs)], "share\nbrought")
+        axis.set(xlabel="", ylabel="")
+    axes[-1].set_xlabel("patched text layer")
+    return figure
+
+
 def carried(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What each layer carries, one heat map per model (tables of ``layer_contents.carried``)."""
     figure, axes = _panels(tables, 1.4)

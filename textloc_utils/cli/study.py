@@ -68,6 +68,7 @@ def _layers(args) -> None:
         print(f"{factor}: {'all layers together bring nothing of it' if held is None else held}")
         if held is not None:
             sets[factor] = held.layers
+    specificity.alone(run, n, args.seed)
     for table, short in (
         (specificity.reported(run, sets, reported, args.seed), specificity.rates),
         (specificity.carried(run, sets["text"], reported, args.seed), specificity.moved),

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from textloc_utils.experiment import Experiment, known_layers
 from textloc_utils.generate import first_call, save
-from textloc_utils.models import ADDED, CROSS, Model, check_prompts, family_of
+from textloc_utils.models import ADDED, CROSS, Model, as_indices, check_prompts, family_of
 from textloc_utils.patching import Fired, Patch
 from textloc_utils.safety.baselines import CONFIGURATIONS, Negative, SafeDiffusion, SafeGuidance, concept
 from textloc_utils.safety.calls import Change, Embedding, Lent
@@ -70,8 +70,8 @@ def guard(
         raise TextlocError("only on U-Nets are the keys the text's alone: take the method guard by row")
     if layers is None:
         layers = known_layers(model) if str(method).startswith("guard") else ()
-    layers = Patch(source=0, target=1, layers=layers).indices(model)
-    return Guard(model, layers, detector or WordDetector(), method, harmless)
+    patch = Patch(source=0, target=1, layers=layers if isinstance(layers, str) else as_indices(layers, "layers"))
+    return Guard(model, patch.indices(model), detector or WordDetector(), method, harmless)
 
 
 class Guard:
