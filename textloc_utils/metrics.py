@@ -17,6 +17,7 @@ from skimage.metrics import structural_similarity
 
 from textloc_utils.settings import TextlocError
 
+Numbers = Sequence[float] | np.ndarray  #: what means are taken of
 SSIM_WINDOW = 7
 PSNR_CAP = 60.0  #: dB; two identical pictures would be infinitely alike
 RESAMPLES = 2000
@@ -65,13 +66,13 @@ def resampled(values, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarra
     return np.moveaxis(stats.bootstrap((x,), np.mean, axis=0, **options).bootstrap_distribution, -1, 0)
 
 
-def percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def percentiles(values: Numbers) -> tuple[float, float]:
     """The 95 % interval that bootstrap values span."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def bootstrap(values: Sequence[float]) -> Interval:
+def bootstrap(values: Numbers) -> Interval:
     """Mean of numbers or booleans (n,) with its 95 % percentile-bootstrap interval; the same values give the same one.
 
     One value gives ``low == high == mean``. Raises TextlocError without values, and for values that are not finite
@@ -81,7 +82,7 @@ def bootstrap(values: Sequence[float]) -> Interval:
     return Interval(float(x.mean()), *percentiles(resampled(x)), len(x))
 
 
-def student(values: Sequence[float]) -> Interval:
+def student(values: Numbers) -> Interval:
     """Mean of few ``values``, such as one per training seed, with its 95 % interval by Student's t.
 
     One value has no spread to go by: ``low == high == mean``. Raises TextlocError as :func:`bootstrap`.
@@ -91,7 +92,7 @@ def student(values: Sequence[float]) -> Interval:
     return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x))
 
 
-def _finite(values: Sequence[float], what: str) -> np.ndarray:
+def _finite(values: Numbers, what: str) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or not len(x):
         raise TextlocError(f"{what} needs one row of at least one value, got shape {x.shape}")
@@ -103,7 +104,7 @@ def _finite(values: Sequence[float], what: str) -> np.ndarray:
     return x
 
 
-def rate(hits: Sequence[bool]) -> Interval:
+def rate(hits: Numbers) -> Interval:
     """Share of ``hits`` with its 95 % interval by Wilson's score (Wilson 1927).
 
     The bootstrap of a rate of 0 or 1 has no width, however few values there are. Raises TextlocError without values.
@@ -115,21 +116,19 @@ def rate(hits: Sequence[bool]) -> Interval:
     return Interval(float(x.mean()), float(interval.low), float(interval.high), len(x))
 
 
-def estimate(values: Sequence) -> Interval:
+def estimate(values: Numbers) -> Interval:
     """:func:`rate` of booleans, :func:`bootstrap` of numbers."""
     return (rate if np.asarray(values).dtype == bool else bootstrap)(values)
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], interval: Callable[[Sequence[float]], Interval] = bootstrap
-) -> Interval:
+def paired_difference(a: Numbers, b: Numbers, interval: Callable[[Numbers], Interval] = bootstrap) -> Interval:
     """Mean of ``a - b`` with its ``interval``, where ``a[i]`` and ``b[i]`` belong to the same pair.
 
     ``interval`` is :func:`bootstrap`, or :func:`student` for few pairs, such as the training seeds of two runs.
     """
     if len(a) != len(b):
         raise TextlocError(f"paired values must be equally many, got {len(a)} and {len(b)}")
-    return interval((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).tolist())
+    return interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64))
 
 
 def summarise(table: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:

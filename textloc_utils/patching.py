@@ -19,7 +19,7 @@ Source and target run together in one batch. So nothing is stored, and both are 
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class Patch:
 
     source: int
     target: int
-    layers: tuple[int, ...] | str = ()
+    layers: Sequence[int] | int | str = ()
     start: int = 0
     stop: int | None = None
     heads: tuple[int, ...] | None = None
@@ -82,7 +82,7 @@ class Patch:
 
     def indices(self, model: Model) -> tuple[int, ...]:
         """Its layers as indices, in ascending order. Raises TextlocError for one that the model does not have."""
-        layers = tuple(range(len(model.layers))) if isinstance(self.layers, str) else self.layers
+        layers = range(len(model.layers)) if isinstance(self.layers, str) else as_indices(self.layers, "layers")
         check_layers(model, layers)
         return tuple(sorted(set(layers)))
 
