@@ -286,6 +286,7 @@ HARD = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("engine", ENGINES)
 def test_text_that_is_hard_to_read_is_found(engine):
     found = ocr.readings([make() for make in HARD.values()], engine=engine)

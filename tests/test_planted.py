@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent
 #: Two that decide, on a U-Net and on joint attention.
 TESTS = ["test_every_single_layer_and_all[ldm-4.0]", "test_several_pairs_in_one_batch[sd3-4.0]"]
 TESTS += ["test_steps_heads_and_tensors[ldm-{'start': 1, 'stop': 2}]"]
 
 
+@pytest.mark.full
 def test_planted_faults_are_found():
     chosen = [f"{FOLDER / 'test_patching.py'}::{test}" for test in TESTS]
     ran = subprocess.run([sys.executable, FOLDER / "planted.py", *chosen], capture_output=True, text=True, cwd=FOLDER)
