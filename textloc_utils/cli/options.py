@@ -209,9 +209,12 @@ def spec_of(args):
 
 
 def check_model_path(text: str | None, spec) -> None:
-    """Raise TextlocError for a ``--model-path`` that is neither there nor what a hub repository is called."""
-    if text is None or Path(text).exists():
+    """Raise TextlocError for a ``--model-path`` that is neither a folder nor what a hub repository is called."""
+    from textloc_utils.models import check_no_file
+
+    if text is None or Path(text).is_dir():
         return
+    check_no_file(text, spec)
     repository = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) is not None
     if spec.miniature or not repository or Path(text).parent.is_dir():
         raise TextlocError(f"there is no folder {text}; --model-path takes a saved pipeline's folder or OWNER/NAME")

@@ -36,7 +36,7 @@ from textloc_utils.models.calls import (
     take_rows,
     with_answer,
 )
-from textloc_utils.models.loading import load, pick_device
+from textloc_utils.models.loading import check_no_file, load, pick_device
 from textloc_utils.models.model import (
     FIXED_TOKENS,
     Model,

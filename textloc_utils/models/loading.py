@@ -169,6 +169,16 @@ def _variant(folder: Path, wanted: str | None) -> str | None:
 # --- loading ----------------------------------------------------------------------------------------------------
 
 
+def check_no_file(path: str | Path, chosen: ModelSpec) -> None:
+    """Raise TextlocError for a checkpoint that is one file, and say how to make a folder of it."""
+    if Path(path).is_file():
+        convert = f"P.from_single_file('{path}').save_pretrained('FOLDER')"
+        raise TextlocError(
+            f"{path} is one file, and a folder in diffusers' format is needed; convert it once with "
+            f'python -c "from diffusers import {chosen.pipeline} as P; {convert}"'
+        )
+
+
 def load(
     name: str,
     *,
@@ -185,17 +195,12 @@ def load(
     unless ``dtype`` says otherwise. Raises TextlocError for an unknown model, a missing or corrupt file, weights
     that cannot be fetched, or a device that is not there.
     """
-    if model_path is not None and Path(model_path).is_file():
-        convert = f"P.from_single_file('{model_path}').save_pretrained('FOLDER')"
-        raise TextlocError(
-            f"{model_path} is one file, and a folder in diffusers' format is needed; convert it once with "
-            f'python -c "from diffusers import {spec(name).pipeline} as P; {convert}"'
-        )
     if model_path is not None and name in MINIATURES:
         chosen = _miniature_spec(name, Path(model_path))
     else:
         chosen = spec(name)
         if model_path is not None:
+            check_no_file(model_path, chosen)
             chosen = replace(chosen, source=str(model_path), revision=None)
     if variant is not None:
         chosen = replace(chosen, variant=variant)
