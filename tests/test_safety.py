@@ -356,6 +356,7 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
     whole = safety.draw(guarded, asked, tmp_path / "a", steps=2)
     assert [bool(row["found"]) for row in whole] == [True, True, False]
     assert [row["cleaned"] == row["prompt"] for row in whole] == [False, False, True]
+    monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "other results"))  # nothing of these is known
     calls = []
 
     def generate_twice(*args, **kwargs):

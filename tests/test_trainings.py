@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from textloc_utils import cli, experiment, localization, metrics, models, specificity, sweeps, trainings
+from textloc_utils.book import plots
 from textloc_utils.miniatures import planted
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import joined
@@ -74,6 +75,12 @@ def test_runs_are_searched_and_published(tmp_path, monkeypatch):
     log = experiment.published_store().load_published("trainings_sd3-mini_log")
     assert log.groupby("run").size().tolist() == [14, 14] and log.layer.max() == 11
     assert log[(log.samples == 9) & (log.layer == -1)].all_layers.tolist() == [0.8, 0.8]
+    model = models.load("sd3-mini", device="cpu")
+    assert len(trainings.published(model)) == 3
+    on_the_way = trainings.evaluations(model)
+    assert list(on_the_way) == ["one", "two"] and on_the_way["one"].samples.tolist() == [5, 9]
+    both = {name: rows.assign(plain_target=rows.exact) for name, rows in on_the_way.items()}
+    assert len(plots.binding(both).axes) >= 2
 
 
 def test_runs_that_are_none_are_refused(tmp_path):

@@ -51,7 +51,7 @@ def searches(experiment: Experiment, n: int, seed: int = 42) -> dict[str, locali
 
 
 def alone(experiment: Experiment, n: int, seed: int = 42) -> pd.DataFrame:
-    """How often each layer alone, and all together, bring each of SEARCHED, on the ``n`` pairs that its search has.
+    """How often each layer alone, and all together, bring each of SEARCHED, on ``n`` pairs that select.
 
     Columns differs, kind ("layer", "all"), layers, n, exact, exact_low, exact_high (Wilson's interval). Published as
     ``results/study_MODEL_alone.csv``, also for a factor that no search found.

@@ -67,14 +67,26 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
     told = {"pairs": n, "seed": seed, "key": {"weights": weights}}
     table = pd.DataFrame(rows)
     experiment.write(f"trainings_{name}", table, seconds=round(seconds, 1), **told)
-    experiment.write(f"trainings_{name}_log", _evaluations(logs), seconds=0.0, **told)  # copied from the logs
+    experiment.write(f"trainings_{name}_log", _log_table(logs), seconds=0.0, **told)  # copied from the logs
     return table
 
 
 def published(model: Model) -> pd.DataFrame | None:
     """The table of :func:`publish` of this model's name; None where none is published."""
+    return _published(f"trainings_{model.spec.name}")
+
+
+def evaluations(model: Model) -> dict[str, pd.DataFrame]:
+    """Run to the evaluations of its whole model on the way, columns samples and WHOLE; empty if none is published."""
+    log = _published(f"trainings_{model.spec.name}_log")
+    if log is None:
+        return {}
+    return {run: rows.dropna(axis=1, how="all") for run, rows in log[log.layer == -1].groupby("run", sort=False)}
+
+
+def _published(name: str) -> pd.DataFrame | None:
     try:
-        return published_store().load_published(f"trainings_{model.spec.name}")
+        return published_store().load_published(name)
     except NotPublishedError:
         return None
 
@@ -100,7 +112,7 @@ def _about(run: str, log: dict) -> dict:
     return about | {"spelled": log["evaluations"][-1]["exact"]}
 
 
-def _evaluations(logs: dict[str, dict]) -> pd.DataFrame:
+def _log_table(logs: dict[str, dict]) -> pd.DataFrame:
     rows = []
     for run, log in logs.items():
         for each in log["evaluations"]:

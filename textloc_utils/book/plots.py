@@ -404,6 +404,21 @@ def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def binding(logs: Mapping[str, pd.DataFrame]) -> Figure:
+    """Target letters written by the prompt and by a patch of all layers, against samples seen, one panel per training.
+
+    ``logs`` are tables with columns samples, plain_target and all_layers, see ``trainings.evaluations``.
+    """
+    figure, axes = _panels(logs, 1.4, columns=2, sharey=True)
+    for axis, (name, rows) in zip(axes, logs.items(), strict=True):
+        for column, colour, label in (("plain_target", SOURCE, "prompt"), ("all_layers", TARGET, "patch")):
+            axis.plot(rows.samples / 1000, rows[column], "o-", color=colour, markersize=3, label=label)
+        axis.set(title=name, xlabel="thousand samples", ylim=(0, 1))
+    axes[0].set_ylabel("target letters")
+    _legend(figure, axes)
+    return figure
+
+
 def psnr_curves(table: pd.DataFrame, published: Sequence[float]) -> Figure:
     """PSNR against noise, a line per value of ``how``; ``published`` figures are ticks on the right.
 

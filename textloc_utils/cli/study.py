@@ -64,11 +64,11 @@ def _layers(args) -> None:
     if scene_pairs.world_of(model) is None:
         return  # nobody reads the other factors of such pictures
     for factor in scene_pairs.FACTORS:
-        held = specificity.search(run, factor, n, args.seed)
+        held = specificity.search(run, factor, work.pairs, args.seed)
         print(f"{factor}: {'all layers together bring nothing of it' if held is None else held}")
         if held is not None:
             sets[factor] = held.layers
-    specificity.alone(run, n, args.seed)
+    specificity.alone(run, work.pairs, args.seed)
     for table, short in (
         (specificity.reported(run, sets, reported, args.seed), specificity.rates),
         (specificity.carried(run, sets["text"], reported, args.seed), specificity.moved),
