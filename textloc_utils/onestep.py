@@ -81,23 +81,14 @@ def effects(
         check_prompts(model, [pair.source, pair.target])
         with counted(model) as counter:
             found, backward = _pair(model, pair, at, depth, settings)
-        cost = counter.rows + 2 * backward
-        bad = [layer for values in found.values() for layer, effect in enumerate(values) if not math.isfinite(effect)]
-        if bad:
-            raise TextlocError(f"the effect of layer {bad[0]} on the pair of seed {pair.seed} is not finite")
+        cost = (counter.rows + 2 * backward) / (len(at) * len(model.layers))
+        shared = {"model": model.spec.name, "seed": pair.seed, "depth": depth}
         for step, values in found.items():
             for layer, effect in enumerate(values):
-                rows.append(
-                    {
-                        "model": model.spec.name,
-                        "seed": pair.seed,
-                        "depth": depth,
-                        "level": at[step],
-                        "layer": layer,
-                        "effect": effect,
-                        "row_evaluations": cost / (len(at) * len(model.layers)),
-                    }
-                )
+                if not math.isfinite(effect):
+                    raise TextlocError(f"the effect of layer {layer} on the pair of seed {pair.seed} is not finite")
+                place = {"level": at[step], "layer": layer, "effect": effect}
+                rows.append(shared | place | {"row_evaluations": cost})
     return pd.DataFrame(rows)
 
 
@@ -218,18 +209,14 @@ def _attention(
 ) -> tuple[list[float], int]:
     """The share of the picture's attention to the text's ``places`` in each layer, under the source's prompt."""
     shares = _Shares(model, places)
-    handles = []
-    try:
+    shares.tokens = read_call(model.denoiser, args, kwargs).tokens
+    with contextlib.ExitStack() as hooks:
         for layer in model.layers:
             attention = model.denoiser.get_submodule(layer.name)
-            handles.append(attention.register_forward_pre_hook(functools.partial(shares.enter, layer)))
-            handles.append(attention.register_forward_hook(shares.leave, always_call=True))
-        shares.tokens = read_call(model.denoiser, args, kwargs).tokens
+            hooks.enter_context(attention.register_forward_pre_hook(functools.partial(shares.enter, layer)))
+            hooks.enter_context(attention.register_forward_hook(shares.leave, always_call=True))
         with shares:
             _call(model, args, kwargs, [0], guidance)
-    finally:
-        for handle in handles:
-            handle.remove()
     if missing := [layer.name for layer in model.layers if layer.index not in shares.found]:
         raise TextlocError(f"{missing[0]} computed its attention so that it could not be seen; take another search")
     return [shares.found[layer.index] for layer in model.layers], 0
