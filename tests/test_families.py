@@ -166,7 +166,7 @@ def test_parts_of_a_patch_between_masked_texts_of_other_lengths(get):
     for part in ({"tensors": "k"}, {"heads": 0}):
         with patched(model, Patch(source=0, target=1, layers="all", **part), 2):
             latents(model, [SOURCE, TARGET], 4.0)  # of one length: no mask
-        refuses(model, LONGER, "heads, keys or values alone cannot be patched", part)
+        refuses(model, LONGER, "heads, tokens, keys or values alone cannot be patched", part)
 
 
 def test_heads_of_grouped_attention_are_those_of_keys(get):
