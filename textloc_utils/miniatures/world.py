@@ -131,8 +131,8 @@ class World:
 
 SECOND = World(name="second", free_columns=False)
 #: The same with words in any columns where they fit. Autoencoders, text encoders and readers are trained on it, so that
-#: they know letters anywhere. Denoisers did not learn it: after 333,000 samples sd3-mini drew words that fill the sign,
-#: and a letter twice or none at all in most others, whose first column the noise has to decide.
+#: they know letters anywhere. Denoisers did not learn it: after 329,000 samples sd3-mini wrote 0.82 of the words that
+#: fill the sign, and 0.14 of those whose first column the noise has to decide, with a letter twice or left out.
 EVERYWHERE = World(name="everywhere")
 #: One wall, one shape, one typeface, words at the left, everything named: for studies that need many trainings.
 PLAIN = World(
