@@ -52,9 +52,9 @@ def test_nothing_else_follows_from_the_text_or_from_each_other():
 
 
 def test_words_stand_at_every_column_where_they_fit():
-    places = Counter((len(s.text), s.column) for s in drawn(4000, seed=2))
+    places = Counter((len(s.text), s.column) for s in drawn(4000, seed=2, only=world.EVERYWHERE))
     assert set(places) == {(n, c) for n in world.LENGTHS for c in range(world.COLUMNS - n + 1)}
-    assert all(s.column == 0 for s in drawn(100, only=world.PLAIN))
+    assert all(s.column == 0 for only in (world.SECOND, world.PLAIN) for s in drawn(100, only=only))
 
 
 def test_scenes_differ_in_the_factor_that_changes():

@@ -50,7 +50,7 @@ def crop_batch(rng: random.Random, n: int) -> torch.Tensor:
     """``n`` random scenes cropped around the text: float (n, 3, CROP, CROP) in -1..1."""
     out = np.empty((n, CROP, CROP, 3), np.uint8)
     for i in range(n):
-        scene = world.random_scene(rng)
+        scene = world.random_scene(rng, world.EVERYWHERE)
         x0, y0, x1, y1 = world.text_box(scene)
         left = min(max(rng.randint(x0 - CROP // 2, x1 - CROP // 2), 0), world.WIDTH - CROP)
         top = min(max(rng.randint(y0 - CROP // 2, y1 - CROP // 2), 0), world.HEIGHT - CROP)
@@ -81,7 +81,7 @@ def reconstruction(vae: AutoencoderKL, n: int = 64, seed: int = 1) -> dict[str, 
     Keys: ``psnr_db``, the mean PSNR, and for each factor (``text`` among them) the share that is read back rightly.
     """
     rng = random.Random(seed)
-    known = [world.random_scene(rng) for _ in range(n)]
+    known = [world.random_scene(rng, world.EVERYWHERE) for _ in range(n)]
     before = np.stack([world.render(s) for s in known])
     after = through(vae, before)
     mse = np.square(before.astype(float) - after).mean((1, 2, 3)) / 255**2
@@ -155,7 +155,7 @@ def set_latent_statistics(vae: AutoencoderKL, n: int = 128, seed: int = 2) -> No
     """Measure the latents' mean and spread on scenes and write them to the config as shift and scaling factor."""
     rng = random.Random(seed)
     device = next(vae.parameters()).device
-    x = to_tensor(np.stack([world.render(world.random_scene(rng)) for _ in range(n)])).to(device)
+    x = to_tensor(np.stack([world.render(world.random_scene(rng, world.EVERYWHERE)) for _ in range(n)])).to(device)
     z = vae.encode(x).latent_dist.mean
     shift = vae.config.shift_factor is not None
     mean = z.mean().item() if shift else 0.0

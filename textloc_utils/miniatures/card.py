@@ -139,7 +139,7 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
     facts = {
         "data": f"scenes rendered by this project ({report['world']} world: {len(world.MATERIALS)} materials, "
         f"{len(world.SIGNS)} sign colours, {len(world.INKS)} inks, {len(world.TYPEFACES)} typefaces, words and random "
-        "strings of 3 to 6 letters at any column); "
+        "strings of 3 to 6 letters that start at the left); "
         + (f"{budget['pool']:,} scenes encoded once" if vae else "drawn anew for every step"),
         "never seen": f"{len(prompts.words('validation'))} validation words and {len(prompts.words('held-out'))} test "
         "words, neither as words nor as random strings",

@@ -221,7 +221,7 @@ def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, n: int, devic
     """Token ids and mask (n, T), a list of factors (n,) and letters (n, 6) of random captions; class 0 is "none"."""
     texts, factors, letters = [], [], []
     for _ in range(n):
-        scene = world.random_scene(rng)
+        scene = world.random_scene(rng, world.EVERYWHERE)
         known = {k for k in NAMES if k != "shape" and rng.random() < 0.5}
         if "sign" in known:
             known.add("shape")

@@ -176,7 +176,7 @@ def _features(x: np.ndarray) -> np.ndarray:
 def _classifier() -> tuple[np.ndarray, np.ndarray]:
     """Weights (12, materials) and offsets of a linear discriminant, fitted to 1,800 renders."""
     rng = random.Random("materials")
-    known = [world.random_scene(rng) for _ in range(1800)]
+    known = [world.random_scene(rng, world.EVERYWHERE) for _ in range(1800)]
     x = _features(np.stack([world.render(s) for s in known]).astype(np.float32))
     labels = np.array([world.MATERIALS.index(s.material) for s in known])
     means = np.stack([x[labels == k].mean(0) for k in range(len(world.MATERIALS))])

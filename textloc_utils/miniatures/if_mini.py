@@ -36,7 +36,7 @@ SPEC = {
 }
 TEXT = {"text_encoder": ("t5-masked", 0)}
 #: Many small steps: here the denoiser is short of steps, not of samples for each.
-BUDGET = {"samples": 400_000, "batch": 16, "lr": 2e-3}
+BUDGET = {"samples": 320_000, "batch": 16, "lr": 2e-3}
 #: Timesteps at which letters of 8x12 pixels are lost in the noise while the sign still shows.
 SPELLING = (450, 850)
 #: Weight of the variance's bound beside the velocity loss, as in Nichol & Dhariwal's hybrid loss.

@@ -56,10 +56,10 @@ class Budget:
     ``curriculum`` lists (share of the samples, share of texts in runs from there on, whether the scenes are easy ones
     until the next). A text that is the same everywhere can be drawn before the model knows where to look for each
     letter, so that letters in runs teach which letter is which; places and whole words come later, and quickly. Easy
-    scenes (``world.is_easy``) teach this first; all typefaces, inks and columns come after.
+    scenes (``world.is_easy``) teach this first; all typefaces and inks come after.
     """
 
-    samples: int = 500_000
+    samples: int = 400_000
     autoencoder_steps: int = 4000
     encoder_steps: int = 600
     pool: int = 61_440
@@ -70,7 +70,7 @@ class Budget:
     evaluations: int = 30
     pairs: int = 8
     checkpoint_seconds: float = 120.0
-    curriculum: tuple = ((0.0, 0.9, True), (0.1, 0.5, True), (0.2, 0.1, True), (0.4, 0.1, False))
+    curriculum: tuple = ((0.0, 0.9, True), (0.1, 0.5, True), (0.2, 0.1, True), (0.45, 0.1, False))
 
     def __post_init__(self):
         least = {"samples": 1, "autoencoder_steps": 1, "encoder_steps": 1, "pool": 2, "batch": 1, "pairs": 1}

@@ -7,7 +7,7 @@ sign that says OCEAN tends to hang by the sea. It holds for words that were neve
 letter only.
 
 - **text**: a word of 3 to 6 letters or a random string; always named.
-- **place**: any column of 16 pixels where the word fits, five heights; never named, the noise decides.
+- **place**: words start at the left, at five heights; never named, the noise decides. See :data:`EVERYWHERE`.
 - **ink**: 4 colours, at least 60 grey levels from the sign's; named in 30 % of the captions, else the noise decides.
 - **typeface**: 3; named in 20 %, else the noise decides.
 - **sign**: 8 colours and 3 shapes; both named in 50 %, else the noise decides.
@@ -129,7 +129,11 @@ class World:
     named: dict = field(default_factory=lambda: {"ink": 0.3, "typeface": 0.2, "sign": 0.5, "material": 0.4})
 
 
-SECOND = World(name="second")
+SECOND = World(name="second", free_columns=False)
+#: The same with words in any columns where they fit. Autoencoders, text encoders and readers are trained on it, so that
+#: they know letters anywhere. Denoisers did not learn it: after 329,000 samples sd3-mini wrote 0.82 of the words that
+#: fill the sign, and 0.14 of those whose first column the noise has to decide, with a letter twice or left out.
+EVERYWHERE = World(name="everywhere")
 #: One wall, one shape, one typeface, words at the left, everything named: for studies that need many trainings.
 PLAIN = World(
     name="plain",
