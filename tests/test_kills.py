@@ -19,12 +19,12 @@ import nbformat
 import numpy as np
 import pytest
 import tiny
-from conftest import started
 from safetensors import safe_open
 from test_notebooks import write
 from test_training import TINY, quietly
 
 import textloc_utils as tl
+from conftest import started
 from textloc_utils import files, lora, prompts
 from textloc_utils.book import explorer, notebooks
 from textloc_utils.experiment import Experiment

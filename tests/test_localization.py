@@ -219,7 +219,10 @@ def test_a_pair_costs_what_is_budgeted(name, sources):
     texts |= {"source_text": "HELLO", "target_text": "WORLD", "wall": "", "sign": "", "shape": "", "seed": 1}
     experiment = Experiment.of(tinied, steps=2)
     _, rows = sweeps.patch_pair(experiment, prompts.Pair(**texts), [together([i % 3]) for i in range(sources - 1)])
-    assert sum(row["row_evaluations"] for row in rows) == pytest.approx(localization._cost(experiment, sources))
+    cost = localization._cost(experiment, sources)
+    assert sum(row["row_evaluations"] for row in rows) == pytest.approx(cost)
+    unguided = localization._cost(Experiment.of(experiment, guidance=1.0), sources)
+    assert cost == experiment.model.evaluations(experiment.guidance) * unguided
 
 
 def test_rank_agreement():

@@ -118,13 +118,23 @@ def test_what_the_texts_layers_carry_besides(experiment):
     assert moved.moved["material", "all"] == 1.0 and (moved.exact.xs("found", level="kind") == 1).all()
 
 
-def test_exact_match_selects_what_scores_would_not(experiment):
+def test_exact_match_selects_what_scores_would_not(experiment, monkeypatch):
     """One of two layers brings half of the letters in every pair, and no whole word."""
     pairs = scene_pairs.make(6, "select")
     half = localization.localize(experiment, pairs, how="exhaustive", share=0.5)
     assert len(half.layers) == 1
     assert set(localization.localize(experiment, pairs, how="exhaustive", share=0.5, by="exact").layers) == {4, 5}
     assert localization.localize(experiment, pairs, how="exhaustive", by="exact", share=0.5).reached.mean == 1.0
+    screen = pd.DataFrame(
+        {"seed": s, "layer": i, "effect": float(i in (4, 5)), "depth": "one-step", "row_evaluations": 1.0}
+        for s in range(6)
+        for i in range(12)
+    )
+    monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: screen)
+    for by, layers in (("score", 1), ("exact", 2)):
+        found, table = localization.published(experiment, pairs, "budgeted", share=0.5, budget=1.0, by=by)
+        assert len(found.layers) == layers and found.sure is not None
+        assert table.columns.tolist() == ["layer", "effect"] and len(table) == 12
     with pytest.raises(TextlocError, match="score or exact"):
         localization.localize(experiment, pairs, by="cer")
     mixed = [*pairs[:2], scene_pairs.make(1, "select", 99, differs=("ink",))[0]]
