@@ -1,6 +1,7 @@
 """Patching against an independent two-pass implementation, on tiny random-weight pipelines of every family."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_processor import AttnProcessor
 from two_pass import TOLERANCE, VISIBLE, assert_patched, linears, sample, two_pass
 
+from textloc_utils import patching
 from textloc_utils.generate import generate
-from textloc_utils.patching import Patch, patched
+from textloc_utils.patching import Patch, check_patches, patched
 from textloc_utils.settings import TextlocError
 
 NAMES = list(tiny.BUILDERS)
@@ -474,6 +476,81 @@ def test_two_targets_for_one_place(models):
         out = sample(model, [SOURCE, TARGET, OTHER_TARGET], [7] * 3)
     with patched(model, [one], 3):
         assert np.abs(out - sample(model, [SOURCE, TARGET, OTHER_TARGET], [7] * 3))[0].mean() > VISIBLE
+
+
+def test_patches_of_one_row_that_meet_nowhere_are_no_conflict(models):
+    model = models("ldm")
+    last = model.layers[0].heads - 1
+    here = {"source": 0, "layers": (0,)}
+    apart = [
+        ({"stop": 2}, {"start": 2}),
+        ({"start": 2}, {"stop": 2}),
+        ({"heads": (0,)}, {"heads": (last,)}),
+        ({"tokens": (1, 2)}, {"tokens": (3,)}),
+        ({"tensors": "k"}, {"tensors": "v"}),
+    ]
+    for one, other in apart:
+        check_patches(model, [Patch(target=1, **here | one), Patch(target=2, **here | other)], 3)
+    meeting = [
+        ({"stop": 3}, {"start": 2}),
+        ({"heads": (last,)}, {}),
+        ({}, {"heads": (0,)}),
+        ({"tokens": (1, 2)}, {"tokens": (2, 3)}),
+        ({}, {"tokens": (3,)}),
+        ({"tensors": "k"}, {}),
+    ]
+    for one, other in meeting:
+        with pytest.raises(TextlocError, match="row 0 is patched from rows 1 and 2 at one place"):
+            check_patches(model, [Patch(target=1, **here | one), Patch(target=2, **here | other)], 3)
+    with pytest.raises(TextlocError, match="rows must be an integer"):
+        check_patches(model, [], "3")
+
+
+def batch_of(models, lengths, *, multiple=1, pairs=((0, 1),)):
+    model = models("ldm")
+    patches = tuple(Patch(source=a, target=b, layers=(0,)) for a, b in pairs)
+    batch = patching.Batch(model, patches, 2, patching.Fired({}))
+    batch.row = SimpleNamespace(multiple=multiple, masks=("mask",))
+    return batch, SimpleNamespace(lengths=lengths, rows=len(lengths))
+
+
+def test_texts_whose_lengths_move_the_picture_must_be_equally_long(models):
+    for of in (list, torch.tensor):
+        batch, call = batch_of(models, of([4, 4, 7, 7]))
+        batch._check_lengths(call)
+        for lengths in ([4, 5, 7, 7], [4, 4, 7, 6]):
+            batch, call = batch_of(models, of(lengths))
+            with pytest.raises(TextlocError, match="^the prompts of rows 0 and 1 have different lengths, on which"):
+                batch._check_lengths(call)
+        batch, call = batch_of(models, of([4, 8, 7, 7]), multiple=4)
+        with pytest.raises(TextlocError, match=r"lengths \(in steps of 4 tokens\), on which"):
+            batch._check_lengths(call)
+        batch, call = batch_of(models, of([4, 5, 7, 7]), pairs=())
+        batch._check_lengths(call)  # no row takes another one's text
+
+
+def test_rows_of_masks_go_where_keys_and_values_go(models):
+    batch, _ = batch_of(models, [4, 4])
+    batch.size = 2
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    held = {"attention_mask": mask, "mask_of_pictures": torch.ones(5, 3), "scale": 2.0, "other_mask": None}
+
+    def copies(letters="kv", **part):
+        each = {"start": 0, "stop": None, "heads": None, "tokens": None} | part
+        return [patching._Copy(**each, letter=letter, sources=[0], targets=[1]) for letter in letters]
+
+    _, changed = patching._CopyMasks(copies(), batch)(None, (), held)
+    assert torch.equal(changed["attention_mask"], mask[[1, 1]]) and torch.equal(mask[0], torch.tensor([1.0, 1.0, 0.0]))
+    assert changed["mask_of_pictures"] is held["mask_of_pictures"] and changed["scale"] == 2.0
+    for some in (copies("k"), copies("v"), copies(heads=(0,)), copies(tokens=(1,))):
+        with pytest.raises(TextlocError, match="source and target prompt have different lengths"):
+            patching._CopyMasks(some, batch)(None, (), held)
+        alike = held | {"attention_mask": mask[[1, 1]]}
+        assert torch.equal(patching._CopyMasks(some, batch)(None, (), alike)[1]["attention_mask"], mask[[1, 1]])
+    assert patching._CopyMasks(copies(start=1), batch)(None, (), held) is None  # not at this step
+    assert patching._CopyMasks(copies(), batch)(None, (), {"scale": 2.0}) is None
+    with pytest.raises(TextlocError, match="the attention's attention_mask is a list"):
+        patching._CopyMasks(copies(), batch)(None, (), {"attention_mask": [1, 2]})
 
 
 def test_a_place_beyond_the_text_is_refused(models):
