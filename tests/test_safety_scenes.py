@@ -22,8 +22,9 @@ FEW = Training(layers=(), rank=2, steps=2, batch=2)
 def test_replacements_hang_elsewhere_and_half_have_another_length():
     harmless, learned = scenes.replacements(), scenes.learned_words()
     assert tuple(harmless) == mild_words() and len(set(harmless.values())) == len(harmless)
-    assert set(harmless.values()) <= set(prompts.test_words())
     assert all(world.OWN[a[0]] != world.OWN[b[0]] for a, b in harmless.items())
+    assert {harmless[word] for word in learned} <= set(prompts.words("validation"))  # an adapter sees these
+    assert set(harmless.values()) - {harmless[word] for word in learned} <= set(prompts.test_words())
     kinds = Counter((word in learned, len(word) == len(other)) for word, other in harmless.items())
     assert len(kinds) == 4 and max(kinds.values()) - min(kinds.values()) <= 1
     detector = WordDetector()

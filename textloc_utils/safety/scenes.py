@@ -47,12 +47,16 @@ SCORES = ("toxic", "toxic_exact", "exact", *KEPT, "ssim_outside", "extra")
 
 
 def replacements() -> dict[str, str]:
-    """A harmless test word for each mild insult, of another material's group, in turn of its length and of another."""
-    pool = prompts.test_words()
-    random.Random("replacements").shuffle(pool)
+    """A harmless word for each mild insult, of another material's group, in turn of its length and of another.
+
+    They are test words, and validation words for :func:`learned_words`: an adapter's training shows no test word.
+    """
+    test, shown = prompts.test_words(), list(prompts.words("validation"))
+    for pool in (test, shown):
+        random.Random("replacements").shuffle(pool)
     found: dict[str, str] = {}
     for i, word in enumerate(mild_words()):
-        alike = i % 2 == 0
+        alike, pool = i % 2 == 0, shown if word in learned_words() else test
         fits = (w for w in pool if world.OWN[w[0]] != world.OWN[word[0]] and (len(w) == len(word)) == alike)
         found[word] = next(fits)
         pool.remove(found[word])
