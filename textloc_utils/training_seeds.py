@@ -1,6 +1,5 @@
 """Whether the same miniature, trained from other seeds, keeps its text in the same layers."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from textloc_utils.models import Model, load, training_log
 from textloc_utils.prompts import make_pairs
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import joined
+from textloc_utils.trainings import training_log_of
 
 
 def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress: bool = False) -> pd.DataFrame:
@@ -34,7 +34,7 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
     known = training_log(shipped.spec)
     if known is None:
         raise TextlocError(f"{name} is no miniature with a training log")
-    trained = {None: known} | {folder: _finished(name, folder) for folder in runs}
+    trained = {None: known} | {folder: training_log_of(name, folder) for folder in runs}
     seeds = [log["report"]["seed"] for log in trained.values()]
     if len(set(seeds)) < len(seeds):
         raise TextlocError(
@@ -106,14 +106,3 @@ def appeared(evaluations: pd.DataFrame, least: float = 0.2) -> dict[str, int]:
         "layer": int(effects[first].argmax()),
         "last": int(effects[-1].argmax()),
     }
-
-
-def _finished(name: str, folder: Path) -> dict:
-    """The training log of a miniature that ``textloc train --ship`` wrote."""
-    try:
-        log = json.loads((folder / "training.json").read_text())
-    except OSError:
-        raise TextlocError(f"{folder} holds no miniature; textloc train {name} --ship {folder} writes one") from None
-    if log["report"]["name"] != name:
-        raise TextlocError(f"{folder} holds {log['report']['name']}, not {name}")
-    return log

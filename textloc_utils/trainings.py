@@ -44,7 +44,7 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
 
     Raises TextlocError for a folder without a miniature, one of another model, and two of one name.
     """
-    logs = {Path(folder).name: _log(name, Path(folder)) for folder in runs}
+    logs = {Path(folder).name: training_log_of(name, Path(folder)) for folder in runs}
     if len(logs) < len(runs) or not runs:
         raise TextlocError(f"runs need different names, got {', '.join(Path(folder).name for folder in runs)}")
     rows, seconds, weights = [], 0.0, []
@@ -123,7 +123,7 @@ def _log_table(logs: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "samples", "layer", *WHOLE, *BY_LAYER])
 
 
-def _log(name: str, folder: Path) -> dict:
+def training_log_of(name: str, folder: Path) -> dict:
     """The training log of a miniature that ``textloc train --ship`` wrote."""
     try:
         log = json.loads((folder / "training.json").read_text())
