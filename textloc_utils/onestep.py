@@ -16,7 +16,7 @@ tokens in which the prompts differ.
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -97,12 +97,11 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], depth: str, settings: 
     found, backward, state = {}, [0], {"calls": 0, "step": 0, "inside": False}
     # Where negatives have a call of their own, the prompts' comes first, and it alone is asked.
     calls = 1 if model.doubled else model.evaluations(settings["guidance"])
-    places = token_groups(model, pair)["different"]
-    probe = {
-        "one-step": _one_step,
-        "attribution": _attribution,
-        ATTENTION: functools.partial(_attention, places=places),
-    }[depth]
+    probe: Callable[..., tuple[list[float], int]]
+    if depth == ATTENTION:
+        probe = functools.partial(_attention, places=token_groups(model, pair)["different"])
+    else:
+        probe = _one_step if depth == "one-step" else _attribution
 
     def after(denoiser, args, kwargs, output):
         if state["inside"]:

@@ -66,6 +66,12 @@ def alone(experiment: Experiment, n: int, seed: int = 42) -> pd.DataFrame:
     return experiment.table(f"study_{experiment.name}_alone", inputs, make)
 
 
+def _set_and_others(model: Model, layers: tuple[int, ...]) -> list[Site]:
+    every = every_layer(model)
+    others = tuple(layer for layer in every.layers if layer not in layers)
+    return [Site(kind="found", layers=layers), every, Site(kind="others", layers=others)]
+
+
 def random_sets(model: Model, size: int, seed: int = 0) -> list[Site]:
     """RANDOM_SETS sites of ``size`` text layers, of kind "random"."""
     rng, every = random.Random(f"random sets {seed}"), range(len(model.layers))
@@ -79,11 +85,9 @@ def reported(experiment: Experiment, sets: Mapping[str, tuple[int, ...]], n: int
     (``sweeps.patch_pair``); kinds of sites: "found", "all", "others" (all layers but the found), "text set" (for the
     other factors) and "random" (for the text). Published as ``results/study_MODEL_specific.csv``.
     """
-    model, every = experiment.model, every_layer(experiment.model)
-    plans = []
+    model, plans = experiment.model, []
     for factor, layers in sets.items():
-        others = tuple(i for i in every.layers if i not in layers)
-        sites = [Site(kind="found", layers=layers), every, Site(kind="others", layers=others)]
+        sites = _set_and_others(model, layers)
         if factor == "text":
             sites += random_sets(model, len(layers), seed)
         else:
@@ -110,10 +114,9 @@ def needed(experiment: Experiment, layers: tuple[int, ...], n: int, seed: int = 
     ``exact`` says that the word is written. Rows as of ``sweeps.patch_pair``; kinds of sites: "found", "others", "all"
     and "random". Published as ``results/study_MODEL_needed.csv``.
     """
-    model, every = experiment.model, every_layer(experiment.model)
-    others = tuple(i for i in every.layers if i not in layers)
-    sites = [Site(kind="found", layers=layers), every, Site(kind="others", layers=others)]
-    sites = [site for site in sites + random_sets(model, len(layers), seed) if site.layers]
+    model = experiment.model
+    sites = [*_set_and_others(model, layers), *random_sets(model, len(layers), seed)]
+    sites = [site for site in sites if site.layers]
     emptied = [
         Pair(source=p.source, target="", source_text=p.source_text, target_text=p.source_text, seed=p.seed)
         for p in scene_pairs.for_model(model, n, "report", seed)
