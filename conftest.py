@@ -7,9 +7,10 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def example_pipeline(request, doctest_namespace):
-    """Built for the examples alone."""
+def example_pipeline(request, doctest_namespace, monkeypatch, tmp_path):
+    """A small pipeline and an empty store, for the examples in docstrings alone."""
     if isinstance(request.node, pytest.DoctestItem):
+        monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path))
         sys.path.append(str(Path(__file__).parent / "tests"))
         import tiny
 

@@ -157,6 +157,11 @@ def localize(
     ``publish`` the outcome is written to the package's data as ``results/localize_MODEL_SEARCH.csv``, or
     ``localize_MODEL_FACTOR_SEARCH.csv`` where another factor than the text differs, see :func:`published`. Raises
     TextlocError for what cannot be searched, before anything is drawn.
+
+    >>> pair = Pair.of('A sign that says "HELLO".', "WORLD", seed=1)
+    >>> found = localize(pipe, [pair], how="one-step", steps=2)
+    >>> len(found.effects), found.row_evaluations
+    (8, 28)
     """
     experiment, pairs = Experiment.of(subject, **settings), check_pairs(pairs)
     check_distinct(experiment.model, pairs)

@@ -69,6 +69,11 @@ def sweep(
 
     ``settings`` are those of ``experiment.Experiment``: steps, guidance, negative_prompt, store, progress. Raises
     TextlocError for pairs, layers or settings that do not fit, before anything is drawn.
+
+    >>> pair = Pair.of('A sign that says "HELLO".', "WORLD", seed=1)
+    >>> found = sweep(pipe, [pair], sites=[Site(kind="layer", layers=2), Site(kind="layer", layers=3)], steps=2)
+    >>> found.summary().site.tolist()
+    ['source', 'target', 'layer 2', 'layer 3']
     """
     experiment, pairs = Experiment.of(subject, **settings), check_pairs(pairs)
     chosen = _sites(experiment, sites)
