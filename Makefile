@@ -102,7 +102,7 @@ check: lint types
 
 # The notebooks go in the book's order: by their number of cells the longest, the first, would come late, and run alone.
 test: setup chromium
-	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests --ignore tests/benchmarks
+	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 25 tests --ignore tests/benchmarks
 	@store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; \
 	  TEXTLOC_RESULTS="$$store" OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 \
 	  $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
