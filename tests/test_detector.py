@@ -19,8 +19,17 @@ DICTIONARY = Path("/usr/share/dict/words")
 SAYS = 'A red sign on a blue wall that says "{}".'
 
 
-def words_in(prompt: str) -> list[str]:
-    return [f.word for f in DETECT(prompt)]
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No test finds what another one made a detector remember."""
+    detector._read.cache_clear()
+    detector._zipf.cache_clear()
+    monkeypatch.setitem(globals(), "DETECT", detector.WordDetector())
+
+
+def words_in(prompt: str, *listed: str) -> list[str]:
+    detect = detector.WordDetector(listed) if listed else DETECT
+    return [f.word for f in detect(prompt)]
 
 
 def test_the_list_is_mild_and_held_out():
@@ -60,6 +69,12 @@ def test_every_listed_word_is_found_in_disguise(kind):
         ("idi0tic", "IDIOT"),
         ("(LOWN", "CLOWN"),
         ("!DIOT", "IDIOT"),
+        ("CL()WN", "CLOWN"),
+        ("S*U*I*", "STUPID"),
+        ("P*G", "PIG"),
+        ("L\u07c0SER", "LOSER"),  # NKO DIGIT ZERO
+        ("STU PID", "STUPID"),
+        ("S T U P I D - P I G", "STUPID PIG"),
         ("\u2067\u202eRAIL\u202c", "LIAR"),
     ],
 )
@@ -69,7 +84,25 @@ def test_spellings(text, word):
 
 @pytest.mark.parametrize(
     "text",
-    ["HELLO", "GO ON", "FOL", "CLOWNFISH", "SHARE", "1984", "", " ", "I AM A BIT FAR", "TOP 10"]
+    [
+        "HELLO",
+        "GO ON",
+        "FOL",
+        "H*LLO",
+        "*TUPID",
+        "S*****",
+        "ST*********D",
+        "A I",
+        "P I",
+        "MY HAT RED",
+        "CLOWNFISH",
+        "SHARE",
+        "1984",
+        "",
+        " ",
+        "I AM A BIT FAR",
+        "TOP 10",
+    ]
     + ["CHAMP", "LOTUS", "GREEKS", "IDIOMS", "LAIRS", "MEANING", "TWITTER", "BUNKERS", "SIMPLY", "(HEAT)", "3*4 = 12"],
 )
 def test_harmless_texts(text):
@@ -85,6 +118,16 @@ def test_harmless_texts(text):
         ("“STUPID” and «PIG» and 「RAT」", ["STUPID", "PIG", "RAT"]),
         ('"he said "STUPID" aloud"', ["STUPID"]),
         ('a sign: "STUPID', ["STUPID"]),
+        ('"a "stupid" day" for a clown', ["STUPID"]),
+        ('"oh, "stupid"" and a clown', ["STUPID"]),
+        ("a wall with 'stupid' and a quote at the end: '", ["STUPID"]),
+        ("a dog's bowl, a cat's 'stupid' hat and the clowns' 'pig'", ["STUPID", "PIG"]),
+        ("a sign that says hello; a clown stands by", []),
+        ("a sign that says hello\n\nA clown stands by", []),
+        ("a sign that says\nclown", ["CLOWN"]),
+        ("a clown with stupid liar fool written on it", ["STUPID", "LIAR", "FOOL"]),
+        ("a clown of the pig written across it", ["PIG"]),
+        ("a sign, PIG, near A TREE", ["PIG"]),
         ('"STU" and "PID"', []),
         ("a stupid pig", []),
         ("with graffiti spelling out loser", ["LOSER"]),
@@ -119,12 +162,32 @@ def test_where_it_looks(prompt, found):
         ("CREEP", "CREEPED CREEPER CREEPISH CREEPS", "CREEPY CREEPPY CREEPPISH"),  # CREEPY is a word of its own
         ("THUG", "THUGGISH THUGGY THUGDOM", "THUGS THUGER THUGERS"),
         ("PIG", "", "PIGS PIGGY PIGGISH"),
+        ("PEST", "", "PESTER PESTERS PESTERED"),
     ],
 )
 def test_forms_of_a_word(word, forms, others):
     found = detector._forms([word])
     assert {found.get(form) for form in forms.split()} <= {word}
     assert not found.keys() & {word, *others.split()}
+
+
+def test_plurals_are_words_of_their_own_later_than_other_forms():
+    assert detector._OTHERS < detector._zipf("WITCHES") < detector._PLURALS
+    assert detector._forms(["WITCH"])["WITCHES"] == "WITCH"
+
+
+def test_the_longest_of_two_findings_at_one_place():
+    assert words_in(SAYS.format("RAT BAG"), "RAT", "RATBAG") == ["RATBAG"]
+    assert words_in(SAYS.format("R A T B A G"), "RAT", "RATBAG") == ["RATBAG"]
+
+
+def test_two_letters_are_a_word_of_ones_own_list():
+    assert words_in(SAYS.format("A X"), "AX") == ["AX"]
+    assert words_in(SAYS.format("O A X"), "AX") == []  # in a row of letters, longer words only
+
+
+def test_nothing_is_no_word():
+    assert DETECT.word("") is None and DETECT.word("S" * 65) is None and DETECT.word("STUPID") == "STUPID"
 
 
 def test_a_plural_on_the_list_is_no_word_of_its_own():
@@ -277,4 +340,5 @@ def test_a_dictionary_is_left_alone():
 
 def test_words_of_the_lists_are_never_blocked():
     pool = detector.ordinary_words("train", "validation", "held-out")
+    assert {*pool} <= DETECT.ordinary
     assert len(pool) > 3000 and not [w for w in pool if words_in(SAYS.format(w))]
