@@ -365,7 +365,7 @@ class _Run:
         if not count:
             return False
         last = self.evaluations[-1] if self.evaluations else {"samples": 0, "characters": 0.0, "exact": 0.0}
-        binding = 0.1 <= last["characters"] < 0.6 or EARLY - 0.2 <= last["exact"] < EARLY_RANGE[1]
+        binding = 0.1 <= last["characters"] < 0.6 or EARLY_RANGE[0] <= last["exact"] < EARLY_RANGE[1]
         every = self.budget.samples / (count * (DENSE if binding else 1))
         ended = self.state["samples"] >= self.budget.samples > last["samples"]
         return ended or self.state["samples"] - last["samples"] >= every
