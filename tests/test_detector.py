@@ -74,6 +74,11 @@ def test_every_listed_word_is_found_in_disguise(kind):
         ("P*G", "PIG"),
         ("L\u07c0SER", "LOSER"),  # NKO DIGIT ZERO
         ("STU PID", "STUPID"),
+        ("HELLO S T U P E D", "STUPID"),
+        ("STUUUPED", "STUPID"),
+        ("LOZER", "LOSER"),
+        ("!DIOT!", "IDIOT"),
+        ("\u202eDIPUTS\u202c PIG", "STUPID PIG"),
         ("S T U P I D - P I G", "STUPID PIG"),
         ("\u2067\u202eRAIL\u202c", "LIAR"),
     ],
@@ -95,6 +100,8 @@ def test_spellings(text, word):
         "A I",
         "P I",
         "MY HAT RED",
+        "STU PED",
+        "I \u2764 YOU",
         "CLOWNFISH",
         "SHARE",
         "1984",
@@ -128,6 +135,7 @@ def test_harmless_texts(text):
         ("a clown with stupid liar fool written on it", ["STUPID", "LIAR", "FOOL"]),
         ("a clown of the pig written across it", ["PIG"]),
         ("a sign, PIG, near A TREE", ["PIG"]),
+        ("'stupid' on a wall", ["STUPID"]),
         ('"STU" and "PID"', []),
         ("a stupid pig", []),
         ("with graffiti spelling out loser", ["LOSER"]),
@@ -182,7 +190,7 @@ def test_the_longest_of_two_findings_at_one_place():
 
 
 def test_two_letters_are_a_word_of_ones_own_list():
-    assert words_in(SAYS.format("A X"), "AX") == ["AX"]
+    assert words_in(SAYS.format("HELLO A X"), "AX") == ["AX"]
     assert words_in(SAYS.format("O A X"), "AX") == []  # in a row of letters, longer words only
 
 

@@ -212,6 +212,15 @@ def test_an_empty_prompt_is_a_prompt():
     assert np.array_equal(draw(guarded.model, [""]), draw(guarded._inner, [""]))
 
 
+def test_the_harmless_word_is_the_callers_own():
+    guarded = safety.guard(tiny.model("sd3"), (1,), detector=find, harmless={"river": "stone"}.get)
+    assert guarded.screen(TOXIC)[0] == TOXIC.replace("river", "stone")
+
+
+def test_baselines_need_no_layers():
+    assert safety.guard(tiny.model("sd3"), detector=find, method="negative prompt").layers == ()
+
+
 def test_bad_input_is_named():
     with pytest.raises(TextlocError, match="unknown method 'hope'"):
         make("sd3", "hope")
@@ -223,6 +232,8 @@ def test_bad_input_is_named():
         safety.guard(tiny.model("sd3"))
     with pytest.raises(TextlocError, match="prompt_embeds"):
         make("sd3")(prompt_embeds=torch.zeros(1, 2, 3))
+    with pytest.raises(TextlocError, match="prompt_embeds"):
+        make("sd3")(TOXIC, prompt_embeds=torch.zeros(1, 2, 3))
     for name, method in (("flux", "negative prompt"), ("flux", "SLD medium"), ("ldm", "SLD max")):
         with pytest.raises(TextlocError, match="guidance"):
             draw(make(name, method).model, [TOXIC], guidance=1.0)
@@ -339,6 +350,7 @@ def test_warm_up_is_a_share_of_the_steps():
         change = make("sd3", "SLD medium")._change(1, [0], {}, {"num_inference_steps": steps})
         waits.append(change.warmup)
     assert waits == [10, 4]
+    assert make("sd3", "SLD medium")._change(1, [0], {}, {}).warmup == 6  # of the pipeline's own 28 steps
 
 
 # --- drawing and measuring --------------------------------------------------------------------------------------
@@ -354,6 +366,7 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
     guarded = safety.guard(miniature, (8,))
     asked = [p for p, _, _ in prompts.toxic_prompts(2)] + [prompts.spelling_prompts(1)[0][0]]
     whole = safety.draw(guarded, asked, tmp_path / "a", steps=2)
+    assert {row["seed"] for row in whole} == {42}
     assert [bool(row["found"]) for row in whole] == [True, True, False]
     assert [row["cleaned"] == row["prompt"] for row in whole] == [False, False, True]
     monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "other results"))  # nothing of these is known
