@@ -112,7 +112,7 @@ benchmark: setup
 	@OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest -q -s tests/benchmarks
 
 lint: setup
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --no-cache .
 	@$(BIN)/ruff format --check .
 
 types: setup

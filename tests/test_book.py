@@ -6,8 +6,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from conftest import build_book, html_pages
 
+from conftest import build_book, html_pages
 from textloc_utils.settings import ROOT
 
 # Elements whose address a browser fetches on loading the page; a link to click is no load.

@@ -12,8 +12,8 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from conftest import started
 
+from conftest import started
 from textloc_utils import cli, settings
 from textloc_utils.book import notebooks
 

@@ -11,10 +11,10 @@ import threading
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import html_pages
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from conftest import html_pages
 from textloc_utils import models
 from textloc_utils.book import explorer
 
