@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import IFSuperResolutionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from safetensors.torch import load_file, save_file
 
 from textloc_utils import models, prompts
 from textloc_utils.generate import generate
@@ -284,6 +286,7 @@ def test_trained_pipeline_ships_loads_and_samples(trained, tmp_path, monkeypatch
     keys = ("exact", "exact_open", "cer", "own_material", "leak", *world.FACTORS)
     measured = {"words": 1, "split": "held-out", "reader": "tesseract 5", **dict.fromkeys(keys, rate)}
     monkeypatch.setattr(card, "measure", lambda model, **_: measured)
+    monkeypatch.setattr(card, "spelled", lambda model: 0.7)
     folder = tmp_path / "miniatures" / name
     shipped = card.export(name, run, folder)
     assert shipped["trained"]["early"]["in_range"] and (folder / "early" / "denoiser.safetensors").is_file()
@@ -304,6 +307,30 @@ def test_trained_pipeline_ships_loads_and_samples(trained, tmp_path, monkeypatch
     assert generate(loaded, asked, [1, 1], steps=2, patches=[patch]).images.shape == made.images.shape
     alone = generate(loaded, asked[:1], [1], steps=2).images[0]  # sums round otherwise in another batch
     np.testing.assert_allclose(alone.astype(int), made.images[0], atol=1)
+
+
+@pytest.mark.parametrize("trained", ["sd3-mini"], indirect=True)
+def test_the_early_denoiser_is_the_one_that_spells_nearest(trained, tmp_path, monkeypatch):
+    name, run = trained
+    shutil.copytree(run / "pipeline", tmp_path / "part")
+    (tmp_path / "part" / "textloc.json").write_text(json.dumps(training.recipe(name).SPEC))
+    (kept,) = (run / "early").glob("*/denoiser.safetensors")
+    for samples, spelling in ((40, 0.1), (100, 0.4), (200, 0.66), (300, 0.79), (1000, 0.9), (2000, 0.97)):
+        weights = load_file(kept) | {"proj_out.bias": torch.full_like(load_file(kept)["proj_out.bias"], spelling)}
+        (tmp_path / "early" / str(samples)).mkdir(parents=True)
+        save_file(weights, tmp_path / "early" / str(samples) / "denoiser.safetensors")
+    asked = []
+
+    def spelled(model):
+        asked.append(float(model.denoiser.proj_out.bias[0]))
+        return asked[-1]
+
+    monkeypatch.setattr(card, "spelled", spelled)
+    monkeypatch.setattr(card, "measure", lambda model, **_: {"exact": {"mean": 0.66}})
+    found = card._early(name, tmp_path, tmp_path / "part")
+    assert found["samples"] == 200 and found["in_range"] and len(asked) == len(set(asked)) <= 4
+    stored = load_file(tmp_path / "part" / "early" / "denoiser.safetensors")["proj_out.bias"].float()
+    torch.testing.assert_close(stored, torch.full_like(stored, 0.66), atol=0.04, rtol=0)
 
 
 @pytest.mark.parametrize("trained", ["if-mini"], indirect=True)
