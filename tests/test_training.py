@@ -155,7 +155,7 @@ def test_a_compiled_run_compiles_training_steps_alone_and_changes_nothing(cache,
 
 
 def test_evaluations_are_dense_while_letters_bind_and_early_denoisers_are_kept(cache, tmp_path, monkeypatch):
-    # Exact spelling after each evaluation; letters bind from the third to the fifth, and the denoisers of these may be early.
+    # Exact spelling after each evaluation; letters bind from the third to the fifth.
     course = iter([0.0, 0.0, 0.3, 0.6, 0.72, 0.95, *[1.0] * 5])
 
     def evaluate(pipe, spec, **options):

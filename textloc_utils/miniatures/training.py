@@ -223,7 +223,8 @@ def train(
     the training report, None in other processes than the main one.
 
     Evaluations are logged in ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``, the
-    denoisers on the way that spelled within CANDIDATES to ``folder/early``. A second stage follows in ``folder/stage2``, is not evaluated by itself, and ends in ``folder/pipeline/stage2``.
+    denoisers on the way that spelled within CANDIDATES to ``folder/early``. A second stage follows in
+    ``folder/stage2``, is not evaluated by itself, and ends in ``folder/pipeline/stage2``.
 
     Raises TextlocError, before anything is trained, for a folder of another run, a device that is not there or a
     folder that cannot be written.
