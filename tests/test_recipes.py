@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,6 +308,20 @@ def test_trained_pipeline_ships_loads_and_samples(trained, tmp_path, monkeypatch
     assert generate(loaded, asked, [1, 1], steps=2, patches=[patch]).images.shape == made.images.shape
     alone = generate(loaded, asked[:1], [1], steps=2).images[0]  # sums round otherwise in another batch
     np.testing.assert_allclose(alone.astype(int), made.images[0], atol=1)
+
+
+def test_spelling_is_what_tesseract_reads(monkeypatch):
+    shown = evaluation.scenes(random.Random(0).sample(prompts.words("validation"), 6), 0)
+    pictures = np.stack([world.render(scene) for scene in shown])
+
+    def drawn(model, asked, seeds):
+        assert asked == [evaluation.named(scene) for scene in shown] and len(set(seeds)) == 6
+        return SimpleNamespace(images=pictures)
+
+    monkeypatch.setattr(card, "generate", drawn)
+    assert card.spelled(None, 6) >= 5 / 6
+    pictures = pictures[::-1]
+    assert card.spelled(None, 6) == 0
 
 
 @pytest.mark.parametrize("trained", ["sd3-mini"], indirect=True)
