@@ -114,25 +114,27 @@ def spelled(model: models.Model, n: int = WORDS // 2) -> float:
 
 def _early(name: str, run: Path, part: Path) -> dict | None:
     """Store the run's denoiser that spelled nearest to EARLY beside the finished pipeline, and what it spells."""
-    kept = sorted((run / "early").glob("*/denoiser.safetensors"), key=lambda file: int(file.parent.name))
+    # Hidden folders are what a killed run left.
+    kept = sorted((run / "early").glob("[0-9]*/denoiser.safetensors"), key=lambda file: int(file.parent.name))
     if not kept:
         return None
     model = models.load(name, device="cpu", model_path=part)
 
-    def weights(file: Path) -> dict[str, torch.Tensor]:
-        return {k: v.to(EARLY_TYPE) for k, v in load_file(file).items()}
+    def take(file: Path) -> dict[str, torch.Tensor]:
+        weights = {k: v.to(EARLY_TYPE) for k, v in load_file(file).items()}
+        model.denoiser.load_state_dict({k: v.float() for k, v in weights.items()})
+        return weights
 
     @functools.cache
     def spells(file: Path) -> float:
-        model.denoiser.load_state_dict({k: v.float() for k, v in weights(file).items()})
+        take(file)
         return spelled(model)
 
     # Spelling rises with the samples, so that few of the denoisers have to draw.
     at = bisect.bisect_left(kept, EARLY, key=spells)
     best = min(kept[max(0, at - 1) : at + 1], key=lambda file: abs(spells(file) - EARLY))
     (part / "early").mkdir()
-    save_file(weights(best), part / "early" / "denoiser.safetensors", metadata={"format": "pt"})
-    model.denoiser.load_state_dict({k: v.float() for k, v in weights(best).items()})
+    save_file(take(best), part / "early" / "denoiser.safetensors", metadata={"format": "pt"})
     found = measure(model, split="validation")
     low, high = EARLY_RANGE
     in_range = low <= found["exact"]["mean"] <= high

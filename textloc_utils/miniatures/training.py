@@ -386,7 +386,6 @@ class _Run:
         least, most = CANDIDATES
         if least <= result["exact"] < most:
             weights = {k: v.half().cpu().contiguous() for k, v in self.objective.denoiser.state_dict().items()}
-            (self.folder / "early").mkdir(exist_ok=True)
             with files.whole_folder(self.folder / "early" / str(result["samples"])) as early:
                 save_file(weights, early / "denoiser.safetensors", metadata={"format": "pt"})
         self.objective.train()
