@@ -124,8 +124,24 @@ def test_bad_input_of_a_localization_is_one_line(tmp_path, capsys):
         (["sd3-mini", "--prompts", prompt_file], "double quotes"),
         (["sd3-mini", "--reach", 2], "above 0 to 1"),
         (["sd3-mini", "--budget", 0], "budget"),
+        (["sd3-mini", "--by", "letters"], "--by"),
+        (["sd3-mini", "--by", "exact", "--search", "one-step"], "needs pictures"),
     ):
         assert said in fails(capsys, "localize", *arguments)
+
+
+def test_a_localization_by_whole_words_is_asked_for_as_such(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path))
+    asked = {}
+
+    def stop(_experiment, _pairs, **settings):
+        asked.update(settings)
+        raise TextlocError("seen")
+
+    monkeypatch.setattr(localization, "localize", stop)
+    for by in ("exact", "score"):
+        assert cli.main(["localize", "sd3-mini", "--by", by, "--preset", "smoke", "--pairs", "1"]) == 2
+        assert asked["by"] == by
 
 
 def test_bad_input_of_a_guard_is_one_line_and_writes_nothing(tmp_path, capsys):

@@ -123,6 +123,7 @@ def grammar(at, outs):
             pairs,
             preset,
             ("--search", [], TYPED),
+            ("--by", [], TYPED),
             ("--prompts", [], [*files, *(f"{at}/{n}" for n in ("unquoted", "same", "digits"))]),
             ("--reach", [], [*REAL, "0", "1.1"]),
             ("--budget", [], [*REAL, "0", "2"]),

@@ -35,6 +35,13 @@ def add(commands) -> None:
     options.add_noises(localize)
     options.add_drawing(localize)
     localize.add_argument(
+        "--by",
+        default="score",
+        choices=["score", "exact"],
+        help="what a set must bring: the score of the target's letters, or the share of whole words, as in the book's "
+        "chapters; for searches that draw pictures (default: score)",
+    )
+    localize.add_argument(
         "--reach",
         type=options.number(0, 1, above=True),
         default=0.9,
@@ -71,12 +78,14 @@ def _localize(args) -> None:
 
     if args.publish and args.noises > 1:
         raise TextlocError("a published table has one noise per pair; leave out --noises or --publish")
+    if args.by == "exact" and args.search in localization.WITHOUT_PICTURES:
+        raise TextlocError(f"--by exact needs pictures, which --search {args.search} does not draw")
     chosen, work = _pairs(args), preset(args.preset)
     spec = options.spec_of(args)
     reader = ocr.check_reader(spec.height, [text for pair in chosen for text in (pair.source_text, pair.target_text)])
     model = options.loaded(args, spec)
     run = options.experiment(args, model, steps=work.steps)
-    found = localization.localize(run, chosen, how=args.search, share=args.reach, budget=args.budget)
+    found = localization.localize(run, chosen, how=args.search, share=args.reach, budget=args.budget, by=args.by)
     if options.rank():
         return
     if args.json:
