@@ -17,7 +17,7 @@ def shipped(folder, seed, seeing=None):
     """A folder as `textloc train sd3-mini --world plain --ship` writes it, with the weights of the book's miniature."""
     shutil.copytree(models.spec("sd3-mini").source, folder)
     about = json.loads((folder / "textloc.json").read_text())
-    about["trained"] = {"seeing": seeing} if seeing else {}
+    about["trained"] = {"test": {"exact": {"mean": 0.25}}} | ({"seeing": seeing} if seeing else {})
     (folder / "textloc.json").write_text(json.dumps(about))
     layers = {"target": [0.0] * 11 + [0.4], "exact_layers": [0.0] * 12}
     evaluations = [{"samples": 5, "exact": 0.0}, {"samples": 9, "exact": 0.5, "all_layers": 0.8, **layers}]
@@ -76,7 +76,10 @@ def test_runs_are_searched_and_published(tmp_path, monkeypatch):
     assert log.groupby("run").size().tolist() == [14, 14] and log.layer.max() == 11
     assert log[(log.samples == 9) & (log.layer == -1)].all_layers.tolist() == [0.8, 0.8]
     model = models.load("sd3-mini", device="cpu")
-    assert len(trainings.published(model)) == 3
+    assert len(trainings.published(model)) == 3 and set(told.spelled) == {0.25}
+    both = trainings.together([model, models.load("ldm-mini", device="cpu")])
+    assert set(both.model) == {"sd3-mini"} and list(both.columns[1:]) == list(trainings.COLUMNS)
+    assert trainings.together([]).empty and "planted" in trainings.together([])
     on_the_way = trainings.evaluations(model)
     assert list(on_the_way) == ["one", "two"] and on_the_way["one"].samples.tolist() == [5, 9]
     both = {name: rows.assign(plain_target=rows.exact) for name, rows in on_the_way.items()}

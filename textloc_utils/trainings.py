@@ -5,7 +5,7 @@ it layers that do the same? Do the searches find the layers that were planted (`
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +25,11 @@ PARTS: dict[str, dict] = {
     "values": {"tensors": "v"},
     "letters": {"tokens": "different"},
 }
+#: Columns of a published table, see :func:`publish`.
+COLUMNS = (
+    *("run", "training_seed", "blocks", "planted", "text", "spelled", "search", "layers", "number", "of", "share"),
+    *("cost", "found", "false", *PARTS),
+)
 #: Values by layer in the log of a training, beside those of the whole model.
 BY_LAYER = ("target", "exact_layers")
 WHOLE = ("exact", "plain_target", "all_layers", "exact_all_layers")
@@ -35,8 +40,8 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
 
     ``runs`` are the folders that ``textloc train NAME --ship`` wrote. Returns ``results/trainings_NAME.csv``, one row
     per run and search: run (the folder's name), training_seed, blocks (0: the recipe's own), planted (layers, empty
-    where none are), text (letters, or one of ``miniatures.encoders.TEXTS``), spelled (exact rate at the end of its
-    training), search, layers, number, of (all text layers), share (of the parameters), found and false (planted layers
+    where none are), text (letters, or one of ``miniatures.encoders.TEXTS``), spelled (test words that its shipping
+    measured, everything named), search, layers, number, of (all text layers), share (of the parameters), found and false (planted layers
     in the set, and others), cost (row evaluations, as a share of the exhaustive search's) and, after the exhaustive
     search, what PARTS of the set write of ``n`` reported pairs. The cheap searches are done where layers are planted.
     Beside it ``results/trainings_NAME_log.csv`` has the evaluations of each training: run, samples, layer (-1: the
@@ -52,7 +57,7 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
         model = load(name, model_path=str(folder))
         experiment = Experiment.of(model, progress=progress)
         spent = Spent(experiment.store)
-        about = _about(Path(folder).name, logs[Path(folder).name])
+        about = _about(Path(folder).name, logs[Path(folder).name], model)
         planted = [int(layer) for layer in about["planted"].split()]
         sets = _search(experiment, n, seed, all_of_them=bool(planted))
         for how, found in sets.items():
@@ -65,7 +70,7 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
         seconds += spent.seconds
         weights.append(fingerprint(model))
     told = {"pairs": n, "seed": seed, "key": {"weights": weights}}
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=COLUMNS)
     experiment.write(f"trainings_{name}", table, seconds=round(seconds, 1), **told)
     experiment.write(f"trainings_{name}_log", _log_table(logs), seconds=0.0, **told)  # copied from the logs
     return table
@@ -74,6 +79,14 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
 def published(model: Model) -> pd.DataFrame | None:
     """The table of :func:`publish` of this model's name; None where none is published."""
     return _published(f"trainings_{model.spec.name}")
+
+
+def together(models: Iterable[Model]) -> pd.DataFrame:
+    """The published tables of several models in one, with the column model first; no rows where none is published."""
+    tables = {model.spec.name: table for model in models if (table := published(model)) is not None}
+    if not tables:
+        return pd.DataFrame(columns=["model", *COLUMNS])
+    return pd.concat(tables, names=["model"]).reset_index("model")
 
 
 def evaluations(model: Model) -> dict[str, pd.DataFrame]:
@@ -105,11 +118,11 @@ def _parts(experiment: Experiment, found: Found, n: int, seed: int) -> dict[str,
     return {part: float(table.exact[table.kind == part].mean()) for part in PARTS}
 
 
-def _about(run: str, log: dict) -> dict:
+def _about(run: str, log: dict, model: Model) -> dict:
     report = log["report"]
     about = {"run": run, "training_seed": report["seed"], "blocks": report["layers"] or 0}
     about |= {"planted": joined(report["seeing"] or ()), "text": report.get("text") or "letters"}
-    return about | {"spelled": log["evaluations"][-1]["exact"]}
+    return about | {"spelled": model.spec.trained["test"]["exact"]["mean"]}
 
 
 def _log_table(logs: dict[str, dict]) -> pd.DataFrame:
