@@ -192,8 +192,25 @@ def test_evaluation_during_training(name, monkeypatch):
     result = evaluation.evaluate(build(name)[1], spec(name), pairs=1)
     assert len(result["target"]) == len(result["source"]) == len(result["exact_layers"]) == EXPECTED[name][1]
     assert {"exact", "characters", "exact_open", "own_material", "all_layers", *world.FACTORS} <= set(result)
-    monkeypatch.setattr(evaluation, "SPELLS", 0.5)  # it spells nothing: no layer is patched
-    assert "target" not in evaluation.evaluate(build(name)[1], spec(name), pairs=1)
+    monkeypatch.setattr(evaluation, "SPELLS", 0.5)  # it spells nothing: no layer is patched alone
+    early = evaluation.evaluate(build(name)[1], spec(name), pairs=1)
+    assert {"plain_target", "all_layers", "exact_all_layers"} <= early.keys() and "target" not in early
+
+
+def test_layers_are_patched_alone_as_soon_as_a_patch_of_all_writes(monkeypatch):
+    whole = {"plain_target": 0.0, "plain_source": 0.0, "all_layers": 0.5, "exact_all_layers": 0.0}
+    asked = []
+
+    def patched(model, pairs, only, *, alone):
+        asked.append(alone)
+        return whole | ({"target": [0.5]} if alone else {})
+
+    for key, value in {"WORDS": 2, "STEPS": 1, "SPELLS": 0.4, "_patched": patched}.items():
+        monkeypatch.setattr(evaluation, key, value)
+    assert evaluation.evaluate(build("sd3-mini")[1], spec("sd3-mini"), pairs=1)["target"] == [0.5]
+    whole["all_layers"] = 0.3
+    assert "target" not in evaluation.evaluate(build("sd3-mini")[1], spec("sd3-mini"), pairs=1)
+    assert asked == [False, True, False]
 
 
 def test_variance_bound_is_zero_for_the_true_step():

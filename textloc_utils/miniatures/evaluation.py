@@ -12,7 +12,8 @@ from textloc_utils.patching import Patch
 
 WORDS, STEPS = 48, 10
 SEED = 1_000
-#: Share of letters at their place from which on layers are patched: before, there is no text that a patch could move.
+#: Share of letters at their place, written by the prompt or by a patch of all layers, from which on each layer is patched
+#: alone, too: before, there is no text that a layer could move.
 SPELLS = 0.12
 
 
@@ -48,9 +49,10 @@ def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SEC
     All texts are read by template matching. Keys: ``exact``, ``characters`` (letters at their place) and one for each
     named factor, over WORDS prompts that name everything; ``exact_open``, the same words with nothing named, and
     ``own_material``, how often their material is that of the first letter; then over the pairs, whose prompts name
-    everything: ``plain_source`` and ``plain_target`` (letters of the unpatched pictures' own texts), and, once it
-    spells, ``all_layers`` (target letters with every layer patched), and lists by layer: ``target`` (target letters),
-    ``source`` (source letters left) and ``exact_layers`` (whole target words).
+    everything: ``plain_source`` and ``plain_target`` (letters of the unpatched pictures' own texts), ``all_layers`` and
+    ``exact_all_layers`` (target letters and whole target words with every layer patched), and, once the prompt or that
+    patch spells, lists by layer: ``target`` (target letters), ``source`` (source letters left) and ``exact_layers``
+    (whole target words).
     """
     model = Model.from_pipeline(pipe, spec)
     words = list(prompts.words("validation"))
@@ -72,16 +74,20 @@ def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SEC
         read = draw([world.prompt(s.text, world.OPEN) for s in shown])
         result["exact_open"] = np.mean([r.text == s.text for r, s in zip(read, shown, strict=True)])
         result["own_material"] = np.mean([r.material == world.OWN[s.text[0]] for r, s in zip(read, shown, strict=True)])
-    if result["characters"] >= SPELLS:
-        result |= _layers(model, pairs, only)
+    spells = result["characters"] >= SPELLS
+    patched = _patched(model, pairs, only, alone=bool(spells))
+    if not spells and patched["all_layers"] >= SPELLS:  # a patch may write before the prompt does
+        patched = _patched(model, pairs, only, alone=True)
+    result |= patched
     return {
         k: [round(float(x), 4) for x in v] if isinstance(v, list) else round(float(v), 4) for k, v in result.items()
     }
 
 
-def _layers(model: Model, pairs: int, only: world.World) -> dict:
-    layers = len(model.layers)
-    sites = [(i,) for i in range(layers)] + [tuple(range(layers))]
+def _patched(model: Model, pairs: int, only: world.World, *, alone: bool) -> dict:
+    """The pairs without a patch and with all layers patched, and with each layer patched ``alone``."""
+    layers = range(len(model.layers))
+    sites = [(i,) for i in layers if alone] + [tuple(layers)]
     words = validation_pairs(pairs)
     kept = scenes([source for source, _ in words], SEED + 1, only)
     target, source, exact = [], [], []
@@ -96,12 +102,11 @@ def _layers(model: Model, pairs: int, only: world.World) -> dict:
         source.append([factors.character_accuracy(text, old) for text in texts])
         exact.append([text == new for text in texts])
     target, source, exact = (np.mean(table, axis=0) for table in (target, source, exact))
-    return {
+    whole = {
         "plain_target": target[0],
         "plain_source": source[1],
         "all_layers": target[-1],
         "exact_all_layers": exact[-1],
-        "target": target[2:-1].tolist(),
-        "source": source[2:-1].tolist(),
-        "exact_layers": exact[2:-1].tolist(),
     }
+    by_layer = {"target": target, "source": source, "exact_layers": exact}
+    return whole | ({key: values[2:-1].tolist() for key, values in by_layer.items()} if alone else {})

@@ -367,8 +367,9 @@ class _Run:
         count = self.budget.evaluations
         if not count:
             return False
-        last = self.evaluations[-1] if self.evaluations else {"samples": 0, "characters": 0.0, "exact": 0.0}
-        binding = 0.1 <= last["characters"] < 0.75
+        last = self.evaluations[-1] if self.evaluations else {"samples": 0, "characters": 0.0}
+        # A patch of all layers may write letters before the prompt does.
+        binding = 0.1 <= max(last["characters"], last.get("all_layers", 0.0)) and last["characters"] < 0.75
         every = self.budget.samples / (count * (DENSE if binding else 1))
         ended = self.state["samples"] >= self.budget.samples > last["samples"]
         return ended or self.state["samples"] - last["samples"] >= every
