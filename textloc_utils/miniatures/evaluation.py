@@ -12,8 +12,8 @@ from textloc_utils.patching import Patch
 
 WORDS, STEPS = 48, 10
 SEED = 1_000
-#: Share of letters at their place, written by the prompt or by a patch of all layers, from which on each layer is patched
-#: alone, too: before, there is no text that a layer could move.
+#: Share of letters at their place, written by the prompt or by a patch of all layers, from which on each layer is
+#: patched alone, too: before, there is no text that a layer could move.
 SPELLS = 0.12
 
 
