@@ -369,7 +369,7 @@ class _Run:
             return False
         last = self.evaluations[-1] if self.evaluations else {"samples": 0, "characters": 0.0}
         # A patch of all layers may write letters before the prompt does.
-        binding = 0.1 <= max(last["characters"], last.get("all_layers", 0.0)) and last["characters"] < 0.75
+        binding = max(last["characters"], last.get("all_layers", 0.0)) >= 0.1 and last["characters"] < 0.75
         every = self.budget.samples / (count * (DENSE if binding else 1))
         ended = self.state["samples"] >= self.budget.samples > last["samples"]
         return ended or self.state["samples"] - last["samples"] >= every
