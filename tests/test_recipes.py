@@ -301,7 +301,7 @@ def trained(request, cache, tmp_path_factory):
 def test_trained_pipeline_ships_loads_and_samples(trained, tmp_path, monkeypatch):
     name, run = trained
     rate = {"mean": 0.7, "low": 0.6, "high": 0.8}
-    keys = ("exact", "exact_open", "cer", "own_material", "leak", *world.FACTORS)
+    keys = ("exact", "exact_open", "cer", "own_material", "leak", "leak_within", *world.FACTORS)
     measured = {"words": 1, "split": "held-out", "reader": "tesseract 5", **dict.fromkeys(keys, rate)}
     monkeypatch.setattr(card, "measure", lambda model, **_: measured)
     monkeypatch.setattr(card, "spelled", lambda model: 0.7)
@@ -325,6 +325,27 @@ def test_trained_pipeline_ships_loads_and_samples(trained, tmp_path, monkeypatch
     assert generate(loaded, asked, [1, 1], steps=2, patches=[patch]).images.shape == made.images.shape
     alone = generate(loaded, asked[:1], [1], steps=2).images[0]  # sums round otherwise in another batch
     np.testing.assert_allclose(alone.astype(int), made.images[0], atol=1)
+
+
+def test_what_a_model_does_is_measured(monkeypatch):
+    """A model that draws every scene as it is asked for, with the material of the first letter where none is named."""
+
+    def draws(model, asked, seeds):
+        named = {evaluation.named(scene): scene for scene in card._asked(6, "held-out", 42)[1]}
+        rng, pictures = random.Random(1), []
+        for prompt in asked:
+            word = prompts.quoted_text(prompt)
+            scene = replace(world.random_scene(rng, text=word), material=world.OWN[word[0]])
+            pictures.append(world.render(named.get(prompt, scene)))
+        return SimpleNamespace(images=np.stack(pictures))
+
+    monkeypatch.setattr(card, "generate", draws)
+    told = card.measure(None, 6)
+    assert all(told[key]["mean"] == 1.0 for key in ("exact", "exact_open", "own_material", "leak", *world.FACTORS))
+    assert told["leak_within"]["mean"] == told["cer"]["mean"] == 0.0 and told["exact"]["low"] < 1
+    assert told["words"] == 6 and told["split"] == "held-out"
+    known = card.rendered(6)
+    assert {key: known[key] for key in known} == {key: told[key] for key in known} and "leak" not in known
 
 
 def test_spelling_is_what_tesseract_reads(monkeypatch):

@@ -28,13 +28,13 @@ def measure(model: models.Model, n: int = WORDS, *, split: str = "held-out", see
 
     ``exact`` and ``cer`` are Tesseract's readings of prompts that name everything, ``exact_open`` of prompts that name
     nothing; the named factors are read by :mod:`.factors`. ``leak`` is how often the material changes when, from the
-    same noise, a prompt that names nothing asks for a word of another material's group.
+    same noise, a prompt that names nothing asks for a word of another material's group, and ``leak_within`` how often
+    it does for another word of the same group.
     """
-    rng = random.Random(seed)
-    pool = [w for w in prompts.words(split) if split != "held-out" or w in set(prompts.test_words())]
-    words = rng.sample(pool, n)
+    words, shown, rng, pool = _asked(n, split, seed)
     others = [rng.choice([w for w in pool if world.OWN[w[0]] != world.OWN[word[0]]]) for word in words]
-    shown, seeds = evaluation.scenes(words, seed), [seed + i for i in range(n)]
+    alike = [rng.choice([w for w in pool if world.OWN[w[0]] == world.OWN[word[0]] and w != word]) for word in words]
+    seeds = [seed + i for i in range(n)]
 
     def draw(asked: list[str]) -> tuple[list[str], list[factors.Reading]]:
         pictures = generate(model, asked, seeds).images
@@ -43,19 +43,43 @@ def measure(model: models.Model, n: int = WORDS, *, split: str = "held-out", see
     texts, named = draw([evaluation.named(s) for s in shown])
     open_texts, first = draw([world.prompt(w, world.OPEN) for w in words])
     _, second = draw([world.prompt(w, world.OPEN) for w in others])
+    _, third = draw([world.prompt(w, world.OPEN) for w in alike])
     hits = {
-        "exact": [t == w for t, w in zip(texts, words, strict=True)],
         "exact_open": [t == w for t, w in zip(open_texts, words, strict=True)],
-        **{k: [getattr(r, k) == getattr(s, k) for r, s in zip(named, shown, strict=True)] for k in world.FACTORS},
         "own_material": [r.material == world.OWN[w[0]] for r, w in zip(first, words, strict=True)],
         "leak": [a.material != b.material for a, b in zip(first, second, strict=True)],
+        "leak_within": [a.material != b.material for a, b in zip(first, third, strict=True)],
     }
-    found = {name: metrics.rate(values) for name, values in hits.items()}
-    found["cer"] = metrics.bootstrap([metrics.character_error_rate(t, w) for t, w in zip(texts, words, strict=True)])
-    rounded = {
-        k: {"mean": round(v.mean, 4), "low": round(v.low, 4), "high": round(v.high, 4)} for k, v in found.items()
-    }
-    return {"words": n, "split": split, "reader": f"tesseract {ocr.tesseract_version()}", **rounded}
+    told = {name: metrics.rate(values) for name, values in hits.items()}
+    return {"words": n, "split": split} | _told(texts, named, shown, told)
+
+
+def rendered(n: int = WORDS, *, split: str = "held-out", seed: int = 42) -> dict:
+    """What the readers make of the scenes of :func:`measure` as they are rendered: ``exact``, ``cer``, the factors."""
+    _, shown, *_ = _asked(n, split, seed)
+    pictures = np.stack([world.render(scene) for scene in shown])
+    return {"words": n, "split": split} | _told(ocr.read(pictures), factors.read(pictures), shown, {})
+
+
+def _asked(n: int, split: str, seed: int) -> tuple[list[str], list[world.Scene], random.Random, list[str]]:
+    """Words, their scenes, and where they come from: the generator and the pool."""
+    rng, tested = random.Random(seed), set(prompts.test_words())
+    pool = [w for w in prompts.words(split) if split != "held-out" or w in tested]
+    words = rng.sample(pool, n)
+    return words, evaluation.scenes(words, seed), rng, pool
+
+
+def _told(texts: list[str], named: list[factors.Reading], shown: list[world.Scene], more: dict) -> dict:
+    """Readings of pictures that show scenes, as rates, beside ``more`` of them."""
+    hits = {"exact": [t == s.text for t, s in zip(texts, shown, strict=True)]}
+    hits |= {k: [getattr(r, k) == getattr(s, k) for r, s in zip(named, shown, strict=True)] for k in world.FACTORS}
+    found = {name: metrics.rate(values) for name, values in hits.items()} | more
+    found["cer"] = metrics.bootstrap(
+        [metrics.character_error_rate(t, s.text) for t, s in zip(texts, shown, strict=True)]
+    )
+    ends = ("mean", "low", "high")
+    rounded = {key: {end: round(getattr(value, end), 4) for end in ends} for key, value in found.items()}
+    return {"reader": f"tesseract {ocr.tesseract_version()}", **rounded}
 
 
 def check_destination(folder: str | Path) -> Path:
@@ -184,7 +208,7 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         f" named, character error rate {_rate(test['cer'])}; {_rate(test['exact_open'])} exact with nothing named",
         "factors": "as named: " + ", ".join(f"{k} {_rate(test[k])}" for k in world.FACTORS),
         "link": f"nothing named: the first letter's material {_rate(test['own_material'])}; the material changes with a"
-        f" word of another group {_rate(test['leak'])}",
+        f" word of another group {_rate(test['leak'])}, and of the same group {_rate(test['leak_within'])}",
         "sampling": f"{known['steps']} steps, guidance {known['guidance']}",
     }
     if early := known["trained"].get("early"):
