@@ -331,7 +331,8 @@ def test_what_a_model_does_is_measured(monkeypatch):
     """A model that draws every scene as it is asked for, with the material of the first letter where none is named."""
 
     def draws(model, asked, seeds):
-        named = {evaluation.named(scene): scene for scene in card._asked(6, "held-out", 42)[1]}
+        worlds = (world.SECOND, world.PLAIN)
+        named = {evaluation.named(s, w): s for w in worlds for s in card._asked(6, "held-out", 42, w)[1]}
         rng, pictures = random.Random(1), []
         for prompt in asked:
             word = prompts.quoted_text(prompt)
@@ -344,6 +345,9 @@ def test_what_a_model_does_is_measured(monkeypatch):
     assert all(told[key]["mean"] == 1.0 for key in ("exact", "exact_open", "own_material", "leak", *world.FACTORS))
     assert told["leak_within"]["mean"] == told["cer"]["mean"] == 0.0 and told["exact"]["low"] < 1
     assert told["words"] == 6 and told["split"] == "held-out"
+    plain = card.measure(None, 6, only=world.PLAIN)
+    assert {"exact", "cer", "ink", "sign"} <= plain.keys() and not {"leak", "exact_open", "material"} & plain.keys()
+    assert plain["exact"]["mean"] == plain["ink"]["mean"] == 1.0
     known = card.rendered(6)
     assert {key: known[key] for key in known} == {key: told[key] for key in known} and "leak" not in known
 

@@ -23,15 +23,18 @@ WORDS = 200
 EARLY_TYPE = torch.float8_e4m3fn
 
 
-def measure(model: models.Model, n: int = WORDS, *, split: str = "held-out", seed: int = 42) -> dict:
+def measure(
+    model: models.Model, n: int = WORDS, *, split: str = "held-out", seed: int = 42, only: world.World = world.SECOND
+) -> dict:
     """What a miniature can do, over ``n`` words of a split: rates with Wilson's interval, each {mean, low, high}.
 
     ``exact`` and ``cer`` are Tesseract's readings of prompts that name everything, ``exact_open`` of prompts that name
     nothing; the named factors are read by :mod:`.factors`. ``leak`` is how often the material changes when, from the
     same noise, a prompt that names nothing asks for a word of another material's group, and ``leak_within`` how often
-    it does for another word of the same group.
+    it does for another word of the same group. In a world ``only`` whose captions name everything there are no prompts
+    that name nothing, and of the factors those that captions name.
     """
-    words, shown, rng, pool = _asked(n, split, seed)
+    words, shown, rng, pool = _asked(n, split, seed, only)
     others = [rng.choice([w for w in pool if world.OWN[w[0]] != world.OWN[word[0]]]) for word in words]
     alike = [rng.choice([w for w in pool if world.OWN[w[0]] == world.OWN[word[0]] and w != word]) for word in words]
     seeds = [seed + i for i in range(n)]
@@ -40,7 +43,10 @@ def measure(model: models.Model, n: int = WORDS, *, split: str = "held-out", see
         pictures = generate(model, asked, seeds).images
         return ocr.read(pictures), factors.read(pictures)
 
-    texts, named = draw([evaluation.named(s) for s in shown])
+    texts, named = draw([evaluation.named(s, only) for s in shown])
+    about = {"words": n, "split": split}
+    if not only.named["material"]:
+        return about | _told(texts, named, shown, {}, only)
     open_texts, first = draw([world.prompt(w, world.OPEN) for w in words])
     _, second = draw([world.prompt(w, world.OPEN) for w in others])
     _, third = draw([world.prompt(w, world.OPEN) for w in alike])
@@ -51,28 +57,33 @@ def measure(model: models.Model, n: int = WORDS, *, split: str = "held-out", see
         "leak_within": [a.material != b.material for a, b in zip(first, third, strict=True)],
     }
     told = {name: metrics.rate(values) for name, values in hits.items()}
-    return {"words": n, "split": split} | _told(texts, named, shown, told)
+    return about | _told(texts, named, shown, told, only)
 
 
 def rendered(n: int = WORDS, *, split: str = "held-out", seed: int = 42) -> dict:
     """What the readers make of the scenes of :func:`measure` as they are rendered: ``exact``, ``cer``, the factors."""
-    _, shown, *_ = _asked(n, split, seed)
+    _, shown, *_ = _asked(n, split, seed, world.SECOND)
     pictures = np.stack([world.render(scene) for scene in shown])
-    return {"words": n, "split": split} | _told(ocr.read(pictures), factors.read(pictures), shown, {})
+    return {"words": n, "split": split} | _told(ocr.read(pictures), factors.read(pictures), shown, {}, world.SECOND)
 
 
-def _asked(n: int, split: str, seed: int) -> tuple[list[str], list[world.Scene], random.Random, list[str]]:
+def _asked(
+    n: int, split: str, seed: int, only: world.World
+) -> tuple[list[str], list[world.Scene], random.Random, list[str]]:
     """Words, their scenes, and where they come from: the generator and the pool."""
     rng, tested = random.Random(seed), set(prompts.test_words())
     pool = [w for w in prompts.words(split) if split != "held-out" or w in tested]
     words = rng.sample(pool, n)
-    return words, evaluation.scenes(words, seed), rng, pool
+    return words, evaluation.scenes(words, seed, only), rng, pool
 
 
-def _told(texts: list[str], named: list[factors.Reading], shown: list[world.Scene], more: dict) -> dict:
+def _told(
+    texts: list[str], named: list[factors.Reading], shown: list[world.Scene], more: dict, only: world.World
+) -> dict:
     """Readings of pictures that show scenes, as rates, beside ``more`` of them."""
     hits = {"exact": [t == s.text for t, s in zip(texts, shown, strict=True)]}
-    hits |= {k: [getattr(r, k) == getattr(s, k) for r, s in zip(named, shown, strict=True)] for k in world.FACTORS}
+    said = evaluation.named_factors(only)
+    hits |= {k: [getattr(r, k) == getattr(s, k) for r, s in zip(named, shown, strict=True)] for k in said}
     found = {name: metrics.rate(values) for name, values in hits.items()} | more
     found["cer"] = metrics.bootstrap(
         [metrics.character_error_rate(t, s.text) for t, s in zip(texts, shown, strict=True)]
@@ -104,6 +115,7 @@ def export(name: str, run: Path, destination: Path) -> dict:
     quiet_libraries()
     report = json.loads((run / "report.json").read_text())
     evaluations = json.loads((run / "evaluations.json").read_text())
+    only = world.WORLDS[report["world"]]
     with files.whole_folder(destination) as part:
         shutil.copytree(run / "pipeline", part, dirs_exist_ok=True)
         for file in part.rglob("*.safetensors"):
@@ -116,8 +128,8 @@ def export(name: str, run: Path, destination: Path) -> dict:
         if report["seeing"]:
             known["trained"]["seeing"] = report["seeing"]
         files.write_json(part / "textloc.json", known)
-        known["trained"] |= {"test": measure(models.load(name, device="cpu", model_path=part))}
-        early = _early(name, run, part)
+        known["trained"] |= {"test": measure(models.load(name, device="cpu", model_path=part), only=only)}
+        early = _early(name, run, part) if only is world.SECOND else None
         if early:
             known["trained"]["early"] = early
         files.write_json(part / "textloc.json", known)
@@ -205,12 +217,16 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         "curriculum": "texts with letters in runs: " + curriculum,
         "seed": report["seed"],
         "spelling": f"{test['words']} test words read by {test['reader']}: {_rate(test['exact'])} exact with everything"
-        f" named, character error rate {_rate(test['cer'])}; {_rate(test['exact_open'])} exact with nothing named",
-        "factors": "as named: " + ", ".join(f"{k} {_rate(test[k])}" for k in world.FACTORS),
-        "link": f"nothing named: the first letter's material {_rate(test['own_material'])}; the material changes with a"
-        f" word of another group {_rate(test['leak'])}, and of the same group {_rate(test['leak_within'])}",
+        f" named, character error rate {_rate(test['cer'])}"
+        + (f"; {_rate(test['exact_open'])} exact with nothing named" if "exact_open" in test else ""),
+        "factors": "as named: " + ", ".join(f"{k} {_rate(test[k])}" for k in world.FACTORS if k in test),
         "sampling": f"{known['steps']} steps, guidance {known['guidance']}",
     }
+    if "leak" in test:
+        facts["link"] = (
+            f"nothing named: the first letter's material {_rate(test['own_material'])}; the material changes with a "
+            f"word of another group {_rate(test['leak'])}, and of the same group {_rate(test['leak_within'])}"
+        )
     if early := known["trained"].get("early"):
         facts["early checkpoint"] = (
             f"after {early['samples']:,} samples: {_rate(early['validation']['exact'])} exact on "

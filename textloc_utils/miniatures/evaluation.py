@@ -32,6 +32,11 @@ def named(scene: world.Scene, only: world.World = world.SECOND) -> str:
     return world.prompt(scene.text, template, **{k: getattr(scene, k) for k in world.FACTORS})
 
 
+def named_factors(only: world.World) -> list[str]:
+    """The factors that the world's captions can name."""
+    return [k for k in world.FACTORS if only.named["sign" if k == "shape" else k]]
+
+
 def validation_pairs(n: int) -> list[tuple[str, str]]:
     """(source word, target word), of equal length, without a common letter at one place."""
     rng, pool = random.Random("pairs"), list(prompts.words("validation"))
@@ -68,7 +73,7 @@ def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SEC
         "exact": np.mean([r.text == s.text for r, s in zip(read, shown, strict=True)]),
         "characters": np.mean([factors.character_accuracy(r.text, s.text) for r, s in zip(read, shown, strict=True)]),
     }
-    said = [k for k in world.FACTORS if only.named["sign" if k == "shape" else k]]
+    said = named_factors(only)
     result |= {k: np.mean([getattr(r, k) == getattr(s, k) for r, s in zip(read, shown, strict=True)]) for k in said}
     if only.named["material"]:
         read = draw([world.prompt(s.text, world.OPEN) for s in shown])
