@@ -47,7 +47,7 @@ class Sweep:
 
     def __repr__(self) -> str:
         short = self.summary()[["site", "target_score", "source_score", "ssim_outside"]]
-        told = short.to_string(index=False, float_format="{:.2f}".format, max_rows=40)
+        told = short.to_string(index=False, float_format="{:.2f}".format)
         return f"{self.experiment.name}, means over {len(self.pairs)} pairs\n{told}"
 
     def show(self, pair: int = 0) -> "Figure":

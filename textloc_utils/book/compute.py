@@ -115,8 +115,8 @@ def page() -> dict[str, str]:
     lacking, partly = int(made.seconds.isna().sum()), int((made.partly & made.seconds.notna()).sum())
     return {
         "total": f"What was recorded adds up to **{_time(total)}** and about **{energy / 1000:.1f} kWh**. "
-        f"{lacking} of {len(made)} tables have no seconds at all, and for {partly} only a part is known, so "
-        "the truth is more.",
+        f"{lacking} of {len(made)} tables have no seconds at all, and for {partly} only a part is known. What is "
+        "missing is not in the sum. Parts that several miniatures share are in it several times.",
         "method": f"$E = t \\cdot n \\cdot ({WATTS_CORE:g}\\,\\mathrm{{W}} + {GIGABYTES} \\cdot "
         f"{WATTS_GIGABYTE}\\,\\mathrm{{W}}) \\cdot {CENTRE}$",
         "trainings": _trainings(trained),
