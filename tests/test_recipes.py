@@ -345,6 +345,7 @@ def test_what_a_model_does_is_measured(monkeypatch):
     assert all(told[key]["mean"] == 1.0 for key in ("exact", "exact_open", "own_material", "leak", *world.FACTORS))
     assert told["leak_within"]["mean"] == told["cer"]["mean"] == 0.0 and told["exact"]["low"] < 1
     assert told["words"] == 6 and told["split"] == "held-out"
+    assert told["read"] == [scene.text for scene in card._asked(6, "held-out", 42, world.SECOND)[1]]
     plain = card.measure(None, 6, only=world.PLAIN)
     assert {"exact", "cer", "ink", "sign"} <= plain.keys() and not {"leak", "exact_open", "material"} & plain.keys()
     assert plain["exact"]["mean"] == plain["ink"]["mean"] == 1.0

@@ -28,6 +28,8 @@ def measure(
 ) -> dict:
     """What a miniature can do, over ``n`` words of a split: rates with Wilson's interval, each {mean, low, high}.
 
+    ``read`` is what was read in the pictures of prompts that name everything, so that the same can be asked for again.
+
     ``exact`` and ``cer`` are Tesseract's readings of prompts that name everything, ``exact_open`` of prompts that name
     nothing; the named factors are read by :mod:`.factors`. ``leak`` is how often the material changes when, from the
     same noise, a prompt that names nothing asks for a word of another material's group, and ``leak_within`` how often
@@ -90,7 +92,7 @@ def _told(
     )
     ends = ("mean", "low", "high")
     rounded = {key: {end: round(getattr(value, end), 4) for end in ends} for key, value in found.items()}
-    return {"reader": f"tesseract {ocr.tesseract_version()}", **rounded}
+    return {"reader": f"tesseract {ocr.tesseract_version()}", **rounded, "read": texts}
 
 
 def check_destination(folder: str | Path) -> Path:
