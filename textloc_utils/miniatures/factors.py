@@ -134,12 +134,14 @@ def _factors(picture: np.ndarray, text: str, typeface: str, column: int, dy: int
         band[top:bottom, left:right] = letters < 0.05
     ground = picture[middle, 8:-8][band[middle, 8:-8]]
     colour = np.median(ground, axis=0)
-    # Nearer to the sign's colour than to anything seen above and below every sign: 1, the other way round: -1.
+    uneven = np.median(np.linalg.norm(ground - colour, axis=1))
+    # Nearer to the sign's colour than to anything seen above and below every sign: 1, the other way round: -1. What is
+    # usual on the sign is no distance: otherwise a white wall, with its many shades, would be nearer to a white sign.
     differ, covers = _outlines(dy)
     wall = np.concatenate([picture[: world.EDGE], picture[-world.EDGE :]]).reshape(-1, 3)
     shades = wall[np.linspace(0, len(wall) - 1, SHADES).astype(int)]
     pixels = picture[differ]
-    distance = np.linalg.norm(pixels - colour, axis=1)
+    distance = np.maximum(0, np.linalg.norm(pixels - colour, axis=1) - uneven)
     other = np.linalg.norm(pixels[:, None] - shades, axis=2).min(1)
     likely = np.clip((other - distance) / SPREAD, -1, 1)
     shape = world.SHAPES[int((covers @ likely).argmax())]
