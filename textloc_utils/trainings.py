@@ -124,7 +124,7 @@ def _about(run: str, log: dict, model: Model) -> dict:
     report = log["report"]
     about = {"run": run, "training_seed": report["seed"], "blocks": report["layers"] or 0}
     about |= {"planted": joined(report["seeing"] or ()), "text": report.get("text") or "letters"}
-    return about | {"spelled": model.spec.trained["test"]["exact"]["mean"]}
+    return about | {"spelled": (model.spec.trained or {})["test"]["exact"]["mean"]}
 
 
 def _log_table(logs: dict[str, dict]) -> pd.DataFrame:
