@@ -28,13 +28,12 @@ def measure(
 ) -> dict:
     """What a miniature can do, over ``n`` words of a split: rates with Wilson's interval, each {mean, low, high}.
 
-    ``read`` is what was read in the pictures of prompts that name everything, so that the same can be asked for again.
-
     ``exact`` and ``cer`` are Tesseract's readings of prompts that name everything, ``exact_open`` of prompts that name
     nothing; the named factors are read by :mod:`.factors`. ``leak`` is how often the material changes when, from the
     same noise, a prompt that names nothing asks for a word of another material's group, and ``leak_within`` how often
     it does for another word of the same group. In a world ``only`` whose captions name everything there are no prompts
-    that name nothing, and of the factors those that captions name.
+    that name nothing, and of the factors those that captions name. ``read`` is what was read in the pictures of prompts
+    that name everything, so that the same can be asked for again.
     """
     words, shown, rng, pool = _asked(n, split, seed, only)
     others = [rng.choice([w for w in pool if world.OWN[w[0]] != world.OWN[word[0]]]) for word in words]
@@ -144,9 +143,8 @@ def export(name: str, run: Path, destination: Path) -> dict:
 
 def spelled(model: models.Model, n: int = WORDS // 2) -> float:
     """Share of ``n`` validation words that Tesseract reads in pictures of prompts that name everything."""
-    words = random.Random(0).sample(prompts.words("validation"), n)
-    asked = [evaluation.named(scene) for scene in evaluation.scenes(words, 0)]
-    read = ocr.read(generate(model, asked, range(n)).images)
+    words, shown, *_ = _asked(n, "validation", 0, world.SECOND)
+    read = ocr.read(generate(model, [evaluation.named(scene) for scene in shown], range(n)).images)
     return float(np.mean([metrics.exact_match(*each) for each in zip(read, words, strict=True)]))
 
 
