@@ -1,4 +1,4 @@
-"""What the layers carry. Studies of text and colours, steps, tokens, heads, keys and values, pooled text, word length.
+"""What the layers carry. Studies of steps, tokens, heads, keys and values, pooled text, word length.
 
 Each study patches its own sites in its own pairs (``sweeps.table``). The functions of this module summarise its table.
 The published table of a study is used if its weights, pairs, sites and settings are the same.
@@ -14,9 +14,9 @@ import pandas as pd
 from textloc_utils import metrics, scene_pairs, sweeps
 from textloc_utils.experiment import Experiment, digest_of
 from textloc_utils.models import Model, as_indices, check_layers
-from textloc_utils.prompts import Pair, make_pairs
+from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
-from textloc_utils.sites import COLUMNS, Site, every_layer, single_layers, token_groups
+from textloc_utils.sites import Site, every_layer, token_groups
 
 SHARE = 0.9  #: of the exact rate of all heads
 RANDOM_HEADS = 3
@@ -26,13 +26,6 @@ WINDOW = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)  #: shares of the steps at which a
 def _base(model: Model, layers: tuple[int, ...]) -> list[Site]:
     """The localized set, of kind "found", and all layers."""
     return [Site(kind="found", layers=layers), every_layer(model)]
-
-
-def _colours(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
-    """Each layer alone, and the set against all the others."""
-    others = tuple(i for i in range(len(model.layers)) if i not in layers)
-    sites = [*single_layers(model), *_base(model, layers), Site(kind="others", layers=others)]
-    return list(dict.fromkeys(sites))
 
 
 def _steps(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
@@ -67,7 +60,8 @@ def _equally_long(model: Model, n: int, seed: int) -> list[Pair]:
     """Pairs in which every token has its place in both prompts."""
     if scene_pairs.world_of(model) is not None:
         return scene_pairs.for_model(model, n, "report", seed, same_length=True)
-    return [pair for pair in make_pairs(8 * n, seed) if len(pair.source_text) == len(pair.target_text)][:n]
+    pairs = scene_pairs.for_model(model, 8 * n, "report", seed)
+    return [pair for pair in pairs if len(pair.source_text) == len(pair.target_text)][:n]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +73,6 @@ class Study:
 
 
 STUDIES = {
-    "colours": Study(sites=_colours, pairs=lambda model, n, seed: make_pairs(n, seed, other_colours=True)),
     "steps": Study(sites=_steps),
     "parts": Study(sites=_parts),
     "length": Study(sites=lambda model, layers, steps: _base(model, layers)),
@@ -158,21 +151,6 @@ def rates(table: pd.DataFrame) -> pd.DataFrame:
     return metrics.summarise(patched, ["kind", "heads", "tensors"], ["exact"])
 
 
-def carried(table: pd.DataFrame) -> pd.DataFrame:
-    """What each site carries, from the table of the study "colours", whose targets have other colours, too.
-
-    One row per site; columns of ``sites.COLUMNS``, text (mean text effect), wall and sign (share of pictures whose
-    colour is the target's when the site is patched; NaN where nobody can tell, as in full-size pictures), n.
-    """
-    seen = table[~table.kind.isin(["source", "target"])]
-    seen = seen.assign(text=seen.target_score - seen.floor)
-    for name in ("wall", "sign"):
-        read = seen.get(f"{name}_read")
-        seen[name] = np.nan if read is None else (read == seen[f"target_{name}"]).astype(float)
-    groups = seen.groupby(list(COLUMNS), sort=False)
-    return groups[["text", "wall", "sign"]].mean().assign(n=groups.size()).reset_index()
-
-
 def windows(table: pd.DataFrame) -> pd.DataFrame:
     """The table of the study "steps" as columns kind ("from step", "until step"), step, mean, low, high, n.
 
@@ -186,13 +164,12 @@ def windows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_length(table: pd.DataFrame) -> pd.DataFrame:
-    """Text effects by the number of letters of source and target, from the table of the study "length".
+    """How often the whole target is written, by whether it is longer than the source, from the table "length".
 
-    Columns source, target (letters), found (mean effect of the set), all (of all layers), n pairs.
+    Columns target ("shorter", "as long", "longer"), kind ("source", "found", "all"), n, exact, exact_low, exact_high
+    (Wilson's interval).
     """
-    part = table[table.kind.isin(["found", "all"])]
-    letters = {"source": part.source_text.str.len(), "target": part.target_text.str.len()}
-    part = part.assign(effect=part.target_score - part.floor, **letters)
-    means = part.pivot_table("effect", ["source", "target"], "kind")[["found", "all"]]
-    counted = part[part.kind == "found"].groupby(["source", "target"]).size()
-    return means.assign(n=counted).reset_index().rename_axis(columns=None)
+    longer = np.sign(table.target_text.str.len() - table.source_text.str.len())
+    named = longer.map({-1: "shorter", 0: "as long", 1: "longer"})
+    part = table.assign(target=named)[table.kind.isin(["source", "found", "all"])]
+    return metrics.summarise(part.sort_values("target", kind="stable"), ["target", "kind"], ["exact"])

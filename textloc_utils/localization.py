@@ -41,7 +41,7 @@ EFFECTS = ("score", "exact")  #: what a set's effect is, see :func:`sweeps.set_e
 #: The budgeted search: pairs that are screened, share of the screened effects that the first leading sets hold, pairs
 #: of the first round, and their growth from round to round.
 SCREEN, SCREENED, FIRST, GROWTH = 6, 0.98, 8, 1.5
-ERROR = 0.05  #: chance that any decision of a race is wrong, over all its sets and looks
+ERROR = 0.05  #: chance that any decision of a search is wrong, over all its races, sets and looks
 
 
 class NothingFoundError(TextlocError):
@@ -111,6 +111,11 @@ def reached(effects: pd.DataFrame, layers: Sequence[int]) -> np.ndarray:
     own, every = np.concatenate([both.mean(0)[None], metrics.resampled(both)]).T
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(every > 0, own / every, 0.0)
+
+
+def among_strongest(found: Found, layers: Sequence[int]) -> int:
+    """How many of ``layers`` are among as many layers as they are, the strongest alone in a search's order."""
+    return len(set(_order(np.array(found.effects))[: len(layers)]) & set(layers))
 
 
 def rank_agreement(a: pd.DataFrame, b: pd.DataFrame, *, resamples: int = metrics.RESAMPLES) -> metrics.Interval:
@@ -315,14 +320,15 @@ def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budge
     leading = _leading(effects, SCREENED)
     drawn = _Drawn(experiment, by)
     chosen: tuple[int, ...] = ()
-    seen, sure = 0, True
+    seen, sure, error = 0, True, ERROR
     while True:
+        error /= 2  # nobody knows how many races there will be: the halves add up to ERROR at most
         # Leading sets at first; then the set that was found, against itself with one layer left out.
         if not chosen:
             sets = [tuple(sorted(order[:n])) for n in range(1, leading + 1)]
         else:
             sets = [tuple(i for i in chosen if i != layer) for layer in reversed(order) if layer in chosen] + [chosen]
-        best, seen, decided = _race(drawn, sets, pairs, share, limit - spent, seen)
+        best, seen, decided = _race(drawn, sets, pairs, share, limit - spent, seen, error)
         sure = sure and decided
         if best is None and leading < len(order):  # even the largest falls short
             leading, chosen = min(len(order), 2 * leading), ()
@@ -334,11 +340,20 @@ def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budge
 
 
 def _race(
-    drawn: _Drawn, sets: list[tuple[int, ...]], pairs: Sequence[Pair], share: float, limit: float, seen: int
+    drawn: _Drawn,
+    sets: list[tuple[int, ...]],
+    pairs: Sequence[Pair],
+    share: float,
+    limit: float,
+    seen: int,
+    error: float,
 ) -> tuple[tuple[int, ...] | None, int, bool]:
-    """The smallest of the sets that reaches the share (None if none does), its number of pairs, and if it is sure."""
+    """The smallest of the sets that reaches the share (None if none does), its number of pairs, and if it is sure.
+
+    ``error`` is the chance that any of the race's decisions is wrong.
+    """
     alive, n = list(sets), max(seen, min(FIRST, len(pairs)))
-    error = ERROR / (len(sets) * _looks(n, len(pairs)))
+    error = error / (len(sets) * _looks(n, len(pairs)))
     while True:
         drawn.ask(alive, pairs[:n])
         values = {s: drawn.reached(s) for s in alive}

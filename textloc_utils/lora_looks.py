@@ -5,12 +5,11 @@ scenes of one typeface in front of one material (LOOK), whose captions name neit
 all pictures look like that. Test words say how much better it spells then, in prompts that name another look and in
 prompts that name nothing. What the latter look like says what drifted. Each arm has a learning rate of its own, which
 validation words chose.
-
-What a table takes, from the first world's seconds per step and picture on one core: sd3-mini about 65 minutes,
-sdxl-mini 105, ldm-mini 125, if-mini 210, at the preset ``book``. The runs that choose the rates are a third of it.
 """
 
 import functools
+import hashlib
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from textloc_utils import lora, metrics, models, ocr, scene_pairs
+from textloc_utils import lora, metrics, models, ocr, prompts, scene_pairs, sites
 from textloc_utils.experiment import Experiment, fingerprint
 from textloc_utils.lora import Training
 from textloc_utils.miniatures import evaluation, factors, world
@@ -35,7 +34,7 @@ LOCALIZED, EVERY = "localized", "all text layers"
 SCENES, STEPS = 4000, 200  #: of the look, drawn once for all arms; steps of a training
 RATES = (5e-4, 2e-3, 8e-3)  #: learning rates among which each arm's is chosen
 SEEDS, TUNED = (0, 1, 2, 3, 4), 100  #: seeds of the trainings that are reported, and of those that choose the rates
-TUNING = 64  #: validation words that choose a rate
+TUNING = 64  #: validation words that choose a rate, or as many as are reported where these are fewer
 MARGIN = 0.02  #: of the exact rate: a gain that is smaller by less than this is as large, see ``data/claims.toml``
 LOOK = replace(
     world.SECOND,
@@ -78,14 +77,6 @@ def drawn_scenes(n: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
     return np.stack([world.render(scene) for scene in known]), [world.caption(scene, rng, LOOK) for scene in known]
 
 
-def random_layers(model: Model, layers: Sequence[int], seed: int) -> tuple[int, ...]:
-    """As many text layers as there are ``layers``, drawn from the others (from all where the others are too few)."""
-    every = range(len(model.layers))
-    others = [i for i in every if i not in layers]
-    pool = others if len(others) >= len(layers) else list(every)
-    return tuple(sorted(random.Random(f"random layers {seed}").sample(pool, len(layers))))
-
-
 def arms(model: Model, layers: Sequence[int], training: Training) -> dict[str, Training]:
     """The trainings to compare, by name, for the localized ``layers``; ``training`` holds what they share.
 
@@ -96,7 +87,7 @@ def arms(model: Model, layers: Sequence[int], training: Training) -> dict[str, T
     found = {
         LOCALIZED: replace(training, layers=tuple(sorted(layers))),
         EVERY: replace(training, layers=every),
-        "random layers": replace(training, layers=random_layers(model, layers, training.seed)),
+        "random layers": replace(training, layers=sites.random_layers(model, layers, training.seed)),
     }
     if models.self_attention(model.denoiser):
         found["all attention"] = replace(training, layers=every, self_attention=True)
@@ -128,29 +119,59 @@ def measure(experiment: Experiment, words: Sequence[str], seed: int) -> dict:
     """What the experiment's model draws of ``words``.
 
     The first half stands in prompts that name everything, in looks other than LOOK, the second in prompts that name
-    nothing. Keys: exact (share of all that spell their word), named and open (of each half), obeyed (named prompts
-    whose typeface and material are both as named), and of the open prompts' pictures typefaces and materials (how many
-    of each are read, in the world's order, joined by spaces) and diversity (of neighbours, see :func:`diversity`).
+    nothing. Keys: words (how many), exact (share of all that spell their word), named and open (of each half), and
+    diversity (of neighbours among the open prompts' pictures, see :func:`diversity`). Of a miniature also obeyed (named
+    prompts whose typeface and material are both as named), and typefaces and materials (how many of each are read in
+    the open prompts' pictures, in the world's order, joined by spaces).
     """
-    known = evaluation.scenes(list(words), seed, OTHERS)
-    half = len(known) // 2
-    asked = [evaluation.named(s) if i < half else world.prompt(s.text, world.OPEN) for i, s in enumerate(known)]
+    half, small = len(words) // 2, scene_pairs.world_of(experiment.model) is not None
+    shown = evaluation.scenes(list(words), seed, OTHERS)
+    if small:
+        asked = [evaluation.named(s) if i < half else world.prompt(s.text, world.OPEN) for i, s in enumerate(shown)]
+    else:
+        templates = [prompts.TEMPLATE] * half + [prompts.SIMPLE_TEMPLATE] * (len(words) - half)
+        asked = [t.format(text=s.text, sign=s.sign, wall="blue") for t, s in zip(templates, shown, strict=True)]
     pictures = experiment.draw(asked, [seed + i for i in range(len(asked))]).images
     exact = [metrics.exact_match(*each) for each in zip(ocr.read(pictures), words, strict=True)]
-    seen = factors.read(pictures)
-    obeyed = [(r.typeface, r.material) == (s.typeface, s.material) for r, s in zip(seen[:half], known, strict=False)]
-    faces, materials = [r.typeface for r in seen[half:]], [r.material for r in seen[half:]]
-    pairs = (len(known) - half) // 2
-    return {
+    pairs = (len(words) - half) // 2
+    found = {
         "words": len(words),
         "exact": float(np.mean(exact)),
         "named": float(np.mean(exact[:half])),
         "open": float(np.mean(exact[half:])),
+        "diversity": diversity(pictures[half : half + 2 * pairs].reshape(pairs, 2, *pictures.shape[1:])),
+    }
+    return found | (_looks(pictures, shown, half) if small else {})
+
+
+def _looks(pictures: np.ndarray, shown: Sequence[world.Scene], half: int) -> dict:
+    seen = factors.read(pictures)
+    obeyed = [(r.typeface, r.material) == (s.typeface, s.material) for r, s in zip(seen[:half], shown, strict=False)]
+    faces, materials = [r.typeface for r in seen[half:]], [r.material for r in seen[half:]]
+    return {
         "obeyed": float(np.mean(obeyed)),
         "typefaces": " ".join(str(faces.count(name)) for name in world.TYPEFACES),
         "materials": " ".join(str(materials.count(name)) for name in world.MATERIALS),
-        "diversity": diversity(pictures[half : half + 2 * pairs].reshape(pairs, 2, *pictures.shape[1:])),
     }
+
+
+def evaluate(experiment: Experiment, folder: str | os.PathLike, n: int, seed: int = 42) -> pd.DataFrame:
+    """:func:`measure` on ``n`` test words without and with the adapter saved in ``folder``; kept in the store.
+
+    Two rows, arm BEFORE and "after".
+    """
+    words = asked_words("report", n, seed)
+    inputs = experiment.key | {"rows": ROWS, "words": words, "seed": seed}
+
+    def unit(adapter: str | None) -> pd.DataFrame:
+        return experiment.unit("lora", inputs | {"adapter": adapter}, lambda: [measure(experiment, words, seed)])
+
+    lora.load(experiment.model, folder)
+    try:
+        after = unit(hashlib.sha256((Path(folder) / lora.FILE).read_bytes()).hexdigest())
+    finally:
+        lora.remove(experiment.model)
+    return pd.concat([unit(None).assign(arm=BEFORE), after.assign(arm="after")], ignore_index=True)
 
 
 def study(
@@ -159,7 +180,6 @@ def study(
     n: int,
     seed: int = 42,
     *,
-    tuning: int = TUNING,
     training: Training | None = None,
     seeds: Sequence[int] = SEEDS,
 ) -> pd.DataFrame:
@@ -167,7 +187,7 @@ def study(
 
     One row for the early checkpoint and one per training seed and arm. Columns: model, arm, lr, seed, layers, rank,
     parameters, seconds_per_step, and those of :func:`measure`. ``training`` is what the arms share (default:
-    :func:`shared`). Each arm's learning rate is the one of RATES that spells most of ``tuning`` validation words, the
+    :func:`shared`). Each arm's learning rate is the one of RATES that spells most of TUNING validation words, the
     smaller one of two that are equal. Runs are kept one by one in the store. Published as
     ``results/lora_MODEL_looks.csv``, and what chose the rates as ``results/lora_MODEL_rates.csv``; both belong to the
     weights of the finished miniature.
@@ -175,7 +195,7 @@ def study(
     if not layers:
         raise TextlocError("the study needs at least one localized layer")
     models.check_layers(experiment.model, layers)
-    asked = {"tune": asked_words("tune", tuning, seed), "report": asked_words("report", n, seed)}
+    asked = {"tune": asked_words("tune", min(TUNING, n), seed), "report": asked_words("report", n, seed)}
     base = replace(experiment, model=early(experiment.model))
     start = training or shared()
     scenes = min(SCENES, start.steps * start.batch)

@@ -147,6 +147,21 @@ def summarise(table: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> 
     return pd.DataFrame(rows)
 
 
+def summarise_groups(table: pd.DataFrame, by: Sequence[str], group: str, scores: Sequence[str]) -> pd.DataFrame:
+    """As :func:`summarise`, with :func:`student`'s interval over the means of groups, such as random sets of layers.
+
+    The column ``group`` tells the groups apart; those of a row are equally large.
+    """
+    rows = []
+    for keys, part in table.groupby(list(by), sort=False):
+        row = dict(zip(by, keys, strict=True)) | {"n": len(part)}
+        for score in scores:
+            found = student(part.groupby(group, sort=False)[score].mean())
+            row |= {score: found.mean, f"{score}_low": found.low, f"{score}_high": found.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def redrawn(new: pd.DataFrame, stored: pd.DataFrame, at: Sequence[str], score: str) -> tuple[float, float]:
     """How near rows that were drawn again come to the stored ones: share read alike, mean difference of a score.
 

@@ -1,7 +1,7 @@
 """Prompts: words, templates, and pairs of a source and a target prompt that differ in one thing.
 
-A prompt names the wall, the sign and the text, the text in double quotes. Words and random strings are
-capitals A to Z. Held-out words never occur in training, neither as words nor as random strings.
+A prompt has its text in double quotes. Words and random strings are capitals A to Z. Held-out words never occur in
+training, neither as words nor as random strings.
 """
 
 import functools
@@ -16,8 +16,7 @@ import pandas as pd
 
 from textloc_utils.settings import TextlocError
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
-SHAPES = ("sign", "plate", "banner")
+COLOURS = ("red", "yellow", "green", "blue", "purple", "white", "black")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 #: What a further noise adds to a prompt's seed, and where the seeds begin that other purposes take: sets of prompts
@@ -28,30 +27,23 @@ _LISTS = Path(__file__).parent / "words"
 _QUOTED = re.compile(r'(["\u201c])([^"\u201c\u201d]*)(["\u201d])')
 MILD = "mild insult"  #: the band of held-out words that stands in for toxic ones
 
-#: The template that every miniature knows best; the benchmarks of the book use it.
-TEMPLATE = 'A {sign} sign on a {wall} wall that says "{text}".'
-#: GlyphControl's SimpleBench template: the noise decides about wall and sign.
+#: GlyphControl's SimpleBench template.
 SIMPLE_TEMPLATE = 'A sign that says "{text}".'
-#: All templates of training that name the colours; they hold the same number of words before the quote.
-TEMPLATES = {
-    "sign": (TEMPLATE, 'A {wall} wall with a {sign} sign that reads "{text}".'),
-    "plate": (
-        'A {sign} plate on a {wall} wall that says "{text}".',
-        'A {wall} wall with a {sign} plate that reads "{text}".',
-    ),
-    "banner": (
-        'A {sign} banner on a {wall} wall that says "{text}".',
-        'A {wall} wall with a {sign} banner that reads "{text}".',
-    ),
-}
-#: Seven letters need the whole width of the picture, which only a banner gives them.
-LONG_TEMPLATE = TEMPLATES["banner"][0]
+#: The template of full-size models' prompts unless another is asked for.
+TEMPLATE = 'A {sign} sign on a {wall} wall that says "{text}".'
 #: What ``make_pairs`` takes as ``template``: GlyphControl's two benchmarks in this project's words, one template
 #: (SimpleBench) or varied ones (CreativeBench), and the book's own.
 SETS = {
     "book": (TEMPLATE,),
     "simple": (SIMPLE_TEMPLATE,),
-    "creative": tuple(t for group in TEMPLATES.values() for t in group),
+    "creative": tuple(
+        template.replace("SIGN", sign)
+        for sign in ("sign", "plate", "banner")
+        for template in (
+            'A {sign} SIGN on a {wall} wall that says "{text}".',
+            'A {wall} wall with a {sign} SIGN that reads "{text}".',
+        )
+    ),
 }
 
 
@@ -59,20 +51,14 @@ SETS = {
 class Pair:
     """A source prompt (gives everything but the text) and a target prompt (gives the text).
 
-    ``wall``, ``sign`` and ``shape`` describe the source, ``target_wall`` and ``target_sign`` the target where its
-    colours differ; empty where a prompt leaves them open. ``seed`` draws the one noise that both share.
+    ``seed`` draws the one noise that both share.
     """
 
     source: str
     target: str
     source_text: str
     target_text: str
-    wall: str = ""
-    sign: str = ""
-    shape: str = ""
     seed: int
-    target_wall: str = ""
-    target_sign: str = ""
 
     @classmethod
     def of(cls, prompt: str, new_text: str, *, seed: int = 0) -> "Pair":
@@ -108,7 +94,7 @@ def words(split: str) -> tuple[str, ...]:
 
 @functools.cache
 def long_words(split: str) -> tuple[str, ...]:
-    """Words of seven letters, longer than any that a miniature was trained on; ``split`` as for :func:`words`.
+    """Words of seven letters, which no miniature draws and the detector knows; ``split`` as for :func:`words`.
 
     None of them is for validation.
     """
@@ -123,7 +109,7 @@ def _of_split(table: pd.DataFrame, split: str) -> tuple[str, ...]:
 
 @functools.cache
 def _held_out() -> frozenset[str]:
-    return frozenset((*words("validation"), *words("held-out"), *long_words("held-out")))
+    return frozenset((*words("validation"), *words("held-out")))
 
 
 def random_string(rng: random.Random, length: int) -> str:
@@ -148,20 +134,17 @@ def replace_text(prompt: str, text: str) -> str:
     return _QUOTED.sub(lambda at: at[1] + text + at[3], prompt)
 
 
-def make_pairs(
-    n: int, seed: int = 42, *, template: str | Sequence[str] = TEMPLATE, other_colours: bool = False
-) -> list[Pair]:
+def make_pairs(n: int, seed: int = 42, *, template: str | Sequence[str] = TEMPLATE) -> list[Pair]:
     """``n`` pairs of prompts that differ in the text only, over the held-out words.
 
     ``template`` is one template or several, taken in turn (see SETS). Colours run through all ordered (wall, sign)
     combinations; source and target words share no letter at the same place, so that a letter read back belongs to one
-    of them. With ``other_colours`` the target's wall and sign have other colours than the source's, too. The mild
-    insults are left to the safety chapter.
+    of them. The mild insults are left to the safety chapter.
     """
     if n < 1:
         raise TextlocError(f"at least one pair is needed, got {n}")
     templates = (template,) if isinstance(template, str) else tuple(template)
-    pool, rng, colours = test_words(), random.Random(seed), _colour_pairs()
+    pool, rng, colours = test_words(), random.Random(seed), list(itertools.permutations(COLOURS, 2))
     rng.shuffle(colours)
     pairs: list[Pair] = []
     while len(pairs) < n:
@@ -170,24 +153,8 @@ def make_pairs(
             continue
         chosen = templates[len(pairs) % len(templates)]
         wall, sign = colours[len(pairs) % len(colours)]
-        fill = {"wall": wall, "sign": sign}
-        other = fill
-        if other_colours:
-            other = dict(zip(fill, rng.sample([c for c in COLOURS if c not in (wall, sign)], 2), strict=True))
-        pairs.append(
-            Pair(
-                source=chosen.format(text=source, **fill),
-                target=chosen.format(text=target, **other),
-                source_text=source,
-                target_text=target,
-                wall=wall if "{wall}" in chosen else "",
-                sign=sign if "{sign}" in chosen else "",
-                shape=next((s for s in SHAPES if f" {s}" in chosen), "sign"),
-                seed=seed + len(pairs),
-                target_wall=other["wall"] if other_colours else "",
-                target_sign=other["sign"] if other_colours else "",
-            )
-        )
+        prompt = chosen.format(text=source, wall=wall, sign=sign)
+        pairs.append(Pair.of(prompt, target, seed=seed + len(pairs)))
     return pairs
 
 
@@ -240,45 +207,7 @@ def with_noises(pairs: Sequence[Pair], noises: int) -> list[Pair]:
     return [replace(pair, seed=pair.seed + i * NOISE) for i in range(noises) for pair in pairs]
 
 
-def spelling_prompts(n: int = 200, seed: int = 42) -> list[tuple[str, str, int]]:
-    """The spelling test: ``n`` (prompt, word, seed) over held-out words and all colour combinations."""
-    pool, rng, colours = test_words(), random.Random(seed), _colour_pairs()
-    return _asked(rng.sample(pool, n), colours, seed)
-
-
-def toxic_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
-    """As :func:`spelling_prompts`, over the mild insults; more prompts than words come with other colours and noise."""
-    table, rng, colours = words_table(), random.Random(seed), _colour_pairs()
-    pool = list(table.word[table.band == MILD])
-    rng.shuffle(pool)
-    rng.shuffle(colours)
-    return _asked([pool[i % len(pool)] for i in range(n)], colours, seed)
-
-
-def long_prompts(n: int = 100, seed: int = 42) -> list[tuple[str, str, int]]:
-    """As :func:`spelling_prompts`, over the held-out words of seven letters."""
-    pool, rng, colours = long_words("held-out"), random.Random(seed), _colour_pairs()
-    if not 1 <= n <= len(pool):
-        raise TextlocError(f"there are {len(pool)} held-out words of seven letters; asked for {n}")
-    return _asked(rng.sample(pool, n), colours, seed, LONG_TEMPLATE)
-
-
-def _asked(
-    words: Sequence[str], colours: Sequence[tuple[str, str]], seed: int, template: str = TEMPLATE
-) -> list[tuple[str, str, int]]:
-    """(prompt, word, seed) of each word, with the colours in turn."""
-    ways = zip(words, itertools.cycle(colours))
-    return [
-        (template.format(wall=wall, sign=sign, text=word), word, seed + i)
-        for i, (word, (wall, sign)) in enumerate(ways)
-    ]
-
-
 def test_words() -> list[str]:
     """The held-out words that are no insults, common first."""
     table = words_table()
     return list(table.word[(table.split == "held-out") & (table.band != MILD)])
-
-
-def _colour_pairs() -> list[tuple[str, str]]:
-    return [(wall, sign) for wall in COLOURS for sign in COLOURS if wall != sign]

@@ -40,8 +40,6 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 ADVICE = "set TEXTLOC_RESULTS to a folder that can be written"
 #: Names the command in the provenance of what a notebook makes, whose own process has no telling one.
 COMMAND = "TEXTLOC_COMMAND"
-#: Metadata of a dataclass's field that came after results were stored; at its default it is no part of their inputs.
-LATER = {"later": True}
 _BEGAN = time.monotonic()
 
 
@@ -326,8 +324,7 @@ def _json_default(value):
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f for f in dataclasses.fields(value) if f.metadata != LATER or getattr(value, f.name) != f.default]
-        return {f.name: getattr(value, f.name) for f in fields}
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     raise TextlocError(
         f"a result cannot hold a {type(value).__name__}; allowed: numbers, booleans, texts, lists, dicts"
     )

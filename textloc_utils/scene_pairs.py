@@ -43,14 +43,16 @@ class ScenePair(Pair):
         return told | {f"target_{name}": getattr(self.target_scene, name) for name in FACTORS}
 
 
-def seen(pictures: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray]:
+def seen(pictures: np.ndarray, pair: Pair) -> tuple[list[dict[str, str]], np.ndarray]:
     """What the miniatures' reader sees in pictures (n, H, W, 3), the first of which is the one to keep.
 
     Returns a dict for each picture, every one of FACTORS under its name with ``_read``, and the mask (H, W) that is
-    True outside the first picture's own text, False nowhere if none is found in it.
+    True outside the first picture's own text, with room for the longer one of the ``pair``'s two texts. It is False
+    nowhere if no text is found.
     """
     found = factors.read(pictures)
-    return [{f"{name}_read": getattr(each, name) for name in FACTORS} for each in found], found[0].outside_text()
+    room = max(len(pair.source_text), len(pair.target_text))
+    return [{f"{name}_read": getattr(each, name) for name in FACTORS} for each in found], found[0].outside_text(room)
 
 
 def words(use: str) -> list[str]:
@@ -123,21 +125,23 @@ def make(
 
 
 def world_of(model: Model) -> world.World | None:
-    """The world that a miniature was trained in; None for another model, and for a miniature of the first kind."""
+    """The world that a miniature was trained in; None for another model."""
     log = training_log(model.spec) or {}
     return world.WORLDS.get(log.get("report", {}).get("world"))
 
 
-def for_model(model: Model, n: int, use: str, seed: int = 42, **options) -> list[Pair]:
+def for_model(model: Model, n: int, use: str, seed: int = 42, *, template: str | None = None, **options) -> list[Pair]:
     """``n`` pairs for a model over the words of one of USES: of scenes of a miniature's world, see :func:`make`.
 
-    For other models they are ``prompts.make_pairs``', drawn by a seed of each use's own.
+    For other models they are ``prompts.make_pairs``', drawn by a seed of each use's own; where a ``template`` is given,
+    of the template that names the text alone.
     """
     only = world_of(model)
     if only is None:
         words(use)
-        return prompts.make_pairs(n, seed + SEEDS[use])
-    return list(make(n, use, seed, only=only, **options))
+        chosen = prompts.TEMPLATE if template is None else prompts.SIMPLE_TEMPLATE
+        return prompts.make_pairs(n, seed + SEEDS[use], template=chosen)
+    return list(make(n, use, seed, template=template, only=only, **options))
 
 
 def _others(scene: world.Scene, name: str, only: world.World) -> list[str]:

@@ -51,21 +51,20 @@ class Preset:
     name: str
     pairs: int
     sweep_pairs: int  # of the sweep over all layers, which comes with the package
-    edits: int  # prompts that are edited by each method
-    toxic: int  # toxic prompts, and as many harmless ones
-    words: int
-    noises: int = 1  # from which each prompt of the last two is drawn
+    edits: int  # pairs that are edited by each method where the prompts name everything
+    words: int  # test words or pairs that a rate is reported on; of toxic words there are fewer
+    noises: int = 1  # from which each edited or guarded prompt is drawn
     sets: tuple[str, ...] = ("book",)  # of ``prompts.SETS``, in equal parts: what localization searches on
     steps: int | None = None  # None: the model's own number of steps
 
 
 #: ``paper`` has the paper's sizes: layers are searched on 100 prompts of SimpleBench and 100 of CreativeBench, 300
-#: prompts are edited and 400 toxic ones drawn, each from 4 noises.
+#: prompts are edited, each from 4 noises, and so is every toxic word drawn, of which the paper has 400.
 PRESETS = {
-    "smoke": Preset(name="smoke", pairs=4, sweep_pairs=4, edits=4, toxic=4, words=8, steps=6),
-    "book": Preset(name="book", pairs=48, sweep_pairs=100, edits=100, toxic=100, words=200),
+    "smoke": Preset(name="smoke", pairs=4, sweep_pairs=4, edits=4, words=8, steps=6),
+    "book": Preset(name="book", pairs=48, sweep_pairs=100, edits=100, words=200),
     "paper": Preset(
-        name="paper", pairs=200, sweep_pairs=200, edits=300, toxic=400, words=200, noises=4, sets=("simple", "creative")
+        name="paper", pairs=200, sweep_pairs=200, edits=300, words=400, noises=4, sets=("simple", "creative")
     ),
 }
 

@@ -4,13 +4,13 @@ A table has one row per picture. Its columns COLUMNS say which site was patched 
 a name for readers. Code does not read it, but uses ``kind`` and the columns behind it.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from textloc_utils.models import Model, as_indices
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
-from textloc_utils.results import LATER
 
 #: What a table says of a site: its name; its kind; its layers and heads, indices joined by spaces (no heads: all of
 #: them); whether the pooled text is patched; the steps from ``start`` up to, not including, ``stop``; keys or values.
@@ -45,8 +45,8 @@ class Site:
     stop: int | None = None
     heads: tuple[int, ...] | None = None
     tensors: str = "kv"
-    tokens: str = field(default="", metadata=LATER)
-    layer_heads: tuple[tuple[int, int], ...] = field(default=(), metadata=LATER)
+    tokens: str = ""
+    layer_heads: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "layers", as_indices(self.layers, "layers"))
@@ -118,3 +118,11 @@ def single_layers(model: Model) -> list[Site]:
     if model.pooled_site is not None:
         sites += [Site(kind="pooled", pooled=True), Site(kind="all + pooled", layers=every.layers, pooled=True)]
     return sites
+
+
+def random_layers(model: Model, layers: Sequence[int], seed: int | str) -> tuple[int, ...]:
+    """As many text layers as there are ``layers``, drawn from the others (from all where the others are too few)."""
+    every = range(len(model.layers))
+    others = [i for i in every if i not in layers]
+    pool = others if len(others) >= len(layers) else list(every)
+    return tuple(sorted(random.Random(f"random layers {seed}").sample(pool, len(layers))))

@@ -6,8 +6,8 @@ size bring. Another table patches the text's layers from targets that differ in 
 last one empties them, to see whether the text is written without them.
 """
 
-import random
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -16,7 +16,7 @@ from textloc_utils.experiment import Experiment, digest_of
 from textloc_utils.models import Model
 from textloc_utils.prompts import Pair
 from textloc_utils.scene_pairs import FACTORS
-from textloc_utils.sites import Site, every_layer
+from textloc_utils.sites import Site, every_layer, random_layers
 
 SEARCHED = ("text", *FACTORS)
 RANDOM_SETS = 5
@@ -50,6 +50,12 @@ def searches(experiment: Experiment, n: int, seed: int = 42) -> dict[str, locali
     return found
 
 
+def found_sets(experiment: Experiment, n: int, seed: int = 42) -> dict[str, tuple[int, ...]]:
+    """The layers of every factor of SEARCHED that :func:`search` finds, from ``n`` pairs each; not of the text."""
+    found = {factor: search(experiment, factor, n, seed) for factor in FACTORS}
+    return {factor: held.layers for factor, held in found.items() if held is not None}
+
+
 def alone(experiment: Experiment, n: int, seed: int = 42) -> pd.DataFrame:
     """How often each layer alone, and all together, bring each of SEARCHED, on ``n`` pairs that select.
 
@@ -72,10 +78,16 @@ def _set_and_others(model: Model, layers: tuple[int, ...]) -> list[Site]:
     return [Site(kind="found", layers=layers), every, Site(kind="others", layers=others)]
 
 
-def random_sets(model: Model, size: int, seed: int = 0) -> list[Site]:
-    """RANDOM_SETS sites of ``size`` text layers, of kind "random"."""
-    rng, every = random.Random(f"random sets {seed}"), range(len(model.layers))
-    return [Site(kind="random", layers=tuple(sorted(rng.sample(every, size)))) for _ in range(RANDOM_SETS)]
+def random_sets(model: Model, layers: Sequence[int], seed: int = 0) -> list[Site]:
+    """RANDOM_SETS different sets of as many other layers as ``layers``, of kind "random"; fewer where there are not."""
+    others, size = len(model.layers) - len(layers), len(layers)
+    many = min(RANDOM_SETS, math.comb(others if others >= size else len(model.layers), size))
+    sets: dict[tuple[int, ...], None] = {}
+    draw = 0
+    while len(sets) < many:
+        sets[random_layers(model, layers, f"{seed} {draw}")] = None
+        draw += 1
+    return [Site(kind="random", layers=each) for each in sets]
 
 
 def reported(experiment: Experiment, sets: Mapping[str, tuple[int, ...]], n: int, seed: int = 42) -> pd.DataFrame:
@@ -89,7 +101,7 @@ def reported(experiment: Experiment, sets: Mapping[str, tuple[int, ...]], n: int
     for factor, layers in sets.items():
         sites = _set_and_others(model, layers)
         if factor == "text":
-            sites += random_sets(model, len(layers), seed)
+            sites += random_sets(model, layers, seed)
         else:
             sites.append(Site(kind="text set", layers=sets["text"]))
         sites = [site for site in dict.fromkeys(sites) if site.layers]
@@ -115,7 +127,7 @@ def needed(experiment: Experiment, layers: tuple[int, ...], n: int, seed: int = 
     and "random". Published as ``results/study_MODEL_needed.csv``.
     """
     model = experiment.model
-    sites = [*_set_and_others(model, layers), *random_sets(model, len(layers), seed)]
+    sites = [*_set_and_others(model, layers), *random_sets(model, layers, seed)]
     sites = [site for site in sites if site.layers]
     emptied = [
         Pair(source=p.source, target="", source_text=p.source_text, target_text=p.source_text, seed=p.seed)
@@ -137,15 +149,15 @@ def _table(experiment: Experiment, name: str, plans: list) -> pd.DataFrame:
 
 
 def rates(table: pd.DataFrame) -> pd.DataFrame:
-    """How often each site draws the whole target, from the table of :func:`reported`, with Wilson's intervals.
+    """How often each site draws the whole target, from the table of :func:`reported` or :func:`needed`.
 
-    Columns differs (where the table has it), kind, layers, n, exact, exact_low, exact_high; random sets are taken
-    together.
+    Columns differs (where the table has it), kind ("source" is the unpatched picture), layers, n, exact, exact_low,
+    exact_high: Wilson's interval, and of random sets, which are taken together, Student's over the sets.
     """
-    patched = table[~table.kind.isin(["source"])]
-    patched = patched.assign(layers=patched.layers.where(patched.kind != "random", "random"))
     by = [column for column in ("differs", "kind", "layers") if column in table]
-    return metrics.summarise(patched, by, ["exact"])
+    drawn = table[table.kind == "random"]
+    sets = metrics.summarise_groups(drawn.assign(layers="random", set=drawn.layers), by, "set", ["exact"])
+    return pd.concat([metrics.summarise(table[table.kind != "random"], by, ["exact"]), sets], ignore_index=True)
 
 
 def by_style(table: pd.DataFrame) -> pd.DataFrame:
@@ -161,13 +173,13 @@ def by_style(table: pd.DataFrame) -> pd.DataFrame:
 def moved(table: pd.DataFrame) -> pd.DataFrame:
     """How often each site turns a factor into the target's, from the table of :func:`carried`, with Wilson's intervals.
 
-    Columns factor, kind, layers, n, moved, moved_low, moved_high, and of the text exact, exact_low, exact_high.
+    Columns factor, kind ("source" is the unpatched picture), layers, n, moved, moved_low, moved_high, and of the text
+    exact, exact_low, exact_high.
     """
-    patched = table[~table.kind.isin(["source"])]
-    factor = patched.differs.str.removeprefix("text ")
+    factor = table.differs.str.removeprefix("text ")
     values = [
-        row[f"{name}_read"] == row[f"target_{name}"] for name, (_, row) in zip(factor, patched.iterrows(), strict=True)
+        row[f"{name}_read"] == row[f"target_{name}"] for name, (_, row) in zip(factor, table.iterrows(), strict=True)
     ]
     return metrics.summarise(
-        patched.assign(factor=factor, moved=values), ["factor", "kind", "layers"], ["moved", "exact"]
+        table.assign(factor=factor, moved=values), ["factor", "kind", "layers"], ["moved", "exact"]
     )

@@ -16,7 +16,6 @@ from diffusers import DiffusionPipeline
 from textloc_utils import metrics, ocr, onestep, scene_pairs, sites
 from textloc_utils.experiment import Experiment, check_pairs
 from textloc_utils.generate import rows_per_call
-from textloc_utils.miniatures import scenes
 from textloc_utils.models import Model, check_layers
 from textloc_utils.prompts import Pair
 from textloc_utils.scene_pairs import ScenePair
@@ -25,7 +24,7 @@ from textloc_utils.sites import SOURCE, TARGET, Site, token_groups
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROWS = 4  #: part of a stored unit's key: raised whenever its rows change
+ROWS = 5  #: part of a stored unit's key: raised whenever its rows change
 SCORES = ("target_score", "source_score", "exact", "ssim_outside", "psnr_outside")
 
 
@@ -105,12 +104,12 @@ def patch_pair(
 
     One target row serves all patched rows of a batch; every batch draws it again. ``source=False`` leaves out the plain
     source, and with it the columns that compare with it. Returns the pictures, uint8 (pictures, H, W, 3), and one row
-    per picture: model, the pair's seed, colours and texts, the columns of its site (``sites.COLUMNS``), read (by OCR),
+    per picture: model, the pair's seed and texts, the columns of its site (``sites.COLUMNS``), read (by OCR),
     target_score and source_score (``metrics.text_score``, 0..1), floor (the source's text against the target's), exact
-    (spells the target), ssim_outside and psnr_outside (to the plain source, outside the text box; PSNR capped at 60
-    dB), row_evaluations (the pair's, evenly over its pictures); for a miniature also the colours wall_read and
-    sign_read. A ``ScenePair`` has the columns of its ``about`` and factors_read in place of colours; where its
-    texts are equal, the scores and ``exact`` say whether the factor that differs is read as the target's or source's.
+    (spells the target), ssim_outside and psnr_outside (to the plain source, outside the text; PSNR capped at 60 dB) and
+    row_evaluations (the pair's, evenly over its pictures). A ``ScenePair`` also has the columns of its ``about`` and
+    what is read of every factor; where its texts are equal, the scores and ``exact`` say whether the factor that
+    differs is read as the target's or source's.
     """
     model, chosen = experiment.model, _sites(experiment, sites)
     todo = ([SOURCE] if source else []) + chosen
@@ -127,12 +126,15 @@ def patch_pair(
         cost += made.row_evaluations
     pictures = np.stack([*drawn[1:2], drawn[0], *drawn[2:]] if source else drawn)
     shown = ([SOURCE] if source else []) + [TARGET, *chosen]
-    looked, mask = _seen(model, pair, pictures)
+    looked: list[dict[str, str]] = [{}] * len(pictures)
+    mask = None
+    if isinstance(pair, ScenePair):
+        looked, mask = scene_pairs.seen(pictures, pair)
     rows = [
         {
             "model": experiment.name,
             "seed": pair.seed,
-            **_about(pair),
+            **(pair.about if isinstance(pair, ScenePair) else {}),
             "source_text": pair.source_text,
             "target_text": pair.target_text,
             **site.columns(experiment.steps),
@@ -154,12 +156,6 @@ def patch_pair(
     return pictures, rows
 
 
-def _about(pair: Pair) -> dict[str, str]:
-    if isinstance(pair, ScenePair):
-        return pair.about
-    return {k: getattr(pair, k) for k in ("wall", "sign", "target_wall", "target_sign")}
-
-
 def _scores(pair: Pair, text: str, seen: dict[str, str]) -> dict:
     """How near a picture is to both prompts: its text, or the factor in which they differ."""
     if not isinstance(pair, ScenePair) or pair.source_text != pair.target_text:
@@ -174,15 +170,6 @@ def _scores(pair: Pair, text: str, seen: dict[str, str]) -> dict:
     return {"target_score": float(value == target), "source_score": float(value == source), "floor": 0.0} | {
         "exact": value == target
     }
-
-
-def _seen(model: Model, pair: Pair, pictures: np.ndarray) -> tuple[list[dict[str, str]], np.ndarray | None]:
-    """What a miniature's readers see beside the text, and the mask outside the first picture's own text."""
-    if isinstance(pair, ScenePair):
-        return scene_pairs.seen(pictures)
-    if model.spec.miniature:
-        return [dict(zip(("wall_read", "sign_read"), scenes.read_colours(p), strict=True)) for p in pictures], None
-    return [{} for _ in pictures], None
 
 
 def cheap(experiment: Experiment, pairs: Sequence[Pair], *, depth: str = "one-step") -> pd.DataFrame:

@@ -28,7 +28,7 @@ PARTS: dict[str, dict] = {
 #: Columns of a published table, see :func:`publish`.
 COLUMNS = (
     *("run", "training_seed", "blocks", "planted", "text", "spelled", "search", "layers", "number", "of", "share"),
-    *("cost", "found", "false", *PARTS),
+    *("cost", "found", "false", "strongest", *PARTS),
 )
 #: Values by layer in the log of a training, beside those of the whole model.
 BY_LAYER = ("target", "exact_layers")
@@ -42,9 +42,9 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
     per run and search: run (the folder's name), training_seed, blocks (0: the recipe's own), planted (layers, empty
     where none are), text (letters, or one of ``miniatures.encoders.TEXTS``), spelled (test words that its shipping
     measured, everything named), search, layers, number, of (all text layers), share (of the parameters), found and
-    false (planted layers in the set, and others), cost (row evaluations, as a share of the exhaustive search's) and,
-    after the exhaustive search, what PARTS of the set write of ``n`` reported pairs. The cheap searches are done where
-    layers are planted.
+    false (planted layers in the set, and others), strongest (planted layers among as many of the strongest in the
+    search's order), cost (row evaluations, as a share of the exhaustive search's) and, after the exhaustive search,
+    what PARTS of the set write of ``n`` reported pairs. The cheap searches are done where layers are planted.
 
     Beside it ``results/trainings_NAME_log.csv`` has the evaluations of each training: run, samples, layer (-1: the
     whole model), WHOLE, BY_LAYER.
@@ -68,6 +68,7 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
             row |= {"share": found.share, "cost": found.row_evaluations / sets["exhaustive"].row_evaluations}
             hits = len(set(planted) & set(found.layers)) if planted else 0
             row |= {"found": hits, "false": len(found.layers) - hits if planted else 0}
+            row |= {"strongest": localization.among_strongest(found, planted)}
             rows.append(row | (_parts(experiment, found, n, seed) if how == "exhaustive" else {}))
         seconds += spent.seconds
         weights.append(fingerprint(model))

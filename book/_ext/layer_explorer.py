@@ -16,7 +16,6 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from textloc_utils.book import explorer
-from textloc_utils.prompts import TEMPLATE
 
 FOLDER = "_static/explorer"
 CARD_SIZE = (1200, 630)
@@ -40,7 +39,7 @@ def told(model: str, table: pd.DataFrame) -> dict:
                 "file": f"{FOLDER}/{explorer.sprite_path(model, seed).name}",
                 "source": first.source_text,
                 "target": first.target_text,
-                "prompt": TEMPLATE.format(wall=first.wall, sign=first.sign, text=first.source_text),
+                "prompt": first.prompt,
                 "rows": pd.concat([rows[["site", "read"]], scores, rows.kind], axis=1).to_numpy().tolist(),
             }
         )

@@ -19,8 +19,8 @@ from textloc_utils.results import Store
 from textloc_utils.settings import data_dir
 
 #: Of the table of ``sweeps.patch_pair``, what the explorer tells beside each picture.
-COLUMNS = ["model", "seed", "wall", "sign", "source_text", "target_text", "site", "kind", "layers", "read"]
-COLUMNS += ["target_score", "source_score", "ssim_outside"]
+COLUMNS = ["model", "seed", "prompt", "source_text", "target_text", "site", "kind", "layers", "read"]
+COLUMNS += ["target_score", "source_score", "exact", "ssim_outside"]
 SUFFIX = ".webp"
 
 
@@ -56,7 +56,9 @@ def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
 
 def _draw(experiment: Experiment, pair: Pair) -> list[dict]:
     pictures, rows = sweeps.patch_pair(experiment, pair)
-    return [row | {"picture": encode(picture)} for row, picture in zip(rows, pictures, strict=True)]
+    return [
+        row | {"prompt": pair.source, "picture": encode(picture)} for row, picture in zip(rows, pictures, strict=True)
+    ]
 
 
 def _write_sprite(path: Path, pictures: Sequence[np.ndarray]) -> None:

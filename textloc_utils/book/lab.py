@@ -318,9 +318,8 @@ def choices(spec: ModelSpec) -> dict:
     world does not have. ``articles`` tell what ``{a}`` before a sign's colour is.
     """
     values = {
-        "wall": spec.colours,
-        "sign": spec.colours,
-        "shape": prompts.SHAPES,
+        "sign": tuple(world.SIGNS),
+        "shape": world.SHAPES,
         "ink": tuple(world.INKS),
         "typeface": tuple(world.TYPEFACES),
         "material": world.MATERIALS,
@@ -330,17 +329,10 @@ def choices(spec: ModelSpec) -> dict:
     ]
     if unknown := sorted(set(named) - set(values)):
         raise TextlocError(f"the template of {spec.name} names {unknown[0]}; the lab knows {', '.join(values)}")
-    if spec.prompt_template == world.NAMED:
-        groups, templates = _sentences()
-        clashes = [
-            [["sign", sign], ["ink", ink]]
-            for sign, inks in world.READABLE.items()
-            for ink in world.INKS
-            if ink not in inks
-        ]
-    else:
-        groups, templates = [named], {"": prompts.SIMPLE_TEMPLATE, "0": spec.prompt_template}
-        clashes = [[["wall", colour], ["sign", colour]] for colour in spec.colours if "wall" in named]
+    groups, templates = _sentences()
+    clashes = [
+        [["sign", sign], ["ink", ink]] for sign, inks in world.READABLE.items() for ink in world.INKS if ink not in inks
+    ]
     offered = {name: list(values[name]) for name in named}
 
     def clash(chosen: dict) -> bool:
@@ -349,12 +341,11 @@ def choices(spec: ModelSpec) -> dict:
     filled = (dict(zip(offered, each, strict=True)) for each in itertools.product(*offered.values()))
     return {
         "factors": offered,
-        # The first world's template has "a" before every colour.
-        "default": next(c for c in filled if not clash(c) and all(world.article(v) == "a" for v in c.values())),
+        "default": next(c for c in filled if not clash(c)),
         "groups": groups,
         "templates": templates,
         "clashes": clashes,
-        "articles": {sign: world.article(sign) for sign in spec.colours},
+        "articles": {sign: world.article(sign) for sign in world.SIGNS},
         "letters": [min(world.LENGTHS), max(world.LENGTHS)],
     }
 

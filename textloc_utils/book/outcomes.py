@@ -13,7 +13,7 @@ import pandas as pd
 from textloc_utils import edit, lora_looks, metrics, scene_pairs, specificity, sweeps, trainings
 from textloc_utils.experiment import published_table
 from textloc_utils.models import Model
-from textloc_utils.safety import scenes
+from textloc_utils.safety import study
 from textloc_utils.settings import TextlocError, data_dir
 
 SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE = "supported", "contradicted", "undecided", "untestable here"
@@ -181,8 +181,8 @@ def cheap(table: pd.DataFrame) -> Outcome:
 
 
 def toxic(table: pd.DataFrame) -> Outcome:
-    """Toxic text is kept out, the harmless word is written, and the picture is kept; see ``scenes.toxic``."""
-    return Outcome(**scenes.toxic(table))
+    """Toxic text is kept out, the harmless word is written, and the picture is kept; see ``safety.study.toxic``."""
+    return Outcome(**study.toxic(table))
 
 
 def free(table: pd.DataFrame) -> Outcome:

@@ -179,17 +179,6 @@ def layers_by_factor(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def carried(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """What each layer carries, one heat map per model (tables of ``layer_contents.carried``)."""
-    figure, axes = _panels(tables, 1.4)
-    for axis, table in zip(axes, tables.values(), strict=True):
-        layers = table[table.kind == "layer"].set_index("layers")
-        _heat(axis, layers[["text", "wall", "sign"]].T, "share\nchanged")
-        axis.set(xlabel="", ylabel="")
-    axes[-1].set_xlabel("patched text layer")
-    return figure
-
-
 def windows(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Text effect of patches that start late, and of patches that stop early, one panel per model.
 
@@ -207,74 +196,25 @@ def windows(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def lengths(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Text effect of the localized set by the words' numbers of letters (tables of ``layer_contents.by_length``)."""
-    figure, axes = _panels(tables, 2.2, columns=2)
-    for at, (axis, table) in enumerate(zip(axes, tables.values(), strict=True)):
-        grid = table.pivot(index="source", columns="target", values="found")
-        sns.heatmap(grid, ax=axis, annot=True, fmt=".2f", cbar=False, vmin=0, vmax=1, cmap="rocket_r")
-        axis.tick_params(axis="y", rotation=0)
-        axis.set(xlabel="letters of the target", ylabel="" if at % 2 else "letters of the source")
-    return figure
-
-
-def adapters(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Text scores of the new and the old task per arm, one panel per model (tables of ``lora_study.summarise``).
-
-    Filled: arms of equal rank; hollow: arms of equal parameters; lines: the model without an adapter.
-    """
-    figure, axes = _panels(tables, 2.2, sharex=True)
-    arms = list(dict.fromkeys(arm for table in tables.values() for arm in table.arm[table.equal != ""]))
-    for axis, table in zip(axes, tables.values(), strict=True):
-        trained = table[table.equal != ""]
-        for task, label, colour, shift in (("new", "new task", TARGET, -0.15), ("old", "old task", SOURCE, 0.15)):
-            axis.axhline(table[task].iloc[0], color=colour, linestyle=":", linewidth=1)
-            for equal, fill, nudge in (("rank", colour, -0.05), ("parameters", "none", 0.05)):
-                part = trained[trained.equal == equal]
-                place = np.array([arms.index(arm) for arm in part.arm]) + shift + nudge
-                style = {"fmt": "o", "color": colour, "markerfacecolor": fill, "capsize": 2, "markersize": 5}
-                axis.errorbar(place, part[task], _error(part, task), label=f"{label}, equal {equal}", **style)
-        axis.set(xlim=(-0.5, len(arms) - 0.5))
-        axis.set_xticks(range(len(arms)), [textwrap.fill(arm, 10) for arm in arms])
-        low = min(table.new_low.min(), table.old_low.min())
-        axis.set(ylabel="text score", ylim=(np.floor(10 * low) / 10 - 0.02, 1.02))
-    _legend(figure, axes)
-    return figure
-
-
-def adapter_losses(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Training loss by step and arm, one panel per model (tables of ``lora_study.curves``, one comparison each)."""
-    figure, axes = _panels(tables, 2.2, columns=2)
-    for axis, table in zip(axes, tables.values(), strict=True):
-        for (arm, part), colour in zip(table.groupby("arm", sort=False), sns.color_palette("colorblind"), strict=False):
-            axis.plot(part.step, part.loss, color=colour, linewidth=1.3, label=arm)
-        axis.set_xlabel("training step")
-    for axis in axes[::2]:
-        axis.set_ylabel("training loss")
-    _legend(figure, axes)
-    return figure
-
-
 def plane(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Gain in spelling against what drifted, one panel per model, with 95 % intervals (tables of ``lora_looks.plane``).
+    """Gain in spelling against drift, two panels per model, with 95 % intervals (tables of ``lora_looks.plane``).
 
-    Every arm has a colour, every drift a mark; further left is less drift.
+    Left: how far the entropy of typefaces moved; right: how far the shares of materials moved. Further left is less
+    drift.
     """
-    figure, axes = _panels(tables, 2.4, columns=2, sharey=True)
-    marks = {"typefaces": ("o", "typefaces, bits"), "materials": ("s", "materials"), "diversity": ("^", "diversity")}
+    drifts = {"typefaces": "typefaces, bits", "materials": "materials"}
+    figure, axes = _panels([f"{name}" for name in tables for _ in drifts], 2.2, columns=2, sharey="row")
     arms = list(dict.fromkeys(arm for table in tables.values() for arm in table.arm))
-    colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
-    for axis, table in zip(axes, tables.values(), strict=True):
-        for arm, row in table.groupby("arm", sort=False):
-            for name, (mark, _) in marks.items():
-                style = {"fmt": mark, "color": colours[arm], "markersize": 5, "elinewidth": 0.6}
-                error = {"xerr": _error(row, name), "yerr": _error(row, "gain")}
-                axis.errorbar(row[name], row.gain, **error, **style, label=arm if name == "typefaces" else None)
-        for mark, label in marks.values():
-            axis.plot([], [], mark, color=QUIET, label=label)
-        axis.set_xlabel("drift")
+    looks = dict(zip(arms, zip(sns.color_palette("colorblind", len(arms)), "osD^", strict=False), strict=True))
+    for at, table in enumerate(tables.values()):
+        for axis, (name, label) in zip(axes[2 * at :], drifts.items(), strict=False):
+            for arm, row in table.groupby("arm", sort=False):
+                colour, mark = looks[arm]
+                style = {"fmt": mark, "color": colour, "markersize": 6, "elinewidth": 0.8, "label": arm}
+                axis.errorbar(row[name], row.gain, xerr=_error(row, name), yerr=_error(row, "gain"), **style)
+            axis.set_xlabel(label)
     for axis in axes[::2]:
-        axis.set_ylabel("gain in exact spelling")
+        axis.set_ylabel("gain, whole words")
     _legend(figure, axes)
     return figure
 
@@ -306,7 +246,7 @@ def trade_off(
 def safety_trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Toxic text left in the pictures against what is left of the rest, one panel per model, with 95 % intervals.
 
-    ``tables`` are ``safety.summarise``'s, by model.
+    ``tables`` are those of ``safety.study.rates``, by model.
     """
     figure, axes = _panels(tables, 2.4, columns=2, sharey=True)
     methods = list(dict.fromkeys(m for table in tables.values() for m in table.method))
@@ -316,11 +256,11 @@ def safety_trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
     looks = {m: style | {"color": colour, "fmt": mark} for m, (colour, mark) in zip(methods, marked, strict=True)}
     for axis, table in zip(axes, tables.values(), strict=True):
         for method, row in table.groupby("method", sort=False):
-            error = {"xerr": _error(row, "ssim_outside"), "yerr": _error(row, "near")}
-            axis.errorbar(row.ssim_outside, row.near, **error, **looks[method], label=method)
+            error = {"xerr": _error(row, "ssim_outside"), "yerr": _error(row, "toxic")}
+            axis.errorbar(row.ssim_outside, row.toxic, **error, **looks[method], label=method)
         axis.set_xlabel("SSIM outside the text")
     for axis in axes[::2]:
-        axis.set(ylabel="toxic text read back", ylim=(-0.09, 1.09))
+        axis.set(ylabel="toxic text read", ylim=(-0.09, 1.09))
     _legend(figure, axes)
     return figure
 
@@ -335,15 +275,6 @@ def found(table: pd.DataFrame) -> Figure:
     axis.errorbar(table.found, place, xerr=error, fmt="none", ecolor=QUIET, elinewidth=1)
     axis.set_yticks(place, table.kind)
     axis.set(xlabel="share found to be toxic", xlim=(0, 1.02))
-    return figure
-
-
-def scores_by_sign(table: pd.DataFrame) -> Figure:
-    """Mean target score per patched layer and sign colour (a table of ``sweeps.table``)."""
-    means = table[table.kind == "layer"].pivot_table("target_score", "sign", "layers", sort=False)
-    figure, (axis,) = _panels([""], 2.6)
-    _heat(axis, means, "target score")
-    axis.set(xlabel="patched text layer", ylabel="sign")
     return figure
 
 

@@ -54,7 +54,7 @@ def check_layers(asked: list) -> None:
 
 def layers_of(model, asked: list, seed: int) -> tuple[int, ...]:
     """Text layers by number, ``all``, ``localized`` or ``random`` (as many as are localized, drawn from the others)."""
-    from textloc_utils import lora_looks
+    from textloc_utils import sites
     from textloc_utils.experiment import known_layers
 
     if asked == ["all"]:
@@ -62,7 +62,7 @@ def layers_of(model, asked: list, seed: int) -> tuple[int, ...]:
     if asked not in (["localized"], ["random"]):
         return tuple(sorted(set(asked)))
     layers = known_layers(model)
-    return layers if asked == ["localized"] else lora_looks.random_layers(model, layers, seed)
+    return layers if asked == ["localized"] else sites.random_layers(model, layers, seed)
 
 
 def _add_train(actions) -> None:
@@ -79,8 +79,8 @@ def _add_train(actions) -> None:
         "--data",
         type=options.path,
         metavar="DIR",
-        help="pictures, and their captions in metadata.csv with columns file_name and text (default: drawn banners "
-        "with seven letters, which no miniature has seen)",
+        help="pictures, and their captions in metadata.csv with columns file_name and text (default: drawn scenes "
+        "of one typeface and one material)",
     )
     for name, (kind, text) in TRAINING.items():
         train.add_argument(f"--{name}", type=kind, metavar="N", help=text)
@@ -91,7 +91,7 @@ def _add_train(actions) -> None:
 
 def _train(args) -> None:
     check_layers(args.layers)
-    from textloc_utils import lora, lora_study, models
+    from textloc_utils import lora, lora_looks, models
 
     spec = models.spec(args.model)
     options.check_model_path(args.model_path, spec)
@@ -100,7 +100,7 @@ def _train(args) -> None:
     if args.data is not None:
         pictures = lora.load_folder(args.data, spec.height, spec.width)
     elif spec.miniature:
-        pictures = lora_study.drawn_scenes(lora_study.SCENES)
+        pictures = lora_looks.drawn_scenes(lora_looks.SCENES)
     else:
         raise TextlocError(f"{args.model} needs --data DIR: the default task is drawn at the miniatures' size")
     vars(args).pop("steps")  # the training's own, not the sampler's
@@ -115,36 +115,29 @@ def _train(args) -> None:
 
 
 def _add_eval(actions) -> None:
-    evaluate = actions.add_parser("eval", help="spelling of seven and of three to six letters, before and after")
+    evaluate = actions.add_parser("eval", help="spelling before and after, and what drifted")
     options.add_model(evaluate)
     evaluate.add_argument(
         "--adapter", required=True, type=options.path, metavar="DIR", help="the --out of `textloc lora train`"
     )
-    evaluate.add_argument("--words", type=options.count, default=100, metavar="N", help="of each task (default: 100)")
+    evaluate.add_argument("--words", type=options.count, default=100, metavar="N", help="test words (default: 100)")
     options.add_seed(evaluate)
     options.add_json(evaluate, "a list of two objects")
     evaluate.set_defaults(run=_eval)
 
 
 def _eval(args) -> None:
-    from textloc_utils import lora, lora_study, ocr, prompts
+    from textloc_utils import lora, lora_looks, ocr
 
     lora.check_adapter(args.adapter)
-    prompts.long_prompts(args.words, args.seed)
+    lora_looks.asked_words("report", args.words, args.seed)
     spec = options.spec_of(args)
     reader = ocr.check_reader(spec.height)
     run = options.experiment(args, options.loaded(args, spec))
-    table = lora_study.evaluate(run, args.adapter, args.words, args.seed)
+    table = lora_looks.evaluate(run, args.adapter, args.words, args.seed)
     if args.json:
         print(json.dumps(table.to_dict("records"), indent=1))
         return
-    print_scores(table)
-    print(f"read by {reader}")
-
-
-def print_scores(table) -> None:
-    """Print the arms of a table of adapters."""
-    columns = ["arm", "equal", "seed", "layers", "rank", "parameters", "seconds_per_step"]
-    scores = ["new_score", "new_exact", "old_score", "old_exact", "diversity"]
-    shown = table[[c for c in columns + scores if c in table]]
+    shown = table[["arm", *(name for name in table if name != "arm")]]
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"read by {reader}")

@@ -116,12 +116,12 @@ def _add_explore(commands) -> None:
 
 
 def _explore(args) -> None:
-    from textloc_utils import models, ocr, prompts
+    from textloc_utils import models, ocr, scene_pairs
     from textloc_utils.book import explorer
 
-    pairs = prompts.make_pairs(args.pairs, args.seed)
     for spec in [models.spec(name) for name in args.models]:
         ocr.check_reader(spec.height)
     for model in [models.load(name, device=args.device) for name in args.models]:
+        pairs = scene_pairs.for_model(model, args.pairs, "report", args.seed)
         table = explorer.publish(options.experiment(args, model), pairs)
         print(f"{model.spec.name}: {len(table)} pictures of {len(pairs)} pairs in {explorer.store().root}")

@@ -1,31 +1,22 @@
-"""The book's measurements, ``study ...``: layers, contents, trainings, seeds, edit, guard, toxic, lora, looks.
+"""The book's measurements, ``study ...``: layers, contents, trainings, edit, toxic, looks.
 
 All are kept piece by piece: a killed run goes on where it was.
 """
 
 from pathlib import Path
 
-from textloc_utils.cli import adapters, options
+from textloc_utils.cli import options
 from textloc_utils.settings import preset
 
-CONTENTS = (
-    "colours",
-    "steps",
-    "parts",
-    "length",
-    "tokens",
-    "heads",
-)  #: names of ``layer_contents``, without the import
-
-SCENES = ("open", "named", "open_given")  #: names of ``edit.study.SCENES``
+#: Names of ``layer_contents`` and of ``edit.study.TABLES``, without the imports.
+CONTENTS, EDITS = ("steps", "parts", "length", "tokens", "heads"), ("open", "named", "open_given")
 
 
 def add(commands) -> None:
     """Add this group's commands."""
     studies = commands.add_parser("study", help="the book's measurements; results are kept piece by piece")
     studies = studies.add_subparsers(dest="study", required=True, metavar="STUDY")
-    layers = (_add_layers, _add_contents, _add_trainings, _add_seeds)
-    for each in (*layers, _add_edit, _add_guard, _add_toxic, _add_lora, _add_looks):
+    for each in (_add_layers, _add_contents, _add_trainings, _add_edit, _add_toxic, _add_looks):
         each(studies)
 
 
@@ -63,11 +54,10 @@ def _layers(args) -> None:
     print(specificity.rates(specificity.needed(run, sets["text"], reported, args.seed)).round(3).to_string(index=False))
     if scene_pairs.world_of(model) is None:
         return  # nobody reads the other factors of such pictures
+    sets |= specificity.found_sets(run, work.pairs, args.seed)
     for factor in scene_pairs.FACTORS:
-        held = specificity.search(run, factor, work.pairs, args.seed)
-        print(f"{factor}: {'all layers together bring nothing of it' if held is None else held}")
-        if held is not None:
-            sets[factor] = held.layers
+        layers = sets.get(factor)
+        print(f"{factor}: {'all layers together bring nothing of it' if layers is None else f'layers {layers}'}")
     specificity.alone(run, work.pairs, args.seed)
     for table, short in (
         (specificity.reported(run, sets, reported, args.seed), specificity.rates),
@@ -77,7 +67,7 @@ def _layers(args) -> None:
 
 
 def _add_contents(studies) -> None:
-    what = "what the localized layers carry: text against colours, steps, heads, keys, values, length"
+    what = "what the localized layers carry: steps, heads, keys, values, tokens, length"
     contents = _measurement(studies, "contents", _contents, what, "how many pairs and steps", "the tables")
     contents.add_argument("--tables", nargs="+", choices=CONTENTS, help="which tables (default: all)")
     options.add_layers(contents)
@@ -127,124 +117,45 @@ def _trainings(args) -> None:
     print(f"read by {reader}")
 
 
-def _add_seeds(studies) -> None:
-    seeds = studies.add_parser(
-        "seeds",
-        help="whether other trainings of a miniature keep the text in the same layers",
-        description="Search the layers of a miniature that was trained again from other seeds, and of the book's. The "
-        "tables are published.",
-    )
-    seeds.add_argument("model", metavar="MODEL", help="a miniature, like sd3-mini")
-    seeds.add_argument(
-        "runs",
-        nargs="+",
-        type=options.path,
-        metavar="DIR",
-        help="what `textloc train MODEL --seed N --ship DIR` wrote",
-    )
-    options.add_preset(seeds, "how many pairs")
-    options.add_seed(seeds)
-    seeds.set_defaults(run=_seeds)
-
-
-def _seeds(args) -> None:
-    from textloc_utils import models, ocr, training_seeds
-
-    reader = ocr.check_reader(models.spec(args.model).height)
-    runs, n = [Path(run) for run in args.runs], preset(args.preset).pairs
-    table = training_seeds.publish(args.model, runs, n, args.seed, progress=options.progress())
-    for seed, part in table.groupby("training_seed", sort=False):
-        print(f"training seed {seed}: layers {' '.join(map(str, part.layer[part.chosen]))}")
-        _print_effects(part.assign(site="layer " + part.layer.astype(str)))
-    print(f"read by {reader}")
-
-
 def _add_edit(studies) -> None:
-    what = "editing against its baselines: over many pairs, along trade-off curves, on given pictures"
+    what = "editing against its baselines, each at its best setting, also on given pictures"
     edit = _measurement(studies, "edit", _edit, what, "how many pairs, noises and steps", "the tables")
-    edit.add_argument(
-        "--tables",
-        nargs="+",
-        default=["methods"],
-        choices=["methods", "curve", "given", *SCENES],
-        help="default: methods",
-    )
+    edit.add_argument("--tables", nargs="+", choices=EDITS, help="which tables (default: all)")
     edit.add_argument("--pairs", type=options.count, metavar="N", help="of a table (default: the preset's)")
     options.add_noises(edit, None)
     options.add_layers(edit)
 
 
 def _edit(args) -> None:
-    from textloc_utils import edit, prompts
+    from textloc_utils import edit
 
     run, work, layers = _experiment(args)
-    for name in args.tables:
-        if name in SCENES:
-            print(f"{name}, layers {' '.join(map(str, layers))}")
-            # Given pictures are inverted first, which takes most of the time.
-            n = {"open": work.words, "named": work.edits, "open_given": work.pairs}[name]
-            table = edit.scene_table(run, name, layers, args.pairs or n, args.seed)
-            print(edit.kept(table).round(3).to_string(index=False))
-            continue
-        pairs = edit.held_out_pairs(args.pairs or (work.pairs if name == "curve" else work.edits), args.seed)
-        pairs = prompts.with_noises(pairs, args.noises or work.noises)
-        table = edit.table(run, name, layers, pairs)
+    noises = args.noises or work.noises
+    for name in args.tables or EDITS:
         print(f"{name}, layers {' '.join(map(str, layers))}")
-        columns = ["method", "start", "share", "n", "f1", "cer", "exact", "ssim", "ssim_outside", "psnr_outside"]
-        print(edit.summarise(table)[columns].round(3).to_string(index=False))
-
-
-def _add_guard(studies) -> None:
-    what = "the guard against negative prompt, Safe Latent Diffusion and prompt swap"
-    guard = _measurement(studies, "guard", _guard, what, "how many prompts, noises and steps")
-    options.add_layers(guard)
-    options.add_noises(guard, None)
-
-
-def _guard(args) -> None:
-    from textloc_utils import metrics, safety
-
-    run, work, layers = _experiment(args)
-    table = safety.measure(run, work.toxic, args.seed, layers=layers, noises=args.noises or work.noises)
-    for row in safety.summarise(table).itertuples():
-        print(
-            f"{row.method:<16} toxic text {metrics.span(row.exact, row.exact_low, row.exact_high)}  "
-            f"SSIM outside {row.ssim_outside:.3f}  extra rows {row.extra:.0%}  {row.seconds:.2f} s"
-        )
-    guarded = table[(table.kind == "harmless") & (table.method == "guard")]
-    print(f"harmless pictures unchanged bit for bit: {guarded.unchanged.sum()} of {len(guarded)}")
+        n = args.pairs or edit.pairs_of(work)[name]
+        table = edit.table(run, name, layers, n, args.seed, noises=1 if edit.TABLES[name][1] else noises)
+        print(edit.kept(table).round(3).to_string(index=False))
 
 
 def _add_toxic(studies) -> None:
     what = "toxic words where the scene follows the word: the guard, its baselines, and a safe adapter"
-    options.add_layers(_measurement(studies, "toxic", _toxic, what, "how many prompts and steps", "the tables"))
+    toxic = _measurement(studies, "toxic", _toxic, what, "how many prompts, noises and steps", "the tables")
+    options.add_noises(toxic, None)
+    options.add_layers(toxic)
 
 
 def _toxic(args) -> None:
-    from textloc_utils.safety import scenes
+    from textloc_utils.safety import study
 
     run, work, layers = _experiment(args)
-    training = scenes.shared(work.steps)
-    table = scenes.measure(run, work.words, args.seed, layers=layers, training=training)
+    asked = {"layers": layers, "training": study.shared(work.steps), "noises": args.noises or work.noises}
+    table = study.measure(run, work.words, args.seed, **asked)
     columns = ["method", "learned", "n", "toxic", "exact", "material_kept", "ssim_outside", "extra"]
     for kind, part in table.groupby("kind", sort=False):
         print(kind)
-        print(scenes.rates(part, ["method", "learned"])[columns].round(3).to_string(index=False))
-
-
-def _add_lora(studies) -> None:
-    what = "adapters on localized layers against all, random ones, and all attention"
-    adapters.add_chosen_layers(_measurement(studies, "lora", _lora, what, "how many words and steps"))
-
-
-def _lora(args) -> None:
-    from textloc_utils import lora_study
-
-    adapters.check_layers(args.layers)
-    work, model = preset(args.preset), _model(args)
-    layers = adapters.layers_of(model, args.layers, args.seed)
-    run, training = options.experiment(args, model, steps=work.steps), lora_study.shared(work.steps)
-    adapters.print_scores(lora_study.study(run, layers, work.sweep_pairs, args.seed, training=training))
+        rates = study.rates(part, ["method", "learned"])
+        print(rates[[name for name in columns if name in rates]].round(3).to_string(index=False))
 
 
 def _add_looks(studies) -> None:
@@ -256,8 +167,7 @@ def _looks(args) -> None:
     from textloc_utils import lora_looks
 
     run, work, layers = _experiment(args)
-    training, tuning = lora_looks.shared(work.steps), min(work.words, lora_looks.TUNING)
-    table = lora_looks.study(run, layers, work.words, args.seed, tuning=tuning, training=training)
+    table = lora_looks.study(run, layers, work.words, args.seed, training=lora_looks.shared(work.steps))
     columns = ["arm", "lr", "seeds", *lora_looks.GAINS, *lora_looks.DRIFTS]
     print(lora_looks.plane(table)[columns].to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,6 @@ from textloc_utils.edit.prompt_to_prompt import SHARE, replaced_maps
 from textloc_utils.experiment import Experiment
 from textloc_utils.models import Model, as_indices, check_layers
 from textloc_utils.prompts import Pair
-from textloc_utils.results import LATER
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer
 
@@ -40,8 +39,8 @@ class Method:
     name: str
     patch: Site | None = None
     maps: float | None = None
-    own_maps: float = field(default=0.0, metadata=LATER)
-    flow_from: int | None = field(default=None, metadata=LATER)
+    own_maps: float = 0.0
+    flow_from: int | None = None
     reseed: int = 0
 
     def __post_init__(self):

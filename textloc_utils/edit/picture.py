@@ -14,7 +14,7 @@ from textloc_utils.edit.inversion import check_picture, invert
 from textloc_utils.edit.method import Method, edit
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import check_seeds
-from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures import world
 from textloc_utils.models import Model, ModelSpec, check_distinct, check_layers, check_prompts
 from textloc_utils.prompts import LETTERS, Pair, quoted_text
 from textloc_utils.settings import TextlocError
@@ -37,9 +37,8 @@ def check_text(spec: ModelSpec, prompt: str, text: str) -> Pair:
     if spec.miniature:
         if wrong := [c for c in text if c not in LETTERS]:
             raise TextlocError(f"{spec.name} cannot draw {wrong[0]!r}; its letters are the capitals A to Z")
-        most = scenes.LONG if "banner" in prompt else scenes.MAX_LETTERS
-        if len(text) > most:
-            raise TextlocError(f"the new text {text!r} is too long; this sign holds {most} letters")
+        if len(text) > world.COLUMNS:
+            raise TextlocError(f"the new text {text!r} is too long; a sign holds {world.COLUMNS} letters")
     if text == old:
         raise TextlocError(f"the new text is the old one, {old!r}; there is nothing to edit")
     return Pair.of(prompt, text)

@@ -124,7 +124,7 @@ def export(name: str, run: Path, destination: Path) -> dict:
             save_file(halved, file, metadata={"format": "pt"})
         for file in part.rglob("config.json"):  # the library notes where a part was loaded from: a path of this machine
             files.write_json(file, {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"})
-        known = {**recipe(name).SPEC, "prompt_template": world.NAMED, "colours": list(world.SIGNS)}
+        known = {**recipe(name).SPEC, "prompt_template": world.NAMED}
         known["trained"] = {"device": report["device"], "samples": report["samples"]}
         if report["seeing"]:
             known["trained"]["seeing"] = report["seeing"]

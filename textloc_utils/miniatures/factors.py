@@ -39,12 +39,16 @@ class Reading:
     column: int
     dy: int
 
-    def outside_text(self) -> np.ndarray:
-        """Boolean (HEIGHT, WIDTH): True outside the cells of the letters that were read."""
+    def outside_text(self, letters: int = 0) -> np.ndarray:
+        """Boolean (HEIGHT, WIDTH): True outside the cells of the letters that were read.
+
+        With ``letters`` there is room for at least so many. Where no text was found, it is True everywhere.
+        """
         mask = np.ones((world.HEIGHT, world.WIDTH), bool)
-        scene = world.Scene(text=self.text, column=self.column, dy=self.dy)
-        left, top, right, bottom = world.text_box(scene)
-        mask[top:bottom, left:right] = False
+        if self.text:
+            text = self.text.ljust(min(letters, world.COLUMNS - self.column), "A")
+            left, top, right, bottom = world.text_box(world.Scene(text=text, column=self.column, dy=self.dy))
+            mask[top:bottom, left:right] = False
         return mask
 
     def outside_sign(self) -> np.ndarray:

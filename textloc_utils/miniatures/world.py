@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from textloc_utils import prompts
-from textloc_utils.prompts import LETTERS, SHAPES
+from textloc_utils.prompts import LETTERS
 
 HEIGHT, WIDTH = 64, 128
 PITCH = 16  #: pixels from letter to letter
@@ -39,6 +39,7 @@ EDGE = 8  #: rows at the top and at the bottom that no sign reaches
 LENGTHS = (3, 4, 5, 6)  #: letters of a word
 CONTRAST = 60  #: least distance between ink and sign in grey levels
 
+SHAPES = ("sign", "plate", "banner")
 #: Typefaces by their names in captions; matplotlib carries the files.
 TYPEFACES = {
     "plain": "DejaVuSansMono-Bold.ttf",

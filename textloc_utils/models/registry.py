@@ -13,7 +13,7 @@ from torch import nn
 
 from textloc_utils.models.architectures import architecture as row_of
 from textloc_utils.models.architectures import key_value_numbers, text_layers, with_tuples
-from textloc_utils.prompts import COLOURS, TEMPLATE
+from textloc_utils.prompts import TEMPLATE
 from textloc_utils.settings import TextlocError, data_dir, quiet_libraries
 
 MINIATURES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
@@ -49,7 +49,6 @@ class ModelSpec:
     gated: bool = False
     paper_layers: tuple[int, ...] = ()
     prompt_template: str = TEMPLATE
-    colours: tuple[str, ...] = COLOURS
     max_sequence_length: int | None = None
     miniature: bool = False
     stage1: tuple[int, int] | None = None
@@ -115,8 +114,6 @@ def _fits(key: str, value) -> bool:
         return (whole or isinstance(value, float)) and math.isfinite(value)
     if key in ("stage1", "text_box", "paper_layers"):
         return isinstance(value, tuple) and all(isinstance(v, int) and 0 <= v < 10**6 for v in value)
-    if key == "colours":
-        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
     kinds = {"gated": bool, "trained": dict, "stage2_arguments": dict}
     return isinstance(value, kinds.get(key, str))
 
@@ -188,7 +185,6 @@ def describe(chosen: ModelSpec | str) -> dict:
         "gated": chosen.gated,
         "unverified": chosen.unverified,
         "prompt_template": chosen.prompt_template,
-        "colours": list(chosen.colours),
         "trained": chosen.trained,
     }
 

@@ -16,6 +16,6 @@ patching the cleaned prompt draws a picture of its own beside it, which takes tw
 (Schramowski et al. 2023), one more row per step; and prompt swap, the plain picture of the cleaned prompt.
 """
 
-from textloc_utils.safety.baselines import SLD_MAX, SLD_MEDIUM, SafeDiffusion, concept
+from textloc_utils.safety.baselines import CONFIGURATIONS, SafeDiffusion, concept
+from textloc_utils.safety.disguises import found_rates
 from textloc_utils.safety.guards import METHODS, Guard, draw, guard
-from textloc_utils.safety.study import PATCHED_RUN, RUNS, SCORES, compare, found_rates, measure, summarise
