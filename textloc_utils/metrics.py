@@ -245,15 +245,6 @@ def _masked_mean(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, x, 0.0).sum((-2, -1)) / counted
 
 
-def outside(box: tuple[int, int, int, int] | None, height: int, width: int) -> np.ndarray:
-    """Boolean (height, width), True outside a box (left, top, right, bottom); True everywhere where there is none."""
-    mask = np.ones((height, width), bool)
-    if box is not None:
-        left, top, right, bottom = box
-        mask[top:bottom, left:right] = False
-    return mask
-
-
 def _number(x: np.ndarray):
     return float(x) if np.ndim(x) == 0 else x
 

@@ -24,7 +24,7 @@ import pytesseract
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from textloc_utils import files, metrics, textlines
+from textloc_utils import files, textlines
 from textloc_utils.prompts import LETTERS
 from textloc_utils.settings import TextlocError
 
@@ -184,15 +184,15 @@ def outside_text(found: Sequence[Reading], height: int, width: int) -> np.ndarra
     return mask if mask.any() else ~mask
 
 
-def outside(box: tuple[int, int, int, int] | None, pictures: np.ndarray, source: np.ndarray) -> np.ndarray:
+def outside(pictures: np.ndarray, source: np.ndarray) -> np.ndarray:
     """Boolean, True outside the text of pictures (n, H, W, 3) and of the source (H, W, 3) that they are compared with.
 
-    A miniature's text stands in a ``box`` (left, top, right, bottom); the result is (H, W). In full-size pictures a
-    reader finds it, in the source and in each picture, and the result is (n, H, W).
+    A reader finds the text in the source and in each picture; the result is (n, H, W). In pictures of a miniature's
+    size it looks for none.
     """
     height, width = source.shape[:2]
-    if box is not None or height <= MINIATURE_HEIGHT:
-        return metrics.outside(box, height, width)
+    if height <= MINIATURE_HEIGHT:
+        return np.ones((height, width), bool)
     first, *others = readings([source, *pictures])
     return np.stack([outside_text([first, each], height, width) for each in others])
 

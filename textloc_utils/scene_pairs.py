@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from textloc_utils import prompts
+from textloc_utils import ocr, prompts
 from textloc_utils.miniatures import evaluation, factors, world
 from textloc_utils.models import Model, training_log
 from textloc_utils.prompts import Pair
@@ -53,6 +53,14 @@ def seen(pictures: np.ndarray, pair: Pair) -> tuple[list[dict[str, str]], np.nda
     found = factors.read(pictures)
     room = max(len(pair.source_text), len(pair.target_text))
     return [{f"{name}_read": getattr(each, name) for name in FACTORS} for each in found], found[0].outside_text(room)
+
+
+def outside_text(model: Model, pictures: np.ndarray, pair: Pair) -> np.ndarray:
+    """The mask outside the text of pictures (n, H, W, 3), the first of which is the one to keep.
+
+    Of a miniature's pictures as :func:`seen` has it, of others ``ocr.outside``'s.
+    """
+    return seen(pictures[:1], pair)[1] if model.spec.miniature else ocr.outside(pictures, pictures[0])
 
 
 def words(use: str) -> list[str]:

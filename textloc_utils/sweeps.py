@@ -145,7 +145,7 @@ def patch_pair(
         for site, text, seen in zip(shown, ocr.read(pictures), looked, strict=True)
     ]
     if source:
-        mask = ocr.outside(model.spec.text_box, pictures, pictures[0]) if mask is None else mask
+        mask = scene_pairs.outside_text(model, pictures, pair) if mask is None else mask
         plain = np.broadcast_to(pictures[:1], pictures.shape)
         ssim = metrics.ssim(pictures, plain, mask)
         psnr = metrics.psnr(pictures, plain, mask, cap=metrics.PSNR_CAP)

@@ -145,7 +145,10 @@ def writes(table: pd.DataFrame) -> Outcome:
 
 
 def edits(table: pd.DataFrame) -> Outcome:
-    """The material is kept where the new prompt changes it, and the text is written as often."""
+    """The material is kept where the new prompt changes it, and the text is written as often.
+
+    Where the new prompt keeps the material, there is nothing to test.
+    """
     kept = edit.kept(table).set_index("method")
     ours, plain = kept.loc[edit.LOCALIZED], kept.loc[edit.SAME_SEED]
     gain, loss = ours.material - plain.material, plain.exact - ours.exact
@@ -153,12 +156,14 @@ def edits(table: pd.DataFrame) -> Outcome:
         f"material kept {_span(ours, 'material')} against {_span(plain, 'material')}, "
         f"exact {_span(ours, 'exact')} against {_span(plain, 'exact')}"
     )
-    supported = ours.material >= 0.9 and plain.material <= 0.45 and loss <= 0.05
+    if plain.material > 0.45:
+        return Outcome(outcome=UNTESTABLE, figure=figure, n=int(ours.n))
+    supported = ours.material >= 0.9 and loss <= 0.05
     return _between(supported, gain < 0.1 or loss > 0.1, figure, ours.n)
 
 
 def maps(table: pd.DataFrame) -> Outcome:
-    """More of the picture is kept than by either Prompt-to-Prompt, at an exact rate that is not lower by 0.02."""
+    """Surely more of the picture is kept than by either Prompt-to-Prompt, at an exact rate not lower by 0.02."""
     less = edit.differences(table, ["ssim_outside", "exact"]).set_index(["method", "score"])
     pairs = [(less.loc[(name, "ssim_outside")], less.loc[(name, "exact")]) for name in (edit.P2P, edit.P2P_OWN)]
     figure = "; ".join(
@@ -166,8 +171,7 @@ def maps(table: pd.DataFrame) -> Outcome:
         for name, (ssim, exact) in zip((edit.P2P, edit.P2P_OWN), pairs, strict=True)
     )
     supported = all(ssim.low > 0 and exact["mean"] >= -0.02 for ssim, exact in pairs)
-    # At an equal exact rate, which its interval allows.
-    contradicted = any(ssim["mean"] < 0 or (ssim.low <= 0 and exact.low <= 0 <= exact.high) for ssim, exact in pairs)
+    contradicted = any(ssim.low <= 0 and exact.low <= 0 for ssim, exact in pairs)
     return _between(supported, contradicted, figure, pairs[0][0].n)
 
 

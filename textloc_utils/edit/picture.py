@@ -9,7 +9,7 @@ import pandas as pd
 from diffusers import DiffusionPipeline
 from PIL import ExifTags, Image, ImageOps
 
-from textloc_utils import files, metrics, ocr
+from textloc_utils import files, metrics, ocr, scene_pairs
 from textloc_utils.edit.inversion import check_picture, invert
 from textloc_utils.edit.method import Method, edit
 from textloc_utils.experiment import Experiment
@@ -69,16 +69,14 @@ def open_picture(path: str | Path, spec: ModelSpec) -> np.ndarray:
         raise TextlocError(f"cannot read a picture from {path}: {reason}") from None
 
 
-def picture_scores(
-    model: Model, pictures: np.ndarray, source: np.ndarray, outside: np.ndarray | None = None
-) -> list[dict[str, float]]:
+def picture_scores(pictures: np.ndarray, source: np.ndarray, outside: np.ndarray) -> list[dict[str, float]]:
     """How much of a source picture (H, W, 3) each of the pictures (n, H, W, 3) keeps, whole and outside the text.
 
-    Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``. What is outside the text is boolean
-    ``outside`` (H, W), by default ``ocr.outside``.
+    Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``. ``outside`` is boolean, (H, W) or (n, H, W),
+    True outside the text.
     """
     plain = np.broadcast_to(source, pictures.shape)
-    parts = {"": None, "_outside": ocr.outside(model.spec.text_box, pictures, source) if outside is None else outside}
+    parts = {"": None, "_outside": outside}
     columns = {}
     for end, mask in parts.items():
         columns[f"ssim{end}"] = metrics.ssim(pictures, plain, mask)
@@ -132,7 +130,9 @@ def report(
     before = made.before if picture is None else picture
     seen = ocr.readings([before, made.after])
     read = [reading.joined for reading in seen]
-    scores, round_trip = picture_scores(model, np.stack([made.after, made.before]), before)
+    outside = scene_pairs.outside_text(model, np.stack([before, made.after, made.before]), pair)
+    outside = outside[1:] if outside.ndim == 3 else outside
+    scores, round_trip = picture_scores(np.stack([made.after, made.before]), before, outside)
     about = {
         "source": pair.source,
         "target": pair.target,

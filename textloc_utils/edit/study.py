@@ -104,12 +104,14 @@ def compare_pair(
         }
         for method, made, text in zip(methods, drawn, read, strict=True)
     ]
-    outside = None
     if isinstance(pair, ScenePair):
         (kept, *looked), outside = scene_pairs.seen(pictures, pair)
         kept = {name.replace("_read", "_before"): value for name, value in kept.items()}
         rows = [row | pair.about | kept | each for row, each in zip(rows, looked, strict=True)]
-    for row, scores in zip(rows, picture_scores(run.model, pictures[1:], source, outside), strict=True):
+    else:
+        outside = scene_pairs.outside_text(run.model, pictures, pair)
+        outside = outside[1:] if outside.ndim == 3 else outside
+    for row, scores in zip(rows, picture_scores(pictures[1:], source, outside), strict=True):
         row |= scores
     return pictures, rows
 

@@ -29,8 +29,7 @@ class ModelSpec:
     below a local ``source``) and in ``stage2_arguments`` what that pipeline is called with.
     ``unverified`` says what of all this could not be checked. ``paper_layers`` are the layers that the paper found.
     ``max_sequence_length`` is the long text encoder's prompt length in tokens where the pipeline takes one (T5's in
-    Stable Diffusion 3 and FLUX). ``trained`` tells a miniature's device, samples and spelling, ``text_box`` (left, top,
-    right, bottom) the pixels where its letters can stand.
+    Stable Diffusion 3 and FLUX). ``trained`` tells a miniature's device, samples and spelling.
     """
 
     name: str
@@ -55,7 +54,6 @@ class ModelSpec:
     stage2: str | None = None
     stage2_arguments: dict | None = None
     trained: dict | None = None
-    text_box: tuple[int, int, int, int] | None = None
 
 
 def _full_size() -> dict[str, ModelSpec]:
@@ -112,7 +110,7 @@ def _fits(key: str, value) -> bool:
         return whole and 1 <= value <= 10**6
     if key == "guidance":
         return (whole or isinstance(value, float)) and math.isfinite(value)
-    if key in ("stage1", "text_box", "paper_layers"):
+    if key in ("stage1", "paper_layers"):
         return isinstance(value, tuple) and all(isinstance(v, int) and 0 <= v < 10**6 for v in value)
     kinds = {"gated": bool, "trained": dict, "stage2_arguments": dict}
     return isinstance(value, kinds.get(key, str))

@@ -159,7 +159,7 @@ def compare(
 def _kept(model: Model, pictures: np.ndarray, pair: Pair) -> tuple[list[dict[str, bool]], np.ndarray]:
     """KEPT of every picture, where factors are read, and the mask outside the text of the first one."""
     if scene_pairs.world_of(model) is None:
-        return [{}] * len(pictures), ocr.outside(model.spec.text_box, pictures, pictures[0])
+        return [{}] * len(pictures), scene_pairs.outside_text(model, pictures, pair)
     seen, mask = scene_pairs.seen(pictures, pair)
     names = [f"{name}_read" for name in scene_pairs.FACTORS]
     return [{kept: each[name] == seen[0][name] for kept, name in zip(KEPT, names, strict=True)} for each in seen], mask
