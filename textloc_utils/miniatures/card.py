@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from textloc_utils import files, metrics, models, ocr, prompts
 from textloc_utils.book import plots
 from textloc_utils.generate import generate
-from textloc_utils.miniatures import evaluation, factors, world
+from textloc_utils.miniatures import autoencoder, evaluation, factors, world
 from textloc_utils.miniatures.training import EARLY, EARLY_RANGE, recipe
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
@@ -61,11 +62,17 @@ def measure(
     return about | _told(texts, named, shown, told, only)
 
 
-def rendered(n: int = WORDS, *, split: str = "held-out", seed: int = 42) -> dict:
-    """What the readers make of the scenes of :func:`measure` as they are rendered: ``exact``, ``cer``, the factors."""
+def rendered(n: int = WORDS, *, split: str = "held-out", seed: int = 42, vae: AutoencoderKL | None = None) -> dict:
+    """What the readers make of the scenes of :func:`measure` as they are rendered: ``exact``, ``cer``, the factors.
+
+    With a ``vae`` the scenes go through it first: no denoiser can spell better in its latents.
+    """
     _, shown, *_ = _asked(n, split, seed, world.SECOND)
     pictures = np.stack([world.render(scene) for scene in shown])
-    return {"words": n, "split": split} | _told(ocr.read(pictures), factors.read(pictures), shown, {}, world.SECOND)
+    if vae is not None:
+        pictures = autoencoder.through(vae, pictures)
+    found = _told(ocr.read(pictures), factors.read(pictures), shown, {}, world.SECOND)
+    return {"words": n, "split": split} | {name: value for name, value in found.items() if name != "read"}
 
 
 def _asked(
@@ -129,7 +136,11 @@ def export(name: str, run: Path, destination: Path) -> dict:
         if report["seeing"]:
             known["trained"]["seeing"] = report["seeing"]
         files.write_json(part / "textloc.json", known)
-        known["trained"] |= {"test": measure(models.load(name, device="cpu", model_path=part), only=only)}
+        model = models.load(name, device="cpu", model_path=part)
+        known["trained"]["test"] = measure(model, only=only)
+        vae = next((of for at, of in model.pipe.components.items() if at in ("vae", "vqvae")), None)
+        if vae is not None:
+            known["trained"]["autoencoder"] = rendered(vae=vae)
         early = _early(name, run, part) if only is world.SECOND else None
         if early:
             known["trained"]["early"] = early
@@ -226,6 +237,11 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         facts["link"] = (
             f"nothing named: the first letter's material {_rate(test['own_material'])}; the material changes with a "
             f"word of another group {_rate(test['leak'])}, and of the same group {_rate(test['leak_within'])}"
+        )
+    if through := known["trained"].get("autoencoder"):
+        facts["through the autoencoder"] = (
+            f"of {through['words']} rendered scenes with test words: {_rate(through['exact'])} exact; "
+            + ", ".join(f"{k} {_rate(through[k])}" for k in world.FACTORS)
         )
     if early := known["trained"].get("early"):
         facts["early checkpoint"] = (
