@@ -151,24 +151,26 @@ def layer_scores(summary: pd.DataFrame) -> Figure:
     return figure
 
 
-def effects_by_model(tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Sequence[int]]) -> Figure:
-    """Text effect of each layer alone, one row per model, with 95 % intervals; the chosen layers are marked.
+def effects_by_model(
+    tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Sequence[int]], *, label: str = "text effect"
+) -> Figure:
+    """Effect of each layer alone, one row per model, with 95 % intervals; the chosen layers are marked.
 
-    ``tables`` maps a model's name to a table with columns layer, mean, low and high.
+    ``tables`` maps a model's name to a table with columns layer, mean, low and high; ``label`` names the effect.
     """
     figure, axes = _panels(tables, 1.6)
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
         colours = [TARGET if layer in chosen[name] else SOURCE for layer in table.layer]
         axis.bar(table.layer, table["mean"], color=colours, width=0.8)
         axis.errorbar(table.layer, table["mean"], _error(table), fmt="none", ecolor=QUIET, elinewidth=1)
-        axis.set(ylabel="text effect", ylim=(min(-0.05, table.low.min()), 1.0))
+        axis.set(ylabel=label, ylim=(min(-0.05, table.low.min()), 1.0))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("patched text layer, in execution order")
     return figure
 
 
 def layers_by_factor(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """How often each layer alone brings each factor, one heat map per model (tables of ``specificity.alone``)."""
+    """How often each layer alone brings the text and each factor, one heat map per model (``specificity.alone``)."""
     figure, axes = _panels(tables, 1.8)
     for axis, table in zip(axes, tables.values(), strict=True):
         layers = table[table.kind == "layer"].astype({"layers": int})
@@ -327,6 +329,7 @@ def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
     """
     figure, axes = _panels(evaluations, 2.4)
     for axis, rows in zip(axes, evaluations.values(), strict=True):
+        rows = rows.dropna(subset=["target"])  # before there are letters, layers are not patched alone
         every = math.ceil(len(rows) / 8)  # as many labels as can be read
         named = ["" if at % every else f"{s / 1000:.0f}" for at, s in enumerate(rows.samples)]
         _heat(axis, np.array(rows.target.tolist()).T, "target letters", xticklabels=named)

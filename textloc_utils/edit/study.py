@@ -13,6 +13,8 @@ from textloc_utils import metrics, ocr, scene_pairs
 from textloc_utils.edit.inversion import DAMPED, PASSES, invert
 from textloc_utils.edit.method import (
     LOCALIZED,
+    P2P,
+    P2P_OWN,
     PLAIN,
     SAME_SEED,
     Method,
@@ -201,10 +203,27 @@ def table(
     """Every method at its best setting on ``n`` pairs of test words, one of TABLES, each from several ``noises``.
 
     The two words of a pair go with different materials, so that a new prompt that names the text alone asks for another
-    material without a word. Settings are chosen by :func:`best` on TUNING such pairs of other words, whose pictures
-    are drawn, not given. Published as ``results/edit_MODEL_NAME.csv``, and what chose the settings as
-    ``results/edit_MODEL_dials.csv``, or ``named_dials``. Raises TextlocError for an unknown table or layers out of
-    range.
+    material without a word. Settings are chosen by :func:`best` from :func:`dial_table`. Published as
+    ``results/edit_MODEL_NAME.csv``. Raises TextlocError for an unknown table or layers out of range.
+    """
+    known = dial_table(experiment, layers, n, seed, name=name)
+    turned = dials(experiment.model, sorted(as_indices(layers, "layers")), experiment.steps)
+    chosen = best(turned, known)
+    template, given = TABLES[name]
+    if given:
+        # From given noise there is no other picture of the new prompt to draw.
+        chosen = [method for method in chosen if method.name != PLAIN]
+    pairs = _pairs(experiment.model, n, "report", seed, template)
+    return _published(experiment, name, chosen, with_noises(pairs, noises), given=given)
+
+
+def dial_table(
+    experiment: Experiment, layers: Sequence[int], n: int, seed: int = 42, *, name: str = "open"
+) -> pd.DataFrame:
+    """Every method at every setting, on TUNING pairs of validation words (or ``n``, if these are fewer).
+
+    The pictures are drawn, not given. Published as ``results/edit_MODEL_dials.csv``, or ``named_dials``. Raises
+    TextlocError for an unknown table or layers out of range.
     """
     if name not in TABLES:
         raise TextlocError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
@@ -212,16 +231,30 @@ def table(
     if not layers:
         raise TextlocError("localized editing needs at least one layer")
     check_layers(experiment.model, layers)
-    template, given = TABLES[name]
+    template = TABLES[name][0]
+    pairs = _pairs(experiment.model, min(TUNING, n), "tune", seed, template)
     turned = dials(experiment.model, layers, experiment.steps)
-    made = functools.partial(scene_pairs.for_model, experiment.model, seed=seed, template=template, two_groups=True)
-    tuned = made(min(TUNING, n), "tune")
-    known = _published(experiment, "dials" if template else "named_dials", turned, tuned)
-    chosen = best(turned, known)
-    if given:
-        # From given noise there is no other picture of the new prompt to draw.
-        chosen = [method for method in chosen if method.name != PLAIN]
-    return _published(experiment, name, chosen, with_noises(made(n, "report"), noises), given=given)
+    return _published(experiment, "dials" if template else "named_dials", turned, pairs)
+
+
+def _pairs(model: Model, n: int, use: str, seed: int, template: str | None) -> list[Pair]:
+    return scene_pairs.for_model(model, n, use, seed, template=template, two_groups=True)
+
+
+def chosen(model: Model, layers: Sequence[int], table: pd.DataFrame, steps: int | None = None) -> list[Method]:
+    """The methods of a :func:`table`, at its settings."""
+    known = set(table[["method", "start", "share"]].itertuples(index=False, name=None))
+    return [method for method in dials(model, layers, steps) if (method.name, *_setting(method)) in known]
+
+
+def settings_told(table: pd.DataFrame) -> pd.Series:
+    """The setting of each method of a :func:`table` in words, empty for one that has none."""
+    rows = table.drop_duplicates("method").set_index("method")
+    told = {
+        method: f"up to {row.share:g} of the steps" if method in (P2P, P2P_OWN) else f"from step {row.start}"
+        for method, row in rows.iterrows()
+    }
+    return pd.Series(told | dict.fromkeys({SAME_SEED, PLAIN, ROUND_TRIP} & set(rows.index), ""))
 
 
 def kept(table: pd.DataFrame) -> pd.DataFrame:

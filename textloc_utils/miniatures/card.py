@@ -62,6 +62,11 @@ def measure(
     return about | _told(texts, named, shown, told, only)
 
 
+def test_scenes(n: int = WORDS, seed: int = 42) -> list[world.Scene]:
+    """The scenes that :func:`measure` asks for, of test words; picture i is drawn from the noise of ``seed`` + i."""
+    return _asked(n, "held-out", seed, world.SECOND)[1]
+
+
 def rendered(n: int = WORDS, *, split: str = "held-out", seed: int = 42, vae: AutoencoderKL | None = None) -> dict:
     """What the readers make of the scenes of :func:`measure` as they are rendered: ``exact``, ``cer``, the factors.
 
