@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from textloc_utils import sweeps
+from textloc_utils import metrics
 from textloc_utils.book import plots
 from textloc_utils.experiment import published_store
 from textloc_utils.settings import ROOT
@@ -31,10 +31,11 @@ def main(path: Path) -> None:
     effects, chosen = {}, {}
     for model in MODELS:
         table = published_store().load_published(f"localize_{model}_exhaustive")
-        alone = sweeps.effect_intervals(table).query("kind == 'layer'")
-        effects[model] = alone.assign(layer=alone.layers.astype(int))
+        alone = metrics.summarise(table[table.kind == "layer"], ["layers"], ["exact"])
+        alone = alone.set_axis(["layer", "n", "mean", "low", "high"], axis=1)
+        effects[model] = alone.astype({"layer": int})
         chosen[model] = table.attrs["provenance"]["found"]["layers"]
-    figure = plots.effects_by_model(effects, chosen)
+    figure = plots.effects_by_model(effects, chosen, label="whole words")
     plt.rcParams.update({"svg.hashsalt": "textloc"})  # two runs give the same bytes
     figure.savefig(path, metadata={"Date": None, "Description": shown()})
 
