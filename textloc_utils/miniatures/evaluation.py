@@ -12,6 +12,7 @@ from textloc_utils.patching import Patch
 
 WORDS, STEPS = 48, 10
 SEED = 1_000
+UNGUIDED = 1.0  #: guidance of patched pictures: they are many, and it doubles their cost
 #: Share of letters at their place, written by the prompt or by a patch of all layers, from which on each layer is
 #: patched alone, too: before, there is no text that a layer could move.
 SPELLS = 0.12
@@ -54,7 +55,7 @@ def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SEC
     All texts are read by template matching. Keys: ``exact``, ``characters`` (letters at their place) and one for each
     named factor, over WORDS prompts that name everything; ``exact_open``, the same words with nothing named, and
     ``own_material``, how often their material is that of the first letter; then over the pairs, whose prompts name
-    everything: ``plain_source`` and ``plain_target`` (letters of the unpatched pictures' own texts), ``all_layers`` and
+    everything and are drawn without guidance: ``plain_source`` and ``plain_target`` (letters of the unpatched pictures' own texts), ``all_layers`` and
     ``exact_all_layers`` (target letters and whole target words with every layer patched), and, once the prompt or that
     patch spells, lists by layer: ``target`` (target letters), ``source`` (source letters left) and ``exact_layers``
     (whole target words).
@@ -101,7 +102,7 @@ def _patched(model: Model, pairs: int, only: world.World, *, alone: bool) -> dic
         prompt = named(scene, only)
         rows = [prompts.replace_text(prompt, new)] + [prompt] * (1 + len(sites))
         patches = [Patch(source=2 + j, target=0, layers=site) for j, site in enumerate(sites)]
-        made = generate(model, rows, [SEED + i] * len(rows), patches=patches, steps=STEPS)
+        made = generate(model, rows, [SEED + i] * len(rows), patches=patches, steps=STEPS, guidance=UNGUIDED)
         texts = [r.text for r in factors.read(made.images)]
         target.append([factors.character_accuracy(text, new) for text in texts])
         source.append([factors.character_accuracy(text, old) for text in texts])
