@@ -54,11 +54,11 @@ def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SEC
 
     All texts are read by template matching. Keys: ``exact``, ``characters`` (letters at their place) and one for each
     named factor, over WORDS prompts that name everything; ``exact_open``, the same words with nothing named, and
-    ``own_material``, how often their material is that of the first letter; then over the pairs, whose prompts name
-    everything and are drawn without guidance: ``plain_source`` and ``plain_target`` (letters of the unpatched pictures' own texts), ``all_layers`` and
-    ``exact_all_layers`` (target letters and whole target words with every layer patched), and, once the prompt or that
-    patch spells, lists by layer: ``target`` (target letters), ``source`` (source letters left) and ``exact_layers``
-    (whole target words).
+    ``own_material``, how often their material is that of the first letter. Then over the pairs, whose prompts name
+    everything and are drawn without guidance: ``plain_source`` and ``plain_target`` (letters of the unpatched pictures'
+    own texts), ``all_layers`` and ``exact_all_layers`` (target letters and whole target words with every layer
+    patched), and, once the prompt or that patch spells, lists by layer: ``target`` (target letters), ``source`` (source
+    letters left) and ``exact_layers`` (whole target words).
     """
     model = Model.from_pipeline(pipe, spec)
     words = list(prompts.words("validation"))
