@@ -27,7 +27,8 @@ PARTS: dict[str, dict] = {
 }
 #: Columns of a published table, see :func:`publish`.
 COLUMNS = (
-    *("run", "training_seed", "blocks", "planted", "text", "spelled", "search", "layers", "number", "of", "share"),
+    *("run", "training_seed", "blocks", "planted", "text", "minutes", "spelled"),
+    *("search", "layers", "number", "of", "share"),
     *("cost", "found", "false", "strongest", *PARTS),
 )
 #: Values by layer in the log of a training, beside those of the whole model.
@@ -40,8 +41,8 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
 
     ``runs`` are the folders that ``textloc train NAME --ship`` wrote. Returns ``results/trainings_NAME.csv``, one row
     per run and search: run (the folder's name), training_seed, blocks (0: the recipe's own), planted (layers, empty
-    where none are), text (letters, or one of ``miniatures.encoders.TEXTS``), spelled (test words that its shipping
-    measured, everything named), search, layers, number, of (all text layers), share (of the parameters), found and
+    where none are), text (letters, or one of ``miniatures.encoders.TEXTS``), minutes (of its steps), spelled (test
+    words that its shipping measured, everything named), search, layers, number, of (all text layers), share (of the parameters), found and
     false (planted layers in the set, and others), strongest (planted layers among as many of the strongest in the
     search's order), cost (row evaluations, as a share of the exhaustive search's) and, after the exhaustive search,
     what PARTS of the set write of ``n`` reported pairs. The cheap searches are done where layers are planted.
@@ -84,9 +85,9 @@ def published(model: Model) -> pd.DataFrame | None:
     return _published(f"trainings_{model.spec.name}")
 
 
-def together(models: Iterable[Model]) -> pd.DataFrame:
+def together(names: Iterable[str]) -> pd.DataFrame:
     """The published tables of several models in one, with the column model first; no rows where none is published."""
-    tables = {model.spec.name: table for model in models if (table := published(model)) is not None}
+    tables = {name: table for name in names if (table := _published(f"trainings_{name}")) is not None}
     if not tables:
         return pd.DataFrame(columns=["model", *COLUMNS])
     return pd.concat(tables, names=["model"]).reset_index("model")
@@ -125,6 +126,7 @@ def _about(run: str, log: dict, model: Model) -> dict:
     report = log["report"]
     about = {"run": run, "training_seed": report["seed"], "blocks": report["layers"] or 0}
     about |= {"planted": joined(report["seeing"] or ()), "text": report.get("text") or "letters"}
+    about |= {"minutes": round(report["seconds"] / 60, 1)}
     return about | {"spelled": (model.spec.trained or {})["test"]["exact"]["mean"]}
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from textloc_utils import models
+from textloc_utils import trainings as studies
 from textloc_utils.experiment import published_store
+from textloc_utils.models.registry import MINIATURES
 from textloc_utils.results import NotPublishedError, Store
 from textloc_utils.settings import data_dir
 
@@ -20,16 +22,17 @@ UNKNOWN = "not recorded"
 WATTS_CORE, WATTS_GIGABYTE, CENTRE = 12.0, 0.3725, 1.67
 #: Memory that a process of this project is given, in gigabytes; it is recorded nowhere.
 GIGABYTES = 4
-#: The chapter that shows a published table, by the first word of the table's name.
+#: The chapter that shows a published table, by the first word of the table's name, or the last of some.
 CHAPTERS = {
     "localize": "02_localization",
     "study": "03_what_the_layers_carry",
-    "seeds": "03_what_the_layers_carry",
+    "trainings": "03_what_the_layers_carry",
     "explorer": "explorer",
     "lora": "04_lora",
     "edit": "05_editing",
     "safety": "06_safety",
 }
+CHAPTERS |= dict.fromkeys(("specific", "needed", "alone"), "02_localization")
 
 
 def watt_hours(seconds: float, processes: int = 1) -> float:
@@ -50,12 +53,15 @@ def trainings() -> pd.DataFrame:
             continue
         report = log["report"]
         parts = dict(report.get("parts", {}))
-        if report.get("autoencoder"):
-            parts["autoencoder"] = report["autoencoder"]
         parts |= {"second stage": report["stage2"]} if "stage2" in report else {}
         for name, part in {"denoiser": report, **parts}.items():
             about = {key: part.get(key, report.get(key)) or "" for key in ("device", "commit")}
             rows.append({"model": spec.name, "part": name} | about | _spent(part, about["device"]))
+    rows += [
+        {"model": row.model, "part": f"study: {row.run}", "device": "", "commit": ""}
+        | _spent({"seconds": 60 * row.minutes}, "cpu")
+        for row in studies.together(MINIATURES).drop_duplicates(["model", "run"]).itertuples()
+    ]
     return pd.DataFrame(rows)
 
 
@@ -89,7 +95,8 @@ def _row(path: Path, kind: str) -> dict:
         of_search = about.get("found", {}).get("seconds")
         seconds, partly = float(table.seconds.sum()) if "seconds" in table else of_search, True
     told = {name: about.get(name) or "" for name in ("device", "reader", "commit", "command", "created")}
-    return {"table": path.stem, "chapter": CHAPTERS[kind], **told, "seconds": seconds, "partly": partly}
+    chapter = CHAPTERS.get(path.stem.rpartition("_")[2], CHAPTERS[kind])
+    return {"table": path.stem, "chapter": chapter, **told, "seconds": seconds, "partly": partly}
 
 
 def chapters() -> pd.DataFrame:
