@@ -42,10 +42,11 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
     ``runs`` are the folders that ``textloc train NAME --ship`` wrote. Returns ``results/trainings_NAME.csv``, one row
     per run and search: run (the folder's name), training_seed, blocks (0: the recipe's own), planted (layers, empty
     where none are), text (letters, or one of ``miniatures.encoders.TEXTS``), minutes (of its steps), spelled (test
-    words that its shipping measured, everything named), search, layers, number, of (all text layers), share (of the parameters), found and
-    false (planted layers in the set, and others), strongest (planted layers among as many of the strongest in the
-    search's order), cost (row evaluations, as a share of the exhaustive search's) and, after the exhaustive search,
-    what PARTS of the set write of ``n`` reported pairs. The cheap searches are done where layers are planted.
+    words that its shipping measured, everything named), search, layers, number, of (all text layers), share (of the
+    parameters), found and false (planted layers in the set, and others), strongest (planted layers among as many of the
+    strongest in the search's order), cost (row evaluations, as a share of the exhaustive search's) and, after the
+    exhaustive search, what PARTS of the set write of ``n`` reported pairs. The cheap searches are done where layers are
+    planted.
 
     Beside it ``results/trainings_NAME_log.csv`` has the evaluations of each training: run, samples, layer (-1: the
     whole model), WHOLE, BY_LAYER.
