@@ -28,6 +28,9 @@ SPEC = {
 #: Both CLIPs are those of sd3-mini, as the full models share theirs.
 TEXT = {"text_encoder": ("clip", 0), "text_encoder_2": ("clip", 1)}
 LATENTS = {"channels": 4}
+#: Letters bind late in so narrow a network. Of 400,000 samples the easy scenes end at 180,000, where it wrote 0.2 of the
+#: letters; at 258,000 it wrote 0.35 of them, and hardly a whole word.
+BUDGET = {"samples": 800_000}
 
 
 def pipeline(ready: Prepared) -> StableDiffusionXLPipeline:
