@@ -9,6 +9,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 STEPS = 1000
+#: Easy scenes for half of the samples (see ``training.Budget``): letters must bind before all typefaces and inks come,
+#: and in these networks they bind later than in a transformer.
+CURRICULUM = ((0.0, 0.9, True), (0.1, 0.5, True), (0.2, 0.1, True), (0.5, 0.1, False))
 
 #: Scheduler settings on latents and on pixels. Pixels repeat each other, so that letters stay readable in them at
 #: noise levels that hide everything in latents: their schedule is the noisier one.
