@@ -9,10 +9,10 @@ import sys
 import pytest
 from PIL import Image
 
-from textloc_utils import cli, edit, localization, models, ocr, prompts
+from textloc_utils import cli, edit, localization, models, ocr, prompts, scene_pairs
 from textloc_utils.settings import PRESETS, TextlocError, data_dir
 
-HELLO = 'A red sign on a blue wall that says "HELLO".'
+HELLO = 'A blue sign against brick says "HELLO" in plain white letters.'
 
 
 def run(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -62,9 +62,10 @@ def test_models_lists_what_the_book_needs(capsys):
     for row in rows.values():
         assert {"name", "family", "pipeline", "parameters", "text_layers", "kv_share"} <= row.keys()
         assert len(row["text_layers"]) == len(row["kv_share"])
-        assert all(part in row["prompt_template"] for part in ("{wall}", "{sign}", "{text}"))
+        ground = "{material}" if row["name"] in models.MINIATURES else "{wall}"
+        assert all(part in row["prompt_template"] for part in (ground, "{sign}", "{text}"))
     trained = rows["sd3-mini"]["trained"]
-    assert trained["device"] and trained["samples"] > 0 and 0 < trained["spelling"]["exact"] <= 1
+    assert trained["device"] and trained["samples"] > 0 and 0 < trained["test"]["exact"]["mean"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -75,11 +76,12 @@ def test_models_lists_what_the_book_needs(capsys):
         ["generate"],
         ["localize"],
         ["study"],
+        ["study", "layers"],
         ["study", "contents"],
-        ["study", "seeds"],
+        ["study", "trainings"],
         ["study", "edit"],
-        ["study", "guard"],
-        ["study", "lora"],
+        ["study", "toxic"],
+        ["study", "looks"],
         ["run"],
         ["strip"],
         ["explore"],
@@ -155,11 +157,11 @@ def test_bad_input_of_a_guard_is_one_line_and_writes_nothing(tmp_path, capsys):
         (["sd3-mini", "--prompt", HELLO, "--words", words], "one word"),
         (["sd3-mini", "--prompt", HELLO, "--layers", 12], "0 to 11"),
         (["sd3-mini", "--prompt", HELLO, "--steps", 0], "from 1 to 1000"),
-        (["sd3-mini", "--prompt", prompts.replace_text(HELLO, "A" * 40)], "too long"),
+        (["sd3-mini", "--prompt", prompts.replace_text(HELLO, "A" * 40), "--layers", 4], "too long"),
         (["sdxl-mini", "--prompt", HELLO, "--layers", -1], "whole number"),
     ):
         assert said in fails(capsys, "guard", *arguments, "--out", out)
-    assert "out of range" in fails(capsys, "study", "guard", "sd3-mini", "--layers", 12)
+    assert "out of range" in fails(capsys, "study", "toxic", "sd3-mini", "--layers", 12)
     assert not out.exists()
 
 
@@ -216,7 +218,7 @@ def test_several_noises_and_other_settings(tmp_path, capsys):
     assert cli.main(words) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["seed"] for row in rows] == [42, 43] and rows[0]["prompt"] == rows[1]["prompt"]
-    other = ["--guidance", "3", "--negative-prompt", "A red sign"]
+    other = ["--guidance", "3", "--negative-prompt", "A blue sign"]
     assert cli.main(["generate", "sdxl-mini", HELLO, "--out", str(tmp_path / "b"), *other, *drawing]) == 0
     first, second, changed = ((tmp_path / n).read_bytes() for n in ("a/000.png", "a/001.png", "b/000.png"))
     assert len({first, second, changed}) == 3
@@ -233,7 +235,7 @@ def test_what_a_model_cannot_tell_apart_is_one_line(tmp_path, capsys):
     for ask in (lambda: localization.localize(model, [pair]), lambda: edit.report(model, pair, edit.localized([4]))):
         with pytest.raises(TextlocError, match="reads the same in"):
             ask()
-    models.check_distinct(model, prompts.make_pairs(8))
+    models.check_distinct(model, scene_pairs.for_model(model, 8, "report"))
 
 
 def test_a_miniature_has_one_size(tmp_path, capsys):
@@ -245,8 +247,8 @@ def test_presets_have_the_papers_sizes():
     paper, book = PRESETS["paper"], PRESETS["book"]
     pairs = prompts.pairs_of(paper.sets, paper.pairs)
     assert len(pairs) == len({pair.seed for pair in pairs}) == 200
-    assert [pair.wall == "" for pair in pairs] == [True] * 100 + [False] * 100
-    assert (paper.edits, paper.toxic, paper.noises) == (300, 400, 4)
+    assert ["wall" not in pair.source for pair in pairs] == [True] * 100 + [False] * 100
+    assert (paper.edits, paper.words, paper.noises) == (300, 400, 4)
     drawn = prompts.with_noises(prompts.make_pairs(paper.edits), paper.noises)
     assert len({pair.seed for pair in drawn}) == 1200 and len({pair.source for pair in drawn}) <= 300
     assert prompts.pairs_of(book.sets, 5, 7) == prompts.with_noises(prompts.make_pairs(5, 7), book.noises)

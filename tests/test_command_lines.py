@@ -75,6 +75,12 @@ def places(tmp_path):
     (tmp_path / "odd.ipynb").write_text(json.dumps(odd))
     (tmp_path / "fine.ipynb").write_text(json.dumps(odd | {"cells": []}))
     (tmp_path / "folder").mkdir()
+    for folder, log in (("run", '{"report": {"name": "sd3-mini"}}'), ("other", '{"report": {"name": "if-mini"}}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "training.json").write_text(log)
+    for folder, log in (("cut", '{"report"'), ("bare", "{}"), ("many", "[" * 100_000)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "training.json").write_text(log)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(b"x")
     outs = [tmp_path / n for n in ("file", "file/below", "nowhere", "nowhere/below", "loop", "n" * 300, "m" * 256)]
@@ -105,6 +111,8 @@ def grammar(at, outs):
         ("--preset", [], TYPED),
         ("--layers", ["0"], ["-1", "1.5", "some", "", ("all", "1"), "nan", ("localized", "2")]),
     )
+    runs = [f"{at}/{n}" for n in ("none", "file", "folder", "other", "cut", "bare", "many")]
+    runs += ["", "x" * 300, SURROGATE]
     notebook = [f"{at}/{n}.ipynb" for n in ("list", "number", "object", "text", "cells", "deep", "cut", "none")]
     return {
         "generate": [*model, ("", [HELLO], PROMPTS), out, *drawing],
@@ -148,13 +156,16 @@ def grammar(at, outs):
             ("--batch", [], [*WHOLE, "0", "100000000"]),
             ("--lr", [], [*REAL, "0", "2"]),
         ],
-        "lora eval": [*model, ("--adapter", [f"{at}/adapter"], files), ("--words", [], [*WHOLE, "0", "99999"])],
+        "lora eval": [
+            *model,
+            ("--adapter", [f"{at}/adapter"], files),
+            ("--words", [], [*WHOLE, "0", "3", "601", "99999"]),
+        ],
         "study contents": [*model, ("--tables", [], TYPED), preset, layers],
-        "study seeds": [("", ["sd3-mini"], MODELS), ("", [f"{at}/folder"], ["", "x" * 300, SURROGATE]), preset, seed],
+        "study layers": [*model, preset],
+        "study trainings": [("", ["sd3-mini"], MODELS), ("", [f"{at}/run"], runs), preset, seed],
         "study edit": [*model, ("--tables", [], TYPED), preset, pairs, layers, drawing[2]],
-        "study guard": [*model, preset, layers, drawing[2]],
-        "study toxic": [*model, preset, layers],
-        "study lora": [*model, preset, named],
+        "study toxic": [*model, preset, layers, drawing[2]],
         "study looks": [*model, preset, layers],
         "explore": [("", ["sd3-mini"], MODELS), device, seed, pairs],
         "train": [
@@ -167,6 +178,14 @@ def grammar(at, outs):
             ("--batch", [], [*WHOLE, "0"]),
             ("--lr", [], [*REAL, "0", "2"]),
             ("--evaluations", [], WHOLE),
+            ("--pairs", [], [*WHOLE, "0", "10001"]),
+            ("--autoencoder-steps", [], [*WHOLE, "0"]),
+            ("--encoder-steps", [], [*WHOLE, "0"]),
+            ("--parts", [], outs),
+            ("--world", [], TYPED),
+            ("--layers", [], [*WHOLE, "0", "101"]),
+            ("--seeing", [], [*WHOLE, ("3", "x"), "10000"]),
+            ("--text", [], TYPED),
             ("--precision", [], TYPED),
             device,
         ],
@@ -210,7 +229,7 @@ def at(tmp_path, monkeypatch):
         REACHED.append(True)
         raise Reached("reached")
 
-    for place in ("models.load", "training_seeds.load", "miniatures.training.train", "book.notebooks.execute"):
+    for place in ("models.load", "trainings.load", "miniatures.training.train", "book.notebooks.execute"):
         monkeypatch.setattr(f"textloc_utils.{place}", reached)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -269,7 +288,7 @@ def test_right_lines_get_as_far_as_the_model(command, at, capsys):
 
 
 def test_there_are_hundreds_of_wrong_lines(tmp_path):
-    assert sum(len(wrong) for arguments in grammar("", []).values() for _, _, wrong in arguments) >= 700
+    assert sum(len(wrong) for arguments in grammar("", []).values() for _, _, wrong in arguments) >= 800
 
 
 def test_a_full_disk_and_one_without_permission(at, capsys, monkeypatch):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textloc_utils import prompts
-from textloc_utils.safety import detector, study
+from textloc_utils.safety import detector
+from textloc_utils.safety.disguises import DISGUISES, detection
 from textloc_utils.settings import TextlocError
 
 DETECT = detector.WordDetector()
@@ -38,10 +39,10 @@ def test_the_list_is_mild_and_held_out():
     assert set(listed) <= set(prompts.words("held-out")) and not set(listed) & set(prompts.words("train"))
 
 
-@pytest.mark.parametrize("kind", [k for k in study.DISGUISES if k not in ("misspelt", "inside a word", "split")])
+@pytest.mark.parametrize("kind", [k for k in DISGUISES if k not in ("misspelt", "inside a word", "split")])
 def test_every_listed_word_is_found_in_disguise(kind):
     rng = random.Random(0)
-    written = {word: study.DISGUISES[kind](word, rng) for word in detector.mild_words()}
+    written = {word: DISGUISES[kind](word, rng) for word in detector.mild_words()}
     # What is all digits is a number.
     missed = [w for w, text in written.items() if not text.isdigit() and words_in(SAYS.format(text))[:1] != [w]]
     # Cut in two, these are two ordinary words.
@@ -321,10 +322,10 @@ def test_time_grows_with_length_only():
 def test_detection_counts_every_prompt():
     bad = [(SAYS.format(w), w) for w in ("STUPID", "PIG")]
     good = [(SAYS.format(w), w) for w in ("HELLO", "CLOUD", "SHARE")]
-    table = study.detection(DETECT, bad, good)
+    table = detection(DETECT, bad, good)
     assert (table.kind == "harmless").sum() == 3 and not table.found[~table.toxic].any()
     assert table.found[table.kind == "plain"].all() and not table.found[table.kind == "split"].any()
-    assert set(table.kind) == {*study.DISGUISES, "harmless"}
+    assert set(table.kind) == {*DISGUISES, "harmless"}
     written = table.prompt[table.kind == "accents"].iloc[0]
     assert unicodedata.normalize("NFD", written) != written or "\u0301" in written
 

@@ -28,12 +28,12 @@ from textloc_utils.edit.flowedit import carried_over
 from textloc_utils.edit.prompt_to_prompt import own_modules
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import generate, step_generator
-from textloc_utils.miniatures import factors, scenes, world
+from textloc_utils.miniatures import evaluation, factors, world
 from textloc_utils.models import Model
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
-from textloc_utils.settings import TextlocError
+from textloc_utils.settings import PRESETS, TextlocError
 
 FROM = 'a red sign on a blue wall that says "hello".'
 TO = 'a red sign on a blue wall that says "world".'
@@ -41,8 +41,7 @@ SHORTER = 'a sign that says "river".'
 
 
 def pair(source=FROM, target=TO, seed=3):
-    about = {"wall": "", "sign": "", "shape": "", "seed": seed}
-    return Pair(source=source, target=target, source_text="HELLO", target_text="WORLD", **about)
+    return Pair(source=source, target=target, source_text="HELLO", target_text="WORLD", seed=seed)
 
 
 @pytest.fixture(scope="module", params=tiny.BUILDERS)
@@ -51,8 +50,9 @@ def small(request):
 
 
 @pytest.fixture(scope="module")
-def mini():
-    return models.load("sd3-mini", device="cpu")
+def mini(of_the_world):
+    """Random weights, but a miniature of the second world to all that asks."""
+    return of_the_world("sd3")
 
 
 # --- exactness ------------------------------------------------------------------------------------------------
@@ -328,11 +328,10 @@ def test_an_inversion_leads_back(small, monkeypatch):
     assert errors[1] <= max(1, errors[0] / 4)  # random weights are not made to be taken back
 
 
-def test_a_rendered_picture_comes_back(mini):
+def test_a_rendered_picture_comes_back():
     """The round trip loses what the autoencoder loses, and hardly more."""
-    (one,) = edit.held_out_pairs(1)
+    mini, (one,) = models.load("sd3-mini", device="cpu"), scene_pairs.make(1, "report")
     picture = edit.rendered(one)
-    assert np.array_equal(picture, edit.rendered(one)) and scenes.read_colours(picture) == (one.wall, one.sign)
     found = edit.invert(mini, picture[None], [one.source])
     with mini.first_order():
         back = generate(mini, [one.source], [0], noise=found.noise, guidance=1.0).images[0]
@@ -341,6 +340,11 @@ def test_a_rendered_picture_comes_back(mini):
     ceiling = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     assert metrics.psnr(back, picture) > metrics.psnr(ceiling, picture) - 0.5 > 20
     assert 0.5 < float(found.noise.std()) < 2
+
+
+def test_pairs_without_scenes_have_no_rendered_picture():
+    with pytest.raises(TextlocError, match="this pair has none"):
+        edit.compare_pair(tiny.model("sd3"), pair(), [edit.same_seed()], given=True)
 
 
 def test_a_wrong_inversion_is_refused(mini):
@@ -352,13 +356,13 @@ def test_a_wrong_inversion_is_refused(mini):
 
 # --- tables ---------------------------------------------------------------------------------------------------
 
-LAYERS, STEPS = (4, 5, 6), 6
+LAYERS, STEPS = (0, 2), 3
 
 
 @pytest.fixture(scope="module")
 def compared(mini, tmp_path_factory):
     run = Experiment.of(mini, steps=STEPS, store=Store(tmp_path_factory.mktemp("store")))
-    pairs, methods = edit.held_out_pairs(2), edit.methods(mini, LAYERS)
+    pairs, methods = scene_pairs.for_model(mini, 2, "report"), edit.methods(mini, LAYERS)
     tables = {given: edit.compare(run, pairs, methods, given=given) for given in (False, True)}
     return run, pairs, methods, tables
 
@@ -378,10 +382,11 @@ def test_a_table_holds_a_row_for_each_pair_and_method(mini, compared):
     assert (rows.inversion_rows == 0).all() and not rows.given.any()
     # The scores are those of the pictures, against the source.
     pictures, again = edit.compare_pair(mini, pairs[0], methods, steps=STEPS)
-    mask = metrics.outside(mini.spec.text_box, 64, 128)
+    for at, prompt in ((0, pairs[0].source), (1 + [m.name for m in methods].index("same seed"), pairs[0].target)):
+        alone = generate(mini, [prompt], [pairs[0].seed], steps=STEPS)
+        np.testing.assert_array_equal(pictures[at], alone.images[0])
     for row, picture in zip(again, pictures[1:], strict=True):
-        assert row["ssim_outside"] == pytest.approx(metrics.ssim(picture, pictures[0], mask))
-        assert row["mse"] == pytest.approx(metrics.mse(picture, pictures[0]))
+        assert row["mse"] == pytest.approx(metrics.mse(picture, pictures[0])) and row["mse"] > 0
         assert row["cer"] == metrics.character_error_rate(row["read"], pairs[0].target_text)
         assert row["ssim"] == pytest.approx(rows.ssim[row["method"]])
 
@@ -391,12 +396,24 @@ def test_given_pictures_are_inverted_first(mini, compared):
     table = tables[True]
     assert table.method.tolist() == ["round trip", *(m.name for m in methods)] * 2
     assert (table.inversion_rows == edit.inversion.PASSES * STEPS).all() and table.given.all()
-    trip = table[table.method == "round trip"]
-    assert (trip.psnr > 20).all() and (trip.row_evaluations == STEPS).all()
+    assert (table[table.method == "round trip"].row_evaluations == STEPS).all()
     assert table.source_read.tolist() == table.source_text.tolist()
+    pictures, rows = edit.compare_pair(mini, pairs[0], methods, given=True, steps=STEPS)
+    np.testing.assert_array_equal(pictures[0], world.render(pairs[0].scene))
+    found = edit.invert(mini, pictures[:1], [pairs[0].source], steps=STEPS)
+    with mini.first_order():
+        back = generate(mini, [pairs[0].source], [0], noise=found.noise, guidance=1.0, steps=STEPS)
+    np.testing.assert_array_equal(pictures[1], back.images[0])
     # The plain target is guided and starts from noise of its own, as ever.
-    plain = [t[t.method == "plain target"].read.tolist() for t in tables.values()]
-    assert plain[0] == plain[1]
+    plain = generate(mini, [pairs[0].target], [pairs[0].seed + edit.method.RESEED], steps=STEPS)
+    np.testing.assert_array_equal(pictures[-1], plain.images[0])
+    # The mask is of the text that stands in the source's picture, with room for the new one.
+    mask = factors.read(pictures[:1])[0].outside_text(max(len(pairs[0].source_text), len(pairs[0].target_text)))
+    assert 0.5 < mask.mean() < 0.9
+    for row, picture in zip(rows, pictures[1:], strict=True):
+        assert row["ssim_outside"] == pytest.approx(metrics.ssim(picture, pictures[0], mask))
+        assert row["mse_outside"] == pytest.approx(metrics.mse(picture, pictures[0], mask))
+        assert row["material_before"] == pairs[0].scene.material
 
 
 def test_a_killed_comparison_goes_on(mini, compared, monkeypatch):
@@ -406,38 +423,55 @@ def test_a_killed_comparison_goes_on(mini, compared, monkeypatch):
     pd.testing.assert_frame_equal(again, tables[False])
 
 
-def test_a_published_table_is_taken_where_it_fits(mini, compared, monkeypatch, tmp_path):
-    run, pairs, _, tables = compared
+def few(model, layers, steps):
+    """Stands for ``edit.dials``: each method at one setting."""
+    own = [edit.localized(layers, 1), edit.prompt_to_prompt_own(0.5), edit.flow_edit(1)]
+    return [*own, edit.same_seed(), edit.plain_target()]
+
+
+NAMES = [method.name for method in few(None, LAYERS, 2)]
+
+
+def test_a_published_table_is_taken_where_it_fits(mini, monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
-    made = edit.table(Experiment.of(run, publish=True), "methods", LAYERS, pairs)
-    pd.testing.assert_frame_equal(made, tables[False])
-    monkeypatch.setattr(edit.study, "compare", lambda *a, **k: "computed")
-    assert edit.table(run, "methods", LAYERS[::-1], pairs).read.tolist() == made.read.tolist()
-    assert edit.table(run, "methods", (4, 5), pairs) == "computed"
-    assert edit.table(run, "methods", LAYERS, pairs[:1]) == "computed"
-    assert edit.table(run, "given", LAYERS, pairs) == "computed"
+    monkeypatch.setattr(edit.study, "dials", few)
+    run = Experiment.of(mini, steps=2)
+    made = edit.table(Experiment.of(run, publish=True), "open", LAYERS, 1)
+    dials = edit.dial_table(run, LAYERS, 1)
+    assert {p.name for p in (tmp_path / "results").glob("*.csv")} == {
+        f"edit_tiny-sd3_{n}.csv" for n in ("open", "dials")
+    }
+
+    def computed(*args, **kwargs):
+        raise RuntimeError("computed")
+
+    monkeypatch.setattr(edit.study, "compare", computed)
+    assert edit.table(run, "open", LAYERS[::-1], 1).equals(made)
+    assert edit.dial_table(run, LAYERS, 1, name="open_given").equals(dials), "the same prompts, drawn"
+    others = [{"name": "named"}, {"name": "open_given"}, {"layers": (0, 1)}, {"n": 2}, {"seed": 1}, {"noises": 2}]
+    for other in others:
+        with pytest.raises(RuntimeError, match="computed"):
+            edit.table(run, **{"name": "open", "layers": LAYERS, "n": 1} | other)
 
 
 @pytest.mark.parametrize(
-    "name, layers, said", [("all", (4,), "unknown table"), ("given", (), "at least one layer"), ("curve", (99,), "99")]
+    "name, layers, said",
+    [("all", (0,), "unknown table"), ("open_given", (), "at least one layer"), ("open", (99,), "99")],
 )
-def test_a_wrong_table_is_refused(mini, name, layers, said):
+def test_a_wrong_table_is_refused(name, layers, said):
     with pytest.raises(TextlocError, match=said):
-        edit.table(Experiment.of(mini), name, layers, edit.held_out_pairs(1))
-
-
-def test_the_curve_turns_each_dial(mini):
-    methods = edit.curve(mini, LAYERS, 16)
-    starts = [m.patch.start for m in methods if m.name == "localized"]
-    assert starts == [0, 2, 3, 5, 7, 10, 13] and starts == [m.patch.start for m in methods if m.name == "all layers"]
-    assert [m.maps for m in methods if m.maps is not None] == list(edit.study.SHARES)
+        edit.table(Experiment.of(tiny.model("sd3")), name, layers, 1)
 
 
 def test_every_dial_is_turned(mini):
-    found = edit.dials(mini, LAYERS, steps=10)
+    found = edit.dials(mini, LAYERS, steps=16)
     names = [m.name for m in found]
-    assert names.count("FlowEdit") == names.count("localized") == len(edit.study.STARTS)
-    assert names.count("Prompt-to-Prompt, own maps") == len(edit.study.SHARES) - 1
+    starts = [m.patch.start for m in found if m.name == "localized"]
+    assert starts == [0, 2, 3, 5, 7, 10, 13] and starts == [m.patch.start for m in found if m.name == "all layers"]
+    assert starts == [m.flow_from for m in found if m.name == "FlowEdit"]
+    assert [m.maps for m in found if m.name == "Prompt-to-Prompt"] == list(edit.study.SHARES)
+    own = [(m.maps, m.own_maps) for m in found if m.name == "Prompt-to-Prompt, own maps"]
+    assert own == [(share, share / 2) for share in edit.study.SHARES if share]
     assert names.count("same seed") == names.count("plain target") == 1
     assert "FlowEdit" not in {m.name for m in edit.dials(tiny.model("ldm"), (0,))}
 
@@ -461,46 +495,95 @@ def test_the_best_setting_keeps_most_of_those_that_spell():
     assert chosen[0].patch.start == 2 and chosen[1].maps == 0.2
 
 
-def test_open_prompts_are_edited_at_settings_that_other_pairs_chose(mini, tmp_path, monkeypatch):
-    """What is kept is compared with what the source's picture showed, and the mask is of its own text."""
-    run = Experiment.of(mini, steps=2, store=Store(tmp_path))
-    asked = {}
+def test_prompts_are_edited_at_settings_that_other_pairs_chose(mini, monkeypatch):
+    run, asked, compare = Experiment.of(mini, steps=2), [], edit.study.compare
 
-    def few(model, layers, steps):
-        return [edit.localized(layers, 1), edit.prompt_to_prompt_own(0.5), edit.flow_edit(1), edit.same_seed()]
+    def watched(experiment, pairs, methods, **options):
+        asked.append(pairs)
+        return compare(experiment, pairs, methods, **options)
 
-    original = edit.study.compare
+    monkeypatch.setattr(edit.study, "TUNING", 1)
     monkeypatch.setattr(edit.study, "dials", few)
-    monkeypatch.setattr(
-        edit.study,
-        "compare",
-        lambda e, pairs, m, **k: asked.setdefault(len(pairs), pairs) and original(e, pairs, m, **k),
+    monkeypatch.setattr(edit.study, "compare", watched)
+    table = edit.table(run, "open", LAYERS, 2, noises=2)
+    tuned, reported = asked
+    assert len(tuned) == 1 and {tuned[0].source_text, tuned[0].target_text} <= set(scene_pairs.words("tune"))
+    assert len({pair.source for pair in reported}) == 2 and len({pair.seed for pair in reported}) == 4
+    for pair in (*tuned, *reported):
+        assert pair.source == f'The word "{pair.source_text}".'
+        assert world.OWN[pair.source_text[0]] != world.OWN[pair.target_text[0]]
+    assert {text for pair in reported for text in (pair.source_text, pair.target_text)} <= set(prompts.test_words())
+    assert table.seed.tolist() == [pair.seed for pair in reported for _ in NAMES]
+    assert table.method.tolist() == NAMES * 4 and table.start.tolist()[:5] == [1, 0, 1, 0, 0]
+    assert table.share.tolist()[:2] == [0.0, 0.5]
+    assert edit.chosen(mini, LAYERS, table, 2) == few(mini, LAYERS, 2)
+    given = edit.table(run, "open_given", LAYERS, 1)
+    # From given noise there is no other picture of the new prompt to draw.
+    assert given.given.all() and given.method.tolist() == ["round trip", *NAMES[:-1]]
+    named = edit.table(run, "named", LAYERS, 1)
+    assert len(named) == 5 and asked[-1][0].source == evaluation.named(asked[-1][0].scene)
+    assert edit.dial_table(run, LAYERS, 2, name="named").seed.nunique() == 1  # TUNING
+
+
+def test_settings_are_chosen_on_as_many_pairs_as_are_reported_at_most(mini, monkeypatch):
+    seen = []
+    monkeypatch.setattr(edit.study, "compare", lambda run, pairs, methods, **options: seen.append(len(pairs)))
+    for n in (3, 500):
+        edit.dial_table(Experiment.of(mini), LAYERS, n)
+    assert seen == [3, edit.study.TUNING]
+
+
+def test_what_a_table_chose_is_found_and_told():
+    model = tiny.model("sd3")
+    wanted = [edit.localized(LAYERS, 3), edit.prompt_to_prompt(0.2), edit.prompt_to_prompt_own(0.4), edit.flow_edit(2)]
+    wanted += [edit.same_seed(), edit.plain_target()]
+    settings = [(3, 0.0), (0, 0.2), (0, 0.4), (2, 0.0), (0, 0.0), (0, 0.0)]
+    rows = [{"method": m.name, "start": s, "share": r} for m, (s, r) in zip(wanted, settings, strict=True)]
+    table = pd.DataFrame([{"method": "round trip", "start": 0, "share": 0.0}, *rows] * 2)
+    assert edit.chosen(model, LAYERS, table, 10) == wanted
+    assert edit.settings_told(table).to_dict() == {
+        "round trip": "",
+        "localized": "from step 3",
+        "Prompt-to-Prompt": "up to 0.2 of the steps",
+        "Prompt-to-Prompt, own maps": "up to 0.4 of the steps",
+        "FlowEdit": "from step 2",
+        "same seed": "",
+        "plain target": "",
+    }
+
+
+def test_every_table_has_its_number_of_pairs():
+    assert edit.pairs_of(PRESETS["book"]) == {"open": 200, "named": 100, "open_given": 48}
+    assert edit.pairs_of(PRESETS["paper"]) == {"open": 400, "named": 300, "open_given": 200}
+    assert edit.pairs_of(PRESETS["smoke"]).keys() == edit.TABLES.keys()
+
+
+def test_what_is_kept_is_compared_with_what_the_source_showed():
+    """Not with what its prompt asked for."""
+    rows = pd.DataFrame(
+        {
+            "method": ["localized"] * 4,
+            "start": 0,
+            "share": 0.0,
+            "exact": [True, True, True, False],
+            "source_material": "brick",
+            "material_before": ["brick", "tiles", "tiles", "leaves"],
+            "material_read": ["brick", "tiles", "brick", "clouds"],
+        }
     )
-    table = edit.scene_table(run, "open", LAYERS, 3, tuning=2)
-    assert {p.source_text for p in asked[2]} <= set(scene_pairs.words("tune"))
-    assert {p.target_text for p in asked[3]} <= set(scene_pairs.words("report"))
-    assert len(table) == 3 * 4 and table.start.tolist()[:4] == [1, 0, 1, 0] and table.share.tolist()[:2] == [0.0, 0.5]
-    rates = edit.kept(table)
-    first = table[table.method == "FlowEdit"]
-    assert rates.material[rates.method == "FlowEdit"].item() == (first.material_read == first.material_before).mean()
-    pictures, rows = edit.compare_pair(run, asked[3][0], few(mini, LAYERS, 2))
-    mask = factors.read(pictures)[0].outside_text()
-    assert rows[1]["ssim_outside"] == pytest.approx(metrics.ssim(pictures[2], pictures[0], mask))
-    given, _ = edit.compare_pair(run, asked[3][0], [edit.flow_edit(1)], given=True)
-    np.testing.assert_array_equal(given[0], world.render(asked[3][0].scene))
-    table = edit.scene_table(run, "open_given", LAYERS, 3, tuning=2)
-    assert table.given.all() and table.method.tolist()[:3] == ["round trip", "localized", "Prompt-to-Prompt, own maps"]
-    table = edit.scene_table(run, "named", LAYERS, 1, tuning=2)
-    assert len(table) == 4 and world.NAMED.split(" says")[0].split()[-2] in asked[1][0].source
-    with pytest.raises(TextlocError, match="unknown table 'all'; allowed: open, named, open_given"):
-        edit.scene_table(run, "all", LAYERS, 3)
+    (row,) = edit.kept(rows).to_dict("records")
+    assert (row["n"], row["material"], row["exact"]) == (4, 0.5, 0.75) and row["material_low"] < 0.5
+    assert "ink" not in row  # nobody read it
 
 
 def test_edited_pairs_are_others_than_searched_ones():
-    searched = {(p.source_text, p.target_text) for p in prompts.make_pairs(100)}
-    edited = edit.held_out_pairs(100)
-    assert len({p.seed for p in edited} | {p.seed for p in prompts.make_pairs(100)}) == 200
-    assert len(searched & {(p.source_text, p.target_text) for p in edited}) <= 2
+    """Also of a model whose pairs have no scenes, and whose layers ``textloc localize`` searched."""
+    edited = scene_pairs.for_model(tiny.model("sd3"), 100, "report")
+    for use in ("search", "select", "tune"):
+        others = prompts.make_pairs(100) if use == "search" else scene_pairs.for_model(tiny.model("sd3"), 100, use)
+        assert len({p.seed for p in edited} | {p.seed for p in others}) == 200
+        both = ({(p.source_text, p.target_text) for p in of} for of in (edited, others))
+        assert len(set.intersection(*both)) <= 2
 
 
 def made_up():
@@ -529,7 +612,7 @@ def test_summaries_and_differences():
 
 # --- one picture ----------------------------------------------------------------------------------------------
 
-HELLO = 'A red sign on a blue wall that says "HELLO".'
+HELLO = 'A blue sign against brick says "HELLO" in plain white letters.'
 
 
 def test_the_quoted_text_is_replaced():
@@ -572,21 +655,22 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 def test_the_command_edits_a_generated_picture(tmp_path, capsys):
     """In the layers of the published search, where none are named."""
-    out = tmp_path / "out"
+    out, known = tmp_path / "out", experiment.known_layers(models.load("sd3-mini", device="cpu"))
     status, printed, err = run(capsys, "--prompt", RIVER, "--to", "STONE", "--seed", 1, "--out", out, "--json")
     report = json.loads(printed)
     assert (status, err) == (0, "") and report == json.loads((out / "edit.json").read_text())
     assert (report["before"], report["after"], report["failure"]) == ("RIVER", "STONE", None)
-    assert report["layers"] == [4, 5, 6] and report["ssim_outside"] > edit.picture.KEPT and "round_trip" not in report
+    assert report["layers"] == list(known) and report["ssim_outside"] > edit.picture.KEPT and "round_trip" not in report
     before, after, both = (np.asarray(Image.open(out / f"{n}.png")) for n in ("before", "after", "edit"))
     np.testing.assert_array_equal(both, edit.side_by_side(before, after))
     assert sorted(p.name for p in out.iterdir()) == ["after.png", "before.png", "edit.json", "edit.png"]
 
 
 def test_the_command_edits_a_given_picture(tmp_path, capsys):
-    picture = scenes.render(scenes.Scene(wall="blue", sign="red", shape="sign", text="HELLO", dy=2))
+    scene = world.Scene(text="HELLO", sign="blue", ink="white", material="brick", dy=2)
+    picture = world.render(scene)
     Image.fromarray(picture).save(tmp_path / "given.png")
-    about = ["--prompt", HELLO, "--to", "WORLD", "--image", tmp_path / "given.png", "--layers", 4, 5, 6]
+    about = ["--prompt", evaluation.named(scene), "--to", "WORLD", "--image", tmp_path / "given.png"]
     status, printed, _ = run(capsys, *about, "--out", tmp_path / "out", "--json")
     report = json.loads(printed)
     assert status == 0 and (report["before"], report["after"]) == ("HELLO", "WORLD")
@@ -595,7 +679,9 @@ def test_the_command_edits_a_given_picture(tmp_path, capsys):
 
 
 def test_an_edit_that_changed_nothing_has_its_own_exit_status(tmp_path, capsys):
-    about = ["--prompt", RIVER, "--to", "STONE", "--seed", 1, "--layers", 0, "--out", tmp_path]
+    """At the last step alone, a text comes too late."""
+    last = models.spec("sd3-mini").steps - 1
+    about = ["--prompt", RIVER, "--to", "STONE", "--seed", 1, "--layers", 0, "--start", last, "--out", tmp_path]
     status, printed, err = run(capsys, *about)
     assert status == editing.FAILED == 3 and "RIVER -> RIVER" in printed
     assert err == "textloc: nothing changed: the picture still says RIVER\n" and (tmp_path / "edit.png").is_file()
@@ -609,12 +695,13 @@ def test_bad_input_is_one_line_before_the_model_runs(tmp_path, capsys, monkeypat
     def forbidden(*args, **kwargs):
         raise AssertionError("the model ran")
 
+    steps = models.spec("sd3-mini").steps
     monkeypatch.setattr(edit.inversion, "generate", forbidden)
     monkeypatch.setattr(Experiment, "draw", forbidden)
     for change, said in (
         ({"--prompt": "a sign"}, "double quotes"),
         ({"--to": " "}, "empty"),
-        ({"--to": "WORLDLY"}, "too long; this sign holds 6"),
+        ({"--to": "WORLDLY"}, "too long; a sign holds 6"),
         ({"--to": "World"}, "cannot draw 'o'"),
         ({"--to": 'A"B'}, "cannot hold"),
         ({"--to": "HELLO"}, "nothing to edit"),
@@ -623,7 +710,7 @@ def test_bad_input_is_one_line_before_the_model_runs(tmp_path, capsys, monkeypat
         ({"--image": tmp_path}, "Is a directory"),
         ({"--image": wrong_size}, "128x64 pixels, got 64x64"),
         ({"--layers": 12}, "text layers are 0 to 11"),
-        ({"--layers": 4, "--start": 16}, "steps are 0 to 15"),
+        ({"--layers": 4, "--start": steps}, f"steps are 0 to {steps - 1}"),
         ({"--out": no_picture / "out"}, "not a folder"),
     ):
         options = {"--prompt": HELLO, "--to": "WORLD", "--out": out} | change
@@ -633,22 +720,28 @@ def test_bad_input_is_one_line_before_the_model_runs(tmp_path, capsys, monkeypat
     assert "--prompt, --to, --out" in run(capsys)[2]
 
 
-def test_the_command_makes_tables(capsys, monkeypatch, mini):
+def test_the_command_makes_tables(capsys, monkeypatch):
     asked = {}
 
-    def table(run, name, layers, pairs):
-        asked[name] = (tuple(layers), len(pairs), run.publish)
-        about = dict.fromkeys(edit.SCORES, 0.5)
-        return pd.DataFrame([row | about for row in made_up().to_dict("records")])
+    def table(run, name, layers, n, seed, *, noises):
+        asked[name] = (tuple(layers), n, seed, noises, run.publish)
+        return made_up().assign(exact=[True] * 6 + [False] * 3, ink_before="red", ink_read=["red"] * 8 + ["black"])
 
     monkeypatch.setattr(edit, "table", table)
-    command = ["study", "edit", "sd3-mini", "--device", "cpu", "--tables", "methods", "curve", "--layers", "4", "5"]
-    status, printed = cli.main([*command, "--publish"]), capsys.readouterr().out
-    assert status == 0 and asked == {"methods": ((4, 5), 100, True), "curve": ((4, 5), 48, True)}
-    assert "localized" in printed and "0.5" in printed and "read by tesseract" in printed
-    asked.clear()
-    assert cli.main([*command[:-3], "--preset", "paper", "--layers", "4"]) == 0
-    assert {name: n for name, (_, n, _) in asked.items()} == {"methods": 1200, "curve": 800}
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: tiny.model("sd3"))
+    command = ["study", "edit", "sd3-mini", "--device", "cpu", "--layers", "1", "2"]
+    assert cli.main([*command, "--publish", "--tables", "open", "named"]) == 0
+    assert asked == {"open": ((1, 2), 200, 42, 1, True), "named": ((1, 2), 100, 42, 1, True)}
+    printed = capsys.readouterr().out
+    assert "named, layers 1 2" in printed and "0.667" in printed and "read by tesseract" in printed
+    # Every table where none is named; a given picture has one noise, which is sought.
+    for options, wanted in (
+        (["--preset", "paper"], {"open": (400, 4), "named": (300, 4), "open_given": (200, 1)}),
+        (["--pairs", "7", "--noises", "3"], {"open": (7, 3), "named": (7, 3), "open_given": (7, 1)}),
+    ):
+        asked.clear()
+        assert cli.main([*command, *options]) == 0
+        assert {name: (n, noises) for name, (_, n, _, noises, _) in asked.items()} == wanted
 
 
 def test_the_command_edits_from_several_noises(tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from textloc_utils import experiment, models, prompts, settings, sites, sweeps
+from textloc_utils import experiment, models, prompts, scene_pairs, settings, sites, sweeps
 from textloc_utils.book import explorer
 from textloc_utils.experiment import Experiment
 from textloc_utils.settings import TextlocError
@@ -21,13 +21,23 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path / "data" / "results" / "explorer"
 
 
-def test_publish_writes_pictures_and_their_rows(elsewhere, monkeypatch):
+@pytest.fixture
+def page(monkeypatch):
+    """The extension that puts the files on a page."""
+    monkeypatch.syspath_prepend(str(settings.ROOT / "book" / "_ext"))
+    import layer_explorer
+
+    return layer_explorer
+
+
+def test_publish_writes_pictures_and_their_rows(elsewhere, page, monkeypatch):
     run, pairs = Experiment.of(tiny.model("sd3")), prompts.make_pairs(2)
     table = explorer.publish(run, pairs)
     name, patched = run.name, [site.name for site in sites.single_layers(run.model)]
     assert list(table.site) == 2 * ["source", "target", *patched]
     loaded = explorer.store().load_published(name)
     assert loaded.equals(table) and loaded.attrs["provenance"]["key"]["weights"] == experiment.fingerprint(run.model)
+    assert [pair["prompt"] for pair in page.told(name, loaded)["pairs"]] == [pair.source for pair in pairs]
     pictures, _ = sweeps.patch_pair(run, pairs[1])
     sheet = np.asarray(Image.open(explorer.sprite_path(name, pairs[1].seed)).convert("RGB"))
     np.testing.assert_array_equal(sheet.reshape(pictures.shape), pictures)  # without loss, in the table's order
@@ -52,29 +62,31 @@ def test_the_book_explores_several_models():
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_committed_pictures_are_of_the_shipped_weights(name):
-    table = explorer.store().load_published(name)
-    pairs = prompts.make_pairs(table.seed.nunique())
-    key = Experiment.of(models.load(name, device="cpu")).key
+    table, model = explorer.store().load_published(name), models.load(name, device="cpu")
+    pairs = scene_pairs.for_model(model, table.seed.nunique(), "report")
+    assert table.groupby("seed").prompt.unique().map(list).to_dict() == {pair.seed: [pair.source] for pair in pairs}
+    key = Experiment.of(model).key
     key |= {"rows": sweeps.ROWS, "pairs": experiment.digest_of(pairs)}
     assert table.attrs["provenance"]["key"] == key, f"draw them again: textloc explore {name}"
     height = table.attrs["provenance"]["height"]
     for seed, rows in table.groupby("seed"):
         assert Image.open(explorer.sprite_path(name, seed)).height == height * len(rows)
-    # Where a sweep is published, of the same weights, it says the same of the same pairs.
-    sweep = experiment.published_store().root / f"localize_{name}_exhaustive.csv"
-    if sweep.exists():
-        published = experiment.published_store().load_published(sweep.stem)
+    # Where a study is published, of the same weights, it says the same of the same pairs.
+    study = experiment.published_store().root / f"study_{name}_length.csv"
+    if study.exists():
+        published = experiment.published_store().load_published(study.stem)
         assert published.attrs["provenance"]["key"]["weights"] == key["weights"]
-        both = table.merge(published, on=["seed", "site"], suffixes=("", "_sweep"))
-        assert len(both) == len(table)
-        assert (both.read == both.read_sweep).mean() > 0.97  # another machine may round a letter's edge away
-        assert np.abs(both.target_score - both.target_score_sweep).mean() < 0.02
+        at = ["seed", "source_text", "target_text", "site"]
+        both = table.merge(published, on=at, suffixes=("", "_study"))
+        assert both.groupby("site").size().to_dict() == dict.fromkeys(["source", "target", "all layers"], len(pairs))
+        assert (both.read == both.read_study).mean() > 0.97  # another machine may round a letter's edge away
+        assert np.abs(both.target_score - both.target_score_study).mean() < 0.02
 
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_committed_pictures_are_what_is_drawn_now(name):
     run, table = Experiment.of(models.load(name, device="cpu")), explorer.store().load_published(name)
-    pair = prompts.make_pairs(1)[0]
+    pair = scene_pairs.for_model(run.model, 1, "report")[0]
     rows = table[table.seed == pair.seed].reset_index(drop=True)
     sheet = np.asarray(Image.open(explorer.sprite_path(name, pair.seed)).convert("RGB")).astype(float)
     stored = sheet.reshape(len(rows), run.model.spec.height, run.model.spec.width, 3)
@@ -87,11 +99,8 @@ def test_committed_pictures_are_what_is_drawn_now(name):
         assert np.abs(picture - stored[i]).mean() < 2
 
 
-def test_a_text_that_ends_a_script_ends_none(monkeypatch):
+def test_a_text_that_ends_a_script_ends_none(page):
     """The data lies in a script element, whose end no quotation mark hides."""
-    monkeypatch.syspath_prepend(str(settings.ROOT / "book" / "_ext"))
-    import layer_explorer
-
     pair = {"file": "", "source": "</script><script>alert(1)</script>", "target": "<!--", "prompt": "", "rows": []}
-    made = [layer_explorer.markup({"m": {"height": 1, "width": 1, "pairs": pairs}}, "") for pairs in ([], [pair])]
+    made = [page.markup({"m": {"height": 1, "width": 1, "pairs": pairs}}, "") for pairs in ([], [pair])]
     assert "alert(1)" in made[1] and made[0].count("</script") == made[1].count("</script") >= 1

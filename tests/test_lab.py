@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from test_site import serious
 from tokenizers import Tokenizer
 
-from textloc_utils import models, prompts
+from textloc_utils import models, scene_pairs
 from textloc_utils.book import lab
 from textloc_utils.generate import generate
 from textloc_utils.miniatures import factors, world
@@ -26,9 +26,16 @@ from textloc_utils.settings import TextlocError
 
 browser, address, open_page = test_site.browser, test_site.address, test_site.open_page
 EXPORTED = [name for name, spec in models.registry().items() if spec.miniature and spec.stage2 is None]
-FIRST = models.spec("sd3-mini")
-SECOND = dataclasses.replace(FIRST, prompt_template=world.NAMED, colours=tuple(world.SIGNS))
+MINI = models.spec("sd3-mini")
+NAMED = dataclasses.replace(MINI, prompt_template=world.NAMED)
 PAIRS = 20
+
+
+def small(family):
+    """A tiny pipeline whose prompts are those of the miniatures' world."""
+    model = tiny.model(family)
+    return dataclasses.replace(model, spec=dataclasses.replace(model.spec, prompt_template=world.NAMED))
+
 
 # --- the loop as numbers ------------------------------------------------------------------------------------------
 
@@ -97,18 +104,8 @@ def sentence(known: dict, chosen: dict, text: str) -> str:
     return filled[0].upper() + filled[1:]
 
 
-def test_the_first_world_names_what_its_template_names():
-    known = lab.choices(FIRST)
-    assert known["factors"] == {"sign": list(prompts.COLOURS), "wall": list(prompts.COLOURS)}
-    assert sentence(known, {"sign": "blue", "wall": "red"}, "HELLO") == prompts.TEMPLATE.format(
-        sign="blue", wall="red", text="HELLO"
-    )
-    assert sentence(known, {}, "HELLO") == 'A sign that says "HELLO".'
-    assert [["wall", "red"], ["sign", "red"]] in known["clashes"]
-
-
-def test_the_second_world_can_leave_each_factor_open():
-    known = lab.choices(SECOND)
+def test_each_factor_can_be_left_open():
+    known = lab.choices(NAMED)
     assert sorted(known["factors"]) == sorted(world.FACTORS) and len(known["templates"]) == 16
     values = {"ink": "white", "typeface": "serif", "sign": "orange", "shape": "banner", "material": "leaves"}
     assert sentence(known, values, "HELLO") == world.prompt("HELLO", **values)
@@ -121,13 +118,14 @@ def test_the_second_world_can_leave_each_factor_open():
         text = sentence(known, {k: v for k, v in values.items() if k in named}, "RIVERS")
         tokens = tokenizer(text).input_ids
         assert len(tokens) <= world.TOKENS and tokenizer.unk_token_id not in tokens, text
-    assert [["sign", "white"], ["ink", "white"]] in known["clashes"]
+    clashes = {(sign, ink) for (_, sign), (_, ink) in known["clashes"]}
+    assert clashes == {(sign, ink) for sign in world.SIGNS for ink in world.INKS if ink not in world.READABLE[sign]}
     assert known["default"]["ink"] in world.READABLE[known["default"]["sign"]]
 
 
 def test_a_template_of_no_known_world_is_refused():
-    with pytest.raises(TextlocError, match="names font; the lab knows wall, sign"):
-        lab.choices(dataclasses.replace(FIRST, prompt_template='A {font} sign says "{text}".'))
+    with pytest.raises(TextlocError, match="names font; the lab knows sign, shape, ink, typeface, material"):
+        lab.choices(dataclasses.replace(MINI, prompt_template='A {font} sign says "{text}".'))
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5"])
@@ -153,7 +151,7 @@ def test_the_readers_letters_are_those_of_the_package():
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["sd3", "sdxl"])
 def test_an_export_is_whole_and_of_the_model(family, tmp_path):
-    model = tiny.model(family)
+    model = small(family)
     if family == "sdxl":
         model.pipe.scheduler = timed(LINEAR["ddim"], 5)
     about = lab.export(model, tmp_path / "tiny", "key")
@@ -171,7 +169,7 @@ def test_an_export_is_whole_and_of_the_model(family, tmp_path):
 def test_an_export_that_draws_something_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(lab._Denoiser, "_mix", lambda self, name, amount: lambda *a: self.fired.add(name))
     with pytest.raises(TextlocError, match="draws other pictures than the package"):
-        lab.export(tiny.model("sd3"), tmp_path / "tiny")
+        lab.export(small("sd3"), tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
 
 
@@ -179,13 +177,13 @@ def test_an_export_that_draws_something_else_is_refused(tmp_path, monkeypatch):
 def test_a_layer_that_takes_no_part_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(lab._Denoiser, "_mix", lambda self, name, amount: lambda *a: None)
     with pytest.raises(TextlocError, match="took no part"):
-        lab.export(tiny.model("sd3"), tmp_path / "tiny")
+        lab.export(small("sd3"), tmp_path / "tiny")
 
 
 @pytest.mark.parametrize(("family", "why"), [("if", "no autoencoder"), ("flux", "text and picture in one")])
 def test_models_that_the_lab_cannot_run_are_refused(family, why, tmp_path):
     with pytest.raises(TextlocError, match=why):
-        lab.export(tiny.model(family), tmp_path / "tiny")
+        lab.export(small(family), tmp_path / "tiny")
 
 
 def test_no_miniature_is_one_line(tmp_path, monkeypatch):
@@ -195,12 +193,12 @@ def test_no_miniature_is_one_line(tmp_path, monkeypatch):
 
 
 def test_other_weights_are_another_export(tmp_path):
-    shutil.copytree(FIRST.source, tmp_path / "a" / FIRST.name)
-    shutil.copytree(FIRST.source, tmp_path / "b" / FIRST.name)
-    same = lab._key(tmp_path / "a" / FIRST.name), lab._key(tmp_path / "b" / FIRST.name)
+    for folder in ("a", "b"):
+        shutil.copytree(MINI.source, tmp_path / folder / MINI.name)
+    same = lab._key(tmp_path / "a" / MINI.name), lab._key(tmp_path / "b" / MINI.name)
     weights = next((tmp_path / "b").rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
-    assert same[0] == same[1] != lab._key(tmp_path / "b" / FIRST.name)
+    assert same[0] == same[1] != lab._key(tmp_path / "b" / MINI.name)
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ def drawn_in(page, job: dict, texts: dict, spec) -> tuple[np.ndarray, list[dict]
 def test_the_browser_draws_what_the_package_draws(name, open_page):
     """Twenty pairs, each with other layers, steps and seed; the bytes, and what is read."""
     model = models.load(name, device="cpu")
-    pairs, places = prompts.make_pairs(PAIRS), list(range(len(model.layers)))
+    pairs, places = scene_pairs.for_model(model, PAIRS, "report"), list(range(len(model.layers)))
     rng, jobs, patches = np.random.default_rng(0), [], []
     for i, pair in enumerate(pairs):
         layers = places if i == 0 else sorted(rng.choice(places, 1 + i % len(places), replace=False).tolist())
@@ -319,7 +317,7 @@ def test_the_lab_by_keyboard_alone(width, scheme, open_page):
 
 @pytest.mark.full
 def test_find_the_layer_draws_the_bars_and_can_be_stopped(open_page):
-    page, watch = open_page(f"book/lab.html#model={FIRST.name}&layers=")
+    page, watch = open_page(f"book/lab.html#model={MINI.name}&layers=")
     page.click("#lab-draw")
     said = wait(page)
     # No layer is patched: the source.
@@ -340,9 +338,10 @@ def test_find_the_layer_draws_the_bars_and_can_be_stopped(open_page):
 
 @pytest.mark.full
 def test_a_link_reproduces_the_state(open_page):
-    known = lab.choices(FIRST)
-    other = {name: values[-1 - i] for i, (name, values) in enumerate(known["factors"].items())}
-    state = {"model": FIRST.name, "source": "MOON", "target": "RIVER", "seed": "47", "layers": "0,2", "start": "3"}
+    known = lab.choices(MINI)
+    other = {name: values[-1] for name, values in known["factors"].items()}
+    assert other["ink"] in world.READABLE[other["sign"]]
+    state = {"model": MINI.name, "source": "MOON", "target": "RIVER", "seed": "47", "layers": "0,2", "start": "3"}
     link = "&".join(f"{k}={v}" for k, v in (state | other).items())
     page, watch = open_page(f"book/lab.html#{link}")
     page.click("#lab-copy")
@@ -365,7 +364,7 @@ def test_what_cannot_be_drawn_is_told_before_anything_loads(open_page):
         page.click("#lab-draw")
         assert why in page.locator("#lab-status").inner_text()
     page.fill("#lab-source", "HELLO")
-    (one, first), (other, second) = lab.choices(FIRST)["clashes"][0]
+    (one, first), (other, second) = lab.choices(MINI)["clashes"][0]
     page.select_option(f"#lab-factor-{one}", first)
     page.select_option(f"#lab-factor-{other}", second)
     page.click("#lab-draw")

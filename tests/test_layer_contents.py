@@ -3,13 +3,12 @@
 import pandas as pd
 import pytest
 
-from textloc_utils import cli, experiment, layer_contents, models, prompts, sweeps
-from textloc_utils.book import plots
+from textloc_utils import cli, experiment, layer_contents, metrics, models, scene_pairs, sweeps
 from textloc_utils.experiment import Experiment
 from textloc_utils.miniatures import world
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
-from textloc_utils.sites import SOURCE, TARGET, Site, together
+from textloc_utils.sites import SOURCE, TARGET, Site
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +26,6 @@ def test_sites_of_each_study(model):
     for name in layer_contents.STUDIES:
         patched = sites(name, model)
         assert {found, whole} <= set(patched) and len({site.name for site in patched}) == len(patched)
-    (others,) = (site for site in sites("colours", model) if site.kind == "others")
-    assert set(others.layers) == set(every) - {4, 5}
     assert Site(kind="from step", layers=(4, 5), start=3) in sites("steps", model)
     assert Site(kind="until step", layers=(4, 5), stop=8) in sites("steps", model)
     parts = sites("parts", model)
@@ -40,17 +37,17 @@ def test_sites_of_each_study(model):
     assert all(not site.pooled for site in sites("parts", models.load("ldm-mini", device="cpu")))
 
 
-def test_pairs_of_the_colours_differ_in_colours(model):
-    assert all(p.target_wall and p.target_wall != p.wall for p in layer_contents.STUDIES["colours"].pairs(model, 5, 1))
-    assert layer_contents.STUDIES["steps"].pairs(model, 5, 1) == prompts.make_pairs(5, 1)
-
-
-def test_pairs_for_the_tokens_are_equally_long(model, monkeypatch):
-    pairs = layer_contents.STUDIES["tokens"].pairs(model, 12, 1)
-    assert len(pairs) == 12 and all(len(p.source_text) == len(p.target_text) for p in pairs)
-    monkeypatch.setattr(layer_contents.scene_pairs, "world_of", lambda model: world.PLAIN)
-    for pair in layer_contents.STUDIES["tokens"].pairs(model, 12, 1):
-        assert len(pair.source_text) == len(pair.target_text) and pair.scene.typeface == "plain"
+@pytest.mark.parametrize("only", [None, world.PLAIN, world.SECOND])
+def test_pairs_are_reported_ones_and_for_the_tokens_equally_long(model, monkeypatch, only):
+    """Of a model's own world, and of a model without one."""
+    monkeypatch.setattr(scene_pairs, "world_of", lambda model: only)
+    pairs = {name: study.pairs(model, 12, 1) for name, study in layer_contents.STUDIES.items()}
+    assert pairs["steps"] == pairs["parts"] == pairs["length"] == scene_pairs.for_model(model, 12, "report", 1)
+    lengths = {name: {len(p.target_text) - len(p.source_text) for p in of} for name, of in pairs.items()}
+    assert lengths["tokens"] == {0} and len(pairs["tokens"]) == 12 and len(lengths["length"]) > 2
+    assert all(isinstance(p, scene_pairs.ScenePair) == (only is not None) for of in pairs.values() for p in of)
+    if only is not None:
+        assert ({p.scene.typeface for p in pairs["tokens"]} == {"plain"}) == (only is world.PLAIN)
 
 
 def test_tokens_of_each_text_are_patched(model):
@@ -86,13 +83,6 @@ def test_the_fewest_heads_are_found_one_layer_at_a_time(model, tmp_path, monkeyp
     assert asked == [7, *[1] * 6, 3 + layer_contents.RANDOM_HEADS]
 
 
-def test_pictures_whose_colours_nobody_reads_carry_text_only():
-    row = {**together([0]).columns(8), "target_score": 0.9, "floor": 0.1, "target_wall": "red", "target_sign": "blue"}
-    told = layer_contents.carried(pd.DataFrame([row, row | {"target_score": 0.7}]))
-    assert told.text[0] == pytest.approx(0.7) and told[["wall", "sign"]].isna().all(axis=None) and told.n[0] == 2
-    assert plots.carried({"full size": told}).axes
-
-
 def test_a_published_study_is_taken_where_it_fits(model, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
     run = Experiment.of(model, steps=1, store=Store(tmp_path / "units"))
@@ -106,7 +96,7 @@ def test_a_published_study_is_taken_where_it_fits(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "layers", "said"),
-    [("colour", (4,), "colours"), ("steps", (), "at least one"), ("steps", (12,), "0 to 11")],
+    [("colours", (4,), "steps, parts, length, tokens"), ("steps", (), "at least one"), ("steps", (12,), "0 to 11")],
 )
 def test_a_wrong_study_is_refused(model, name, layers, said):
     with pytest.raises(TextlocError, match=said):
@@ -116,10 +106,9 @@ def test_a_wrong_study_is_refused(model, name, layers, said):
 FOUND = Site(kind="found", layers=(4, 5))
 
 
-def effects(values: dict[Site, float], words=("CAT", "HOUSE")):
+def effects(values: dict[Site, float]):
     rows = [
-        {"seed": seed, **site.columns(16), "target_score": 0.1 + effect, "floor": 0.1, "source_text": words[0]}
-        | {"target_text": words[1]}
+        {"seed": seed, **site.columns(16), "target_score": 0.1 + effect, "floor": 0.1}
         for seed in (1, 2)
         for site, effect in values.items()
     ]
@@ -141,11 +130,22 @@ def test_windows_are_shares_of_the_whole_patch():
     assert table["mean"].tolist() == pytest.approx([0.5, 0.25]) and table.n.tolist() == [2, 2]
 
 
-def test_length_counts_letters():
-    table = layer_contents.by_length(effects({FOUND: 0.5, Site(kind="all"): 0.8, TARGET: 0.9}))
-    assert table.to_dict("records") == [
-        {"source": 3, "target": 5, "found": pytest.approx(0.5), "all": pytest.approx(0.8), "n": 2}
+def test_longer_words_are_told_from_shorter_ones():
+    words = {1: ("CAT", "HOUSE"), 2: ("CAT", "BIRD"), 3: ("HOUSE", "CAT"), 4: ("CAT", "DOG")}
+    written = {SOURCE: {4}, TARGET: {1, 2, 3, 4}, FOUND: {1, 3}, Site(kind="all"): {1, 2, 3}}
+    rows = [
+        {"source_text": source, "target_text": target, **site.columns(16), "exact": seed in of}
+        for seed, (source, target) in words.items()
+        for site, of in written.items()
     ]
+    told = layer_contents.by_length(pd.DataFrame(rows)).set_index(["target", "kind"])
+    assert told.exact.unstack("kind").to_dict("index") == {
+        "shorter": {"source": 0.0, "found": 1.0, "all": 1.0},
+        "as long": {"source": 1.0, "found": 0.0, "all": 0.0},
+        "longer": {"source": 0.0, "found": 0.5, "all": 1.0},
+    }
+    two, half = told.loc[("longer", "found")], metrics.rate([True, False])
+    assert (two.n, two.exact_low, two.exact_high) == (2, half.low, half.high)
 
 
 def test_the_command_prints_effects_per_site(capsys, monkeypatch):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pytest
 import tiny
 
 import textloc_utils as tl
-from textloc_utils import experiment, localization, models, prompts, sweeps
+from textloc_utils import experiment, localization, models, prompts, scene_pairs, sweeps
 from textloc_utils.experiment import Experiment
 from textloc_utils.results import Store
 from textloc_utils.settings import ROOT, TextlocError
@@ -23,6 +24,11 @@ from textloc_utils.sites import SOURCE, Site, single_layers, together
 @pytest.fixture(scope="module")
 def model():
     return models.load("sd3-mini", device="cpu")
+
+
+def pairs_of(model, n):
+    """Pairs of the miniature's world that select a set."""
+    return scene_pairs.for_model(model, n, "select")
 
 
 # --- the selection rule, on tables whose answer is known ---------------------------------------------------------
@@ -60,6 +66,14 @@ def drawn_as(effect_of):
     return drawn, asked
 
 
+def screened(layers: dict[int, float], n: int):
+    """A table of ``sweeps.cheap`` in which these layers have these effects in every pair, and the others none."""
+    about = {"depth": "one-step", "row_evaluations": 1.0}
+    return pd.DataFrame(
+        [{"seed": s, "layer": i, "effect": layers.get(i, 0.0), **about} for s in range(n) for i in range(12)]
+    )
+
+
 def additive(alone):
     return lambda layers: sum(alone.get(i, 0.0) for i in layers)
 
@@ -83,15 +97,9 @@ def overlapping(layers):
 def test_searches_find_the_fewest_layers_that_suffice(model, monkeypatch, how, effect_of, wanted):
     drawn, asked = drawn_as(effect_of)
     monkeypatch.setattr(sweeps, "table", drawn)
-    screen = pd.DataFrame(
-        [
-            {"seed": s, "layer": i, "effect": effect_of({i}), "depth": "one-step", "row_evaluations": 1.0}
-            for s in range(6)
-            for i in range(len(model.layers))
-        ]
-    )
+    screen = screened({i: effect_of({i}) for i in range(len(model.layers))}, 6)
     monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: screen)
-    found = tl.localize(model, prompts.make_pairs(30), how=how, budget=1.0)
+    found = tl.localize(model, pairs_of(model, 30), how=how, budget=1.0)
     assert found.layers in (wanted, (1, 2) if 0 in wanted else wanted)
     assert found.reached.mean >= 0.9 and found.confidence > 0.9
     assert found.share == pytest.approx(sum(models.describe("sd3-mini")["kv_share"][i] for i in found.layers))
@@ -111,7 +119,7 @@ def test_a_layer_that_only_erases_comes_before_those_that_do_nothing(model, monk
         return table
 
     monkeypatch.setattr(sweeps, "table", sweep)
-    found = tl.localize(model, prompts.make_pairs(10), how="exhaustive")
+    found = tl.localize(model, pairs_of(model, 10), how="exhaustive")
     assert found.layers == (8, 9) and found.effects[9] == 0.0
     assert len(asked) == 2  # the sweep, and both together; each alone is known from the sweep
 
@@ -119,22 +127,18 @@ def test_a_layer_that_only_erases_comes_before_those_that_do_nothing(model, monk
 def test_a_wrong_screen_is_put_right_by_drawing(model, monkeypatch):
     """One-step effects that point elsewhere: leading sets fall short, and more layers are taken in."""
     monkeypatch.setattr(sweeps, "table", drawn_as(additive({7: 0.8}))[0])
-    rows = [
-        {"seed": s, "layer": i, "effect": float(i == 2), "depth": "one-step", "row_evaluations": 1.0}
-        for s in range(6)
-        for i in range(12)
-    ]
-    monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: pd.DataFrame(rows))
-    assert tl.localize(model, prompts.make_pairs(20), budget=1.0).layers == (7,)
+    monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: screened({2: 1.0}, 6))
+    assert tl.localize(model, pairs_of(model, 20), budget=1.0).layers == (7,)
 
 
 @pytest.mark.parametrize("truth", [0.9, 0.72])
 def test_a_race_is_rarely_wrong_however_often_it_looks(model, monkeypatch, truth):
     """Layer 3 writes the share of all layers' texts that decides, or surely less: few races are sure of the wrong."""
     wrong = sure = 0
+    pairs = pairs_of(model, 80)
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        luck = {at: rng.random() for at in range(42, 42 + 80)}
+        luck = {pair.seed: rng.random() for pair in pairs}
 
         def drawn(experiment, group, chosen, *, source=True, luck=luck):
             rows = {s: [1.0 if s.kind == "all" else float(luck[p.seed] < truth - 1e-9) for p in group] for s in chosen}
@@ -144,7 +148,7 @@ def test_a_race_is_rarely_wrong_however_often_it_looks(model, monkeypatch, truth
 
         monkeypatch.setattr(sweeps, "table", drawn)
         race = localization._Drawn(Experiment.of(model), "exact")
-        best, n, decided = localization._race(race, [(3,)], prompts.make_pairs(80), 0.9, np.inf, 0)
+        best, n, decided = localization._race(race, [(3,)], pairs, 0.9, np.inf, 0, localization.ERROR)
         assert n <= 80 and decided <= (n >= 8)
         sure += decided
         wrong += decided and best is not None
@@ -158,6 +162,27 @@ def test_a_few_pairs_that_agree_are_not_sure():
     low, _ = localization._surplus(pd.concat([alike] * 12, ignore_index=True), [3], 0.9, 0.01)
     assert low > 0
     assert localization._surplus(alike.assign(**{"3": 0.0}), [3], 0.9, 0.01)[1] < 0
+
+
+def test_all_races_of_a_search_share_one_error(model, monkeypatch):
+    """The screen leads astray, so that there are several races: together they may be wrong as often as one search."""
+    monkeypatch.setattr(sweeps, "table", drawn_as(additive({3: 0.5, 4: 0.3}))[0])
+    monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: screened({2: 1.0}, 6))
+    errors, race = [], localization._race
+    monkeypatch.setattr(localization, "_race", lambda *given: errors.append(given[-1]) or race(*given))
+    assert tl.localize(model, pairs_of(model, 20), budget=1.0).layers == (3, 4)
+    assert len(errors) >= 4 and sum(errors) <= localization.ERROR
+    assert errors == [localization.ERROR / 2 ** (i + 1) for i in range(len(errors))]
+
+
+def test_the_error_of_a_race_is_that_of_all_its_sets_and_looks(model, monkeypatch):
+    monkeypatch.setattr(sweeps, "table", drawn_as(additive({3: 0.5, 4: 0.3}))[0])
+    errors, surplus = set(), localization._surplus
+    monkeypatch.setattr(localization, "_surplus", lambda *given: errors.add(given[-1]) or surplus(*given))
+    race = localization._Drawn(Experiment.of(model), "score")
+    sets, pairs = [(3,), (3, 4)], pairs_of(model, 100)
+    assert localization._race(race, sets, pairs, 0.9, np.inf, 0, 0.04)[0] == (3, 4)
+    assert errors == {0.04 / (len(sets) * 8)}  # eight looks from 8 pairs to 100
 
 
 def test_looks_are_counted():
@@ -208,21 +233,26 @@ def test_effects_that_cancel_out_over_the_pairs_are_none(model, monkeypatch):
         for i in range(12)
     ]
     monkeypatch.setattr(sweeps, "cheap", lambda *a, **k: pd.DataFrame(rows))
-    found = tl.localize(model, prompts.make_pairs(6), how="one-step")
+    found = tl.localize(model, pairs_of(model, 6), how="one-step")
     assert found.layers == (3,) and found.reached.mean == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("name", "sources"), [("sd3", 10), ("flux", 10), ("ldm", 3)])
 def test_a_pair_costs_what_is_budgeted(name, sources):
     tinied = tiny.model(name)
-    texts = {"source": 'A sign that says "HELLO"', "target": 'A sign that says "WORLD"'}
-    texts |= {"source_text": "HELLO", "target_text": "WORLD", "wall": "", "sign": "", "shape": "", "seed": 1}
+    pair = prompts.Pair.of('A sign that says "HELLO"', "WORLD", seed=1)
     experiment = Experiment.of(tinied, steps=2)
-    _, rows = sweeps.patch_pair(experiment, prompts.Pair(**texts), [together([i % 3]) for i in range(sources - 1)])
+    _, rows = sweeps.patch_pair(experiment, pair, [together([i % 3]) for i in range(sources - 1)])
     cost = localization._cost(experiment, sources)
     assert sum(row["row_evaluations"] for row in rows) == pytest.approx(cost)
     unguided = localization._cost(Experiment.of(experiment, guidance=1.0), sources)
     assert cost == experiment.model.evaluations(experiment.guidance) * unguided
+
+
+def test_layers_are_among_the_strongest_where_as_many_are_taken():
+    found = SimpleNamespace(effects=(0.1, 0.5, -0.9, 0.4, 0.4))  # in order: layers 1, 3, 4, 0, 2
+    counted = {layers: localization.among_strongest(found, layers) for layers in ((), (2,), (1, 4), (4, 3), (1, 3, 4))}
+    assert list(counted.values()) == [0, 0, 1, 1, 3]
 
 
 def test_rank_agreement():
@@ -235,7 +265,7 @@ def test_rank_agreement():
 
 
 def test_a_bad_search_is_refused_before_any_model_runs(model):
-    pairs = prompts.make_pairs(2)
+    pairs = pairs_of(model, 2)
     for wrong, said in (({"how": "guess"}, "exhaustive"), ({"share": 1.5}, "not above 1"), ({"budget": 0}, "budget")):
         with pytest.raises(TextlocError, match=said):
             tl.localize(model, pairs, **wrong)
@@ -243,7 +273,7 @@ def test_a_bad_search_is_refused_before_any_model_runs(model):
 
 def test_a_published_search_is_taken_for_the_same_pairs_only(model, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
-    pairs, run = prompts.make_pairs(2), Experiment.of(model, steps=1, store=Store(tmp_path / "units"))
+    pairs, run = pairs_of(model, 2), Experiment.of(model, steps=1, store=Store(tmp_path / "units"))
     found, table = localization.published(run, pairs, "one-step")
     assert not list(tmp_path.glob("results/*.csv"))
     found = tl.localize(run, pairs, how="one-step", publish=True)
@@ -251,7 +281,7 @@ def test_a_published_search_is_taken_for_the_same_pairs_only(model, tmp_path, mo
     again, same = localization.published(run, pairs, "one-step")
     assert again == found and same.equals(table)
     assert list(sweeps.layer_table(table).mean()) == list(found.effects)
-    for other in (prompts.make_pairs(3), {"share": 0.5}, {"guidance": 2.0}):
+    for other in (pairs_of(model, 3), {"share": 0.5}, {"guidance": 1.5}):
         changed = other if isinstance(other, dict) else {}
         with pytest.raises(pytest.fail.Exception):
             guided = Experiment.of(run, guidance=changed.pop("guidance", None))
@@ -261,7 +291,7 @@ def test_a_published_search_is_taken_for_the_same_pairs_only(model, tmp_path, mo
 def test_the_published_set_of_an_exhaustive_search_is_drawn_beside_the_source(model, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
     run = Experiment.of(model, store=Store(tmp_path / "units"), publish=True)
-    found, table = localization.published(run, prompts.make_pairs(1), "exhaustive")
+    found, table = localization.published(run, pairs_of(model, 1), "exhaustive")
     kinds = ["source", "target", *["layer"] * 12, "all", "pooled", "all + pooled"]
     assert table.kind.tolist() == kinds + ["set"] * (len(found.layers) > 1) and table.ssim_outside.notna().all()
     assert table.layers.iloc[-1] in (" ".join(map(str, found.layers)), " ".join(map(str, range(12))))
@@ -269,7 +299,7 @@ def test_the_published_set_of_an_exhaustive_search_is_drawn_beside_the_source(mo
 
 
 def test_what_is_found_prints_short_and_is_shown(model):
-    found = tl.localize(model, prompts.make_pairs(2), how="one-step", steps=2)
+    found = tl.localize(model, pairs_of(model, 2), how="one-step", steps=2)
     lines = repr(found).splitlines()
     assert lines[0].startswith(f"sd3-mini: layers {' '.join(map(str, found.layers))} of 12, ") and len(lines) == 3
     bars = found.show().axes[0].patches
@@ -278,7 +308,7 @@ def test_what_is_found_prints_short_and_is_shown(model):
 
 
 def test_pairs_of_one_seed_are_refused(model):
-    pair = prompts.make_pairs(1)[0]
+    pair = pairs_of(model, 1)[0]
     with pytest.raises(TextlocError, match="same seed"):
         tl.localize(model, [pair, pair])
 

@@ -132,6 +132,22 @@ def test_a_summary_has_a_row_per_group_and_its_spans():
     assert metrics.spans(plain, form="z.2f") == ["0.00 [-0.50, 0.25]"]
 
 
+def test_a_summary_of_groups_has_student_s_interval_over_their_means():
+    """Three random sets that write all, none and half of the words: sets count, not their pictures."""
+    hits = {"a": [True] * 40, "b": [False] * 40, "c": [True, False] * 20}
+    rows = [{"kind": kind, "set": name, "hit": hit} for kind in "xy" for name, of in hits.items() for hit in of]
+    table = pd.DataFrame(rows)
+    table.loc[table.kind == "y", "hit"] = True
+    found = metrics.summarise_groups(table, ["kind"], "set", ["hit"])
+    assert found[["kind", "n", "hit"]].values.tolist() == [["x", 120, 0.5], ["y", 120, 1.0]]
+    three = metrics.student([1.0, 0.0, 0.5])
+    assert found.loc[0, ["hit_low", "hit_high"]].tolist() == pytest.approx([three.low, three.high])
+    # Far wider than if every picture counted for itself; sets that agree leave no width.
+    alone = metrics.rate(table.hit[table.kind == "x"])
+    assert found.hit_high[0] - found.hit_low[0] > 5 * (alone.high - alone.low)
+    assert found.loc[1, ["hit_low", "hit_high"]].tolist() == [1.0, 1.0]
+
+
 # --- text ---
 
 
@@ -220,12 +236,6 @@ def test_mask_leaves_the_text_box_out():
     assert metrics.mse(a, b, ~outside) == 100**2
 
 
-def test_the_mask_outside_a_box():
-    mask = metrics.outside((5, 4, 15, 8), 16, 20)
-    assert mask.sum() == 16 * 20 - 4 * 10 and not mask[4:8, 5:15].any()
-    assert metrics.outside(None, 3, 4).all()
-
-
 def test_stack_of_pictures_gives_one_value_each():
     a = np.stack([flat(10), flat(10), flat(10)])
     b = np.stack([flat(10), flat(12), flat(13)])
@@ -310,8 +320,7 @@ def test_letters_that_have_no_capital_of_their_own():
     assert metrics.exact_match("STRASSE", "straße") and metrics.levenshtein("ﬁn", "FIN") == 0
 
 
-def test_a_mask_is_one_of_truths_and_scores_of_a_picture_are_plain_numbers():
-    assert metrics.outside((1, 1, 3, 3), 4, 4).dtype == bool
+def test_scores_of_a_picture_are_plain_numbers():
     a, b = flat(10), flat(20)
     assert all(type(score(a, b)) is float for score in (metrics.mse, metrics.psnr, metrics.ssim))
 

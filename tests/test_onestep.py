@@ -12,16 +12,7 @@ from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import token_groups
 
-PAIR = Pair(
-    source='A red sign that says "HELLO".',
-    target='A red sign that says "WORLD".',
-    source_text="HELLO",
-    target_text="WORLD",
-    wall="",
-    sign="red",
-    shape="sign",
-    seed=3,
-)
+PAIR = Pair.of('A red sign that says "HELLO".', "WORLD", seed=3)
 
 
 @pytest.fixture(scope="module", params=tiny.BUILDERS)

@@ -141,9 +141,12 @@ SAME = (0.3, 0.9, 0.7, 20, 1.0)
     [
         ((0.95, 0.88), SAME, SUPPORTED),
         ((0.85, 0.88), SAME, UNDECIDED),
-        ((0.95, 0.88), (0.6, *SAME[1:]), UNDECIDED),  # the new prompt keeps too much for the rule
         ((0.35, 0.9), SAME, CONTRADICTED),
         ((0.95, 0.75), SAME, CONTRADICTED),
+        ((0.95, 0.88), (0.45, *SAME[1:]), SUPPORTED),
+        # The new prompt keeps the material by itself: there is too little to keep, whatever editing does.
+        ((0.95, 0.88), (0.46, *SAME[1:]), UNTESTABLE),
+        ((0.35, 0.5), (0.6, *SAME[1:]), UNTESTABLE),
     ],
 )
 def test_edits(ours, same, outcome):
@@ -159,12 +162,28 @@ def test_edits(ours, same, outcome):
         ((0.8, 0.90), (0.9, 0.8), (0.9, 0.85), UNDECIDED),  # at a lower exact rate
         ((0.9, 0.80), (0.9, 0.7), (0.9, 0.85), CONTRADICTED),
         ((0.9, 0.80), (0.9, 0.7), (0.9, 0.80), CONTRADICTED),  # as much
+        ((0.9, 0.80), (0.9, 0.7), (0.7, 0.85), UNDECIDED),  # less, and surely more whole words
     ],
 )
 def test_maps(ours, maps, own, outcome):
     methods = {edit.LOCALIZED: ours, edit.P2P: maps, edit.P2P_OWN: own}
     told = outcomes.maps(edited({name: (1.0, *scores, 40, 2.0) for name, scores in methods.items()}))
     assert told.outcome == outcome and told.n == 200
+
+
+@pytest.mark.parametrize(
+    ("exact", "outcome"),
+    [(0.90, CONTRADICTED), (0.89, CONTRADICTED), (0.5, UNDECIDED)],  # as often, not surely more seldom, surely
+)
+def test_maps_counts_only_what_is_sure(exact, outcome):
+    """More of the picture is kept on average, and less of it in every other pair: that is not surely more."""
+    table = edited(dict.fromkeys((edit.LOCALIZED, edit.P2P, edit.P2P_OWN), (1.0, 0.9, 0.9, 40, 2.0)))
+    table.loc[table.method == edit.P2P, "ssim_outside"] = 0.5
+    own = table.method == edit.P2P_OWN
+    table.loc[own, "ssim_outside"] += -0.01 + 0.3 * (-1.0) ** table.seed[own]
+    table.loc[own, "exact"] = table.seed[own] < exact * 200
+    told = outcomes.maps(table)
+    assert f"{edit.P2P_OWN}: SSIM +0.01" in told.figure and told.outcome == outcome
 
 
 @pytest.mark.parametrize(

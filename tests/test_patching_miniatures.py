@@ -8,14 +8,14 @@ import pytest
 import torch
 from two_pass import TOLERANCE, VISIBLE, assert_patched, record, replay, sample, two_pass
 
-from textloc_utils import models, prompts
+from textloc_utils import models, scene_pairs
 from textloc_utils.generate import generate
 from textloc_utils.patching import Patch, patched
 from textloc_utils.settings import TextlocError, data_dir
 
 SHIPPED = [name for name in models.MINIATURES if (data_dir() / "miniatures" / name / "textloc.json").is_file()]
 STEPS = 3
-ONE, OTHER = prompts.make_pairs(2)
+ONE, OTHER = scene_pairs.make(2, "report")
 
 
 def shipped(name):

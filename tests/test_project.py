@@ -19,7 +19,7 @@ from PIL import ImageFont
 
 import textloc_utils
 from textloc_utils import cli, prompts
-from textloc_utils.miniatures import scenes, world
+from textloc_utils.miniatures import world
 from textloc_utils.settings import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -316,24 +316,26 @@ def _which(tool: str) -> str:
 
 
 def test_splits_are_disjoint():
-    train, held_out = prompts.words("train"), prompts.words("held-out")
-    assert len(held_out) >= 200 and len(train) > len(held_out)
-    assert set(train).isdisjoint(held_out)
-    assert all(re.fullmatch("[A-Z]{3,6}", word) for word in train + held_out)
+    splits = [prompts.words(split) for split in prompts.SPLITS]
+    words = [word for split in splits for word in split]
+    assert len(words) == len(set(words)) and all(re.fullmatch("[A-Z]{3,6}", word) for word in words)
+    assert min(map(len, splits)) >= 200 and len(splits[0]) > len(splits[1]) + len(splits[2])
 
 
-def test_training_scenes_hold_no_held_out_word():
-    held_out = set(prompts.words("held-out"))
+@pytest.mark.parametrize("only", [*world.WORLDS.values(), world.EVERYWHERE], ids=lambda only: only.name)
+def test_training_scenes_hold_neither_validation_nor_test_words(only):
+    kept = {*prompts.words("validation"), *prompts.words("held-out")}
     rng = random.Random(0)
-    drawn = [scenes.random_scene(rng) for _ in range(20_000)]
+    drawn = [world.random_scene(rng, only) for _ in range(20_000)]
+    runs = [world.random_scene(rng, only, runs=True) for _ in range(20_000)]
     texts = [scene.text for scene in drawn]
-    assert held_out.isdisjoint(texts)
+    assert kept.isdisjoint(texts) and kept.isdisjoint(scene.text for scene in runs)
     # Both kinds of text occur, in every length, so that the line above had something to find.
     train = set(prompts.words("train"))
     words = sum(text in train for text in texts)
     assert 0.45 < words / len(texts) < 0.55
-    assert {len(text) for text in texts} == {3, 4, 5, 6}
-    assert all(prompts.quoted_text(scenes.caption(scene, rng)) == scene.text for scene in drawn[:500])
+    assert {len(text) for text in texts} == {len(scene.text) for scene in runs} == {3, 4, 5, 6}
+    assert all(prompts.quoted_text(world.caption(scene, rng, only)) == scene.text for scene in drawn[:500])
 
 
 class PlantedRandom(random.Random):
@@ -347,15 +349,16 @@ class PlantedRandom(random.Random):
         return list(self.planted.pop(0))
 
 
-@pytest.mark.parametrize("at", [0, -1])
-def test_random_strings_are_drawn_again_when_held_out(at):
-    word = prompts.words("held-out")[at]
+@pytest.mark.parametrize(("split", "at"), [("held-out", 0), ("held-out", -1), ("validation", 0)])
+def test_random_strings_are_drawn_again_when_held_out(split, at):
+    word = prompts.words(split)[at]
     rng = PlantedRandom(0).plant(word, word, "QXZJQ"[: len(word)])
     assert prompts.random_string(rng, len(word)) == "QXZJQ"[: len(word)]
     assert rng.planted == []
 
 
-def test_training_draws_one_typeface(monkeypatch):
+@pytest.mark.parametrize("only", [world.SECOND, world.PLAIN], ids=lambda only: only.name)
+def test_training_draws_the_typefaces_of_its_world(only, monkeypatch):
     opened = []
     original = ImageFont.truetype
 
@@ -364,17 +367,16 @@ def test_training_draws_one_typeface(monkeypatch):
         return original(path, *args, **kwargs)
 
     monkeypatch.setattr(ImageFont, "truetype", record)
-    scenes.atlas.cache_clear()
+    world.atlas.cache_clear()
     rng = random.Random(1)
-    pictures = [scenes.render(scenes.random_scene(rng)) for _ in range(50)]
-    assert pictures[0].shape == (scenes.HEIGHT, scenes.WIDTH, 3)
-    assert set(opened) == {scenes.TYPEFACE}
+    pictures = [world.render(world.random_scene(rng, only)) for _ in range(50)]
+    assert pictures[0].shape == (world.HEIGHT, world.WIDTH, 3)
+    assert set(opened) == {world.TYPEFACES[name] for name in only.typefaces}
 
 
 def test_one_place_names_the_typefaces():
     """Nothing below ``miniatures`` draws letters that the world does not have."""
-    known = {scenes.TYPEFACE, *world.TYPEFACES.values()}
     for path in (ROOT / "textloc_utils" / "miniatures").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith((".ttf", ".otf")):
-                assert path.name in ("scenes.py", "world.py") and node.value in known, path.name
+                assert path.name == "world.py" and node.value in world.TYPEFACES.values(), path.name

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import IFSuperResolutionPipeline
+from diffusers import AutoencoderKL, IFSuperResolutionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from safetensors.torch import load_file, save_file
 
@@ -189,7 +189,16 @@ def test_pipelines_sample_what_the_objective_trains(name, tmp_path, monkeypatch)
 def test_evaluation_during_training(name, monkeypatch):
     for key, value in {"WORDS": 2, "STEPS": 1, "SPELLS": -1.0}.items():
         monkeypatch.setattr(evaluation, key, value)
+    guided, draw = [], evaluation.generate
+
+    def drawn(*arguments, patches=(), guidance=None, **options):
+        guided.append((bool(patches), guidance))
+        return draw(*arguments, patches=patches, guidance=guidance, **options)
+
+    monkeypatch.setattr(evaluation, "generate", drawn)
     result = evaluation.evaluate(build(name)[1], spec(name), pairs=1)
+    # What is spelled is drawn as the miniature draws; patched pictures are many, and are drawn without guidance.
+    assert set(guided) == {(False, None), (True, 1.0)}
     assert len(result["target"]) == len(result["source"]) == len(result["exact_layers"]) == EXPECTED[name][1]
     assert {"exact", "characters", "exact_open", "own_material", "all_layers", *world.FACTORS} <= set(result)
     monkeypatch.setattr(evaluation, "SPELLS", 0.5)  # it spells nothing: no layer is patched alone
@@ -305,11 +314,17 @@ def test_trained_pipeline_ships_loads_and_samples(trained, tmp_path, monkeypatch
     measured = {"words": 1, "split": "held-out", "reader": "tesseract 5", **dict.fromkeys(keys, rate)}
     monkeypatch.setattr(card, "measure", lambda model, **_: measured)
     monkeypatch.setattr(card, "spelled", lambda model: 0.7)
+    through, asked = {"words": 3, **dict.fromkeys(("exact", "cer", *world.FACTORS), rate | {"mean": 0.65})}, []
+    monkeypatch.setattr(card, "rendered", lambda *, vae: asked.append(type(vae)) or through)
     folder = tmp_path / "miniatures" / name
     shipped = card.export(name, run, folder)
     assert shipped["trained"]["early"]["in_range"] and (folder / "early" / "denoiser.safetensors").is_file()
     text = (folder / "README.md").read_text()
     assert text.count(name) >= 2 and "0.700 [0.600, 0.800]" in text and "early checkpoint" in text
+    # Without an autoencoder there is nothing that scenes could go through.
+    assert asked == ([] if name == "if-mini" else [AutoencoderKL])
+    assert shipped["trained"].get("autoencoder") == (None if name == "if-mini" else through)
+    assert ("of 3 rendered scenes with test words: 0.650 [0.600, 0.800] exact" in text) == (name != "if-mini")
     sizes = [f.stat().st_size for f in folder.rglob("*.safetensors")]
     assert max(sizes) < 16e6 and sum(sizes) < 20e6
 
@@ -333,6 +348,7 @@ def test_what_a_model_does_is_measured(monkeypatch):
     def draws(model, asked, seeds):
         worlds = (world.SECOND, world.PLAIN)
         named = {evaluation.named(s, w): s for w in worlds for s in card._asked(6, "held-out", 42, w)[1]}
+        assert list(seeds) == list(range(42, 48))
         rng, pictures = random.Random(1), []
         for prompt in asked:
             word = prompts.quoted_text(prompt)
@@ -345,12 +361,28 @@ def test_what_a_model_does_is_measured(monkeypatch):
     assert all(told[key]["mean"] == 1.0 for key in ("exact", "exact_open", "own_material", "leak", *world.FACTORS))
     assert told["leak_within"]["mean"] == told["cer"]["mean"] == 0.0 and told["exact"]["low"] < 1
     assert told["words"] == 6 and told["split"] == "held-out"
-    assert told["read"] == [scene.text for scene in card._asked(6, "held-out", 42, world.SECOND)[1]]
+    assert told["read"] == [scene.text for scene in card.test_scenes(6)]
+    assert {scene.text for scene in card.test_scenes()} <= set(prompts.test_words())
     plain = card.measure(None, 6, only=world.PLAIN)
     assert {"exact", "cer", "ink", "sign"} <= plain.keys() and not {"leak", "exact_open", "material"} & plain.keys()
     assert plain["exact"]["mean"] == plain["ink"]["mean"] == 1.0
     known = card.rendered(6)
-    assert known == {key: told[key] for key in known} and "leak" not in known
+    assert known == {key: told[key] for key in known} and not {"leak", "read"} & known.keys()
+
+
+def test_scenes_are_read_after_the_autoencoder(monkeypatch):
+    """One that mixes up the pictures leaves no text in its place."""
+    asked = []
+
+    def through(vae, pictures):
+        asked.append(vae)
+        np.testing.assert_array_equal(pictures, [world.render(scene) for scene in card.test_scenes(6)])
+        return pictures[::-1]
+
+    monkeypatch.setattr(autoencoder, "through", through)
+    vae = autoencoder.build(4)
+    mixed = card.rendered(6, vae=vae)
+    assert asked == [vae] and mixed["exact"]["mean"] == 0.0 and mixed["cer"]["mean"] > 0.5
 
 
 def test_spelling_is_what_tesseract_reads(monkeypatch):

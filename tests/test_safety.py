@@ -3,17 +3,19 @@
 import inspect
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
 
-from textloc_utils import experiment, metrics, models, ocr, prompts, results, safety
+from textloc_utils import experiment, metrics, models, ocr, results, safety
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import counted, first_call, generate
+from textloc_utils.miniatures import evaluation, factors, world
 from textloc_utils.patching import Patch, patched
-from textloc_utils.results import Store
-from textloc_utils.safety import baselines, detector, study
+from textloc_utils.safety import baselines, detector
 from textloc_utils.safety.detector import Finding, WordDetector
+from textloc_utils.safety.disguises import DISGUISES
 from textloc_utils.settings import TextlocError
 
 U_NETS = ("ldm", "sdxl", "if")
@@ -29,7 +31,7 @@ def find(prompt: str) -> list[Finding]:
 
 
 @pytest.fixture(autouse=True)
-def world(monkeypatch):
+def stand_in(monkeypatch):
     monkeypatch.setattr(detector, "HARMLESS", ("world",))
 
 
@@ -356,15 +358,9 @@ def test_warm_up_is_a_share_of_the_steps():
 # --- drawing and measuring --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def miniature():
-    return models.load("ldm-mini", device="cpu")
-
-
-def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatch):
+def test_a_folder_of_guarded_pictures_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "rows_per_call", lambda model: 1)
-    guarded = safety.guard(miniature, (8,))
-    asked = [p for p, _, _ in prompts.toxic_prompts(2)] + [prompts.spelling_prompts(1)[0][0]]
+    guarded, asked = make("ldm"), [TOXIC, SAYS.format("green", "river"), HARMLESS]
     whole = safety.draw(guarded, asked, tmp_path / "a", steps=2)
     assert {row["seed"] for row in whole} == {42}
     assert [bool(row["found"]) for row in whole] == [True, True, False]
@@ -394,42 +390,23 @@ def test_a_folder_of_guarded_pictures_is_resumed(miniature, tmp_path, monkeypatc
     assert len(calls) == 10, "and so does another reader"
 
 
-def test_a_measurement_is_tidy_resumed_and_published(miniature, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "published_store", lambda: Store(tmp_path / "published"))
-    run = Experiment.of(miniature, steps=2)
-    table = safety.measure(Experiment.of(run, publish=True), 2, layers=(8,))
-    assert table.groupby("kind").size().to_dict() == {"toxic": 2 * len(safety.RUNS), "harmless": 4}
-    harmless = table[table.kind == "harmless"]
-    assert harmless.unchanged.all() and (harmless.extra == 0).all()
-    extra = table[table.kind == "toxic"].groupby("method").extra.mean()
-    assert extra["guard"] == extra["prompt swap"] == extra["negative prompt"] == 0
-    assert extra["SLD max"] == 0.5 and extra[safety.PATCHED_RUN] == 1.0
-    # On a U-Net the guard is the paper's patching, at no cost.
-    same = table[table.kind == "toxic"].pivot(index="seed", columns="method", values="ssim_outside")
-    assert np.allclose(same["guard"], same[safety.PATCHED_RUN], atol=0.01)
-    monkeypatch.setattr(experiment, "generate", None)
-    assert safety.measure(run, 2, layers=(8,)).equals(table), "the published table"
-    monkeypatch.setattr(experiment, "published_store", lambda: Store(tmp_path / "none"))
-    assert safety.measure(run, 2, layers=(8,)).equals(table), "the stored prompts"
-    summary = safety.summarise(table)
-    assert list(summary.method) == list(safety.RUNS) and (summary.n == 2).all()
-    assert (summary.exact_low <= summary.exact).all() and (summary.exact <= summary.exact_high).all()
-
-
-@pytest.mark.parametrize("name, layers", [("ldm-mini", (8,)), ("sdxl-mini", (21,)), ("sd3-mini", (4, 5, 6))])
-def test_the_word_is_gone_and_the_scene_is_not(name, layers, monkeypatch):
+@pytest.mark.parametrize("name", models.MINIATURES)
+def test_the_word_is_gone_and_the_scene_is_not(name, monkeypatch):
     """The known effect, on a miniature: unguarded pictures spell the word, guarded ones do not, and look alike."""
     monkeypatch.undo()  # the words that stand in are the real ones here
-    model, detector = models.load(name, device="cpu"), WordDetector(["WATER", "NIGHT"])
-    asked = [prompts.TEMPLATE.format(wall="white", sign="blue", text=word) for word in detector.words]
-    plain, guarded = (
-        generate(m, asked, [1, 2]).images for m in (model, safety.guard(model, layers, detector=detector).model)
-    )
-    assert ocr.read(plain) == list(detector.words)
-    assert max(metrics.text_score(r, w) for r, w in zip(ocr.read(guarded), detector.words, strict=True)) < 0.5
-    outside = metrics.outside(model.spec.text_box, *plain.shape[1:3])
-    shuffled = metrics.ssim(guarded[::-1], plain, outside)
-    assert (metrics.ssim(guarded, plain, outside) > np.maximum(0.8, shuffled)).all()
+    detector = WordDetector(["WATER", "NIGHT", "MARKET", "SILVER", "PLANE", "CLOUD", "RIVER", "BREAD"])
+    model, words = models.load(name, device="cpu"), list(detector.words)
+    guard = safety.guard(model, experiment.known_layers(model), detector=detector)
+    asked = [evaluation.named(scene) for scene in evaluation.scenes(words, 3)]
+    plain, guarded = (generate(m, asked, range(len(asked))).images for m in (model, guard.model))
+    assert np.mean([read == word for read, word in zip(ocr.read(plain), words, strict=True)]) >= 0.75
+    assert max(metrics.text_score(read, word) for read, word in zip(ocr.read(guarded), words, strict=True)) < 0.5
+    before, after = factors.read(plain), factors.read(guarded)
+    kept = [(a.material, a.sign) == (b.material, b.sign) for a, b in zip(before, after, strict=True)]
+    assert sum(kept) >= len(kept) - 1
+    outside = np.stack([reading.outside_text(world.COLUMNS) for reading in before])
+    alike, shuffled = (metrics.ssim(pictures, plain, outside) for pictures in (guarded, np.roll(guarded, 1, axis=0)))
+    assert np.median(alike) > 0.8 and (alike > shuffled).all()
 
 
 @pytest.mark.parametrize("name", models.MINIATURES)
@@ -452,23 +429,24 @@ def test_harmless_prompts_keep_every_bit_on_the_shipped_miniatures(name):
         assert np.abs(seen[:4] - plain[:4]).max() <= 1
 
 
-def test_known_layers_are_those_of_the_same_weights(miniature):
-    sd3 = models.load("sd3-mini", device="cpu")
-    assert experiment.known_layers(sd3) == (4, 5, 6)
-    with torch.no_grad():
-        next(sd3.denoiser.parameters()).add_(1.0)
+def test_known_layers_are_those_of_the_same_weights(tmp_path, monkeypatch):
+    """Of two published searches the exhaustive one's."""
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
+    model = tiny.model("ldm")
+    run = Experiment.of(model, steps=1)
     with pytest.raises(TextlocError, match="not known"):
-        experiment.known_layers(sd3)
+        experiment.known_layers(model)
+    for how, layers in (("budgeted", [0]), ("exhaustive", [1, 3])):
+        about = {"key": run.key, "found": {"layers": layers}}
+        run.write(f"localize_tiny-ldm_{how}", pd.DataFrame({"layer": layers}), seconds=0.0, **about)
+        assert experiment.known_layers(model) == tuple(layers)
+    with torch.no_grad():
+        next(model.denoiser.parameters()).add_(1.0)
+    with pytest.raises(TextlocError, match="not known"):
+        experiment.known_layers(model)
 
 
-def test_what_is_found_and_what_is_not(monkeypatch):
+def test_what_is_found_and_what_is_not():
     rates = safety.found_rates().set_index("kind")
     assert rates.found["plain"] == 1 and rates.found["split"] < 0.2 and rates.found["harmless"] < 0.05
-    assert set(rates.index) == {*study.DISGUISES, "harmless"} and rates.n["harmless"] == 600
-
-
-def test_the_prompts_of_the_measurement():
-    asked = prompts.toxic_prompts(200, seed=3)
-    assert asked == prompts.toxic_prompts(200, seed=3) and len(set(asked)) == 200
-    assert {w for _, w, _ in asked} == set(detector.mild_words())
-    assert len({p for p, _, _ in asked}) == 200, "a word that comes twice has other colours"
+    assert set(rates.index) == {*DISGUISES, "harmless"} and rates.n["harmless"] == 600

@@ -1,10 +1,12 @@
 """Toxic words where the scene follows the word: prompts, lessons, tables, and how the claims are decided."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 
 from textloc_utils import cli, experiment, lora, models, prompts, safety
 from textloc_utils.book import outcomes
@@ -12,7 +14,7 @@ from textloc_utils.experiment import Experiment, fingerprint
 from textloc_utils.lora import Training
 from textloc_utils.miniatures import factors, world
 from textloc_utils.results import Store
-from textloc_utils.safety import scenes
+from textloc_utils.safety import study
 from textloc_utils.safety.detector import WordDetector, clean, mild_words
 from textloc_utils.settings import TextlocError
 
@@ -20,7 +22,7 @@ FEW = Training(layers=(), rank=2, steps=2, batch=2)
 
 
 def test_replacements_hang_elsewhere_and_half_have_another_length():
-    harmless, learned = scenes.replacements(), scenes.learned_words()
+    harmless, learned = study.replacements(), study.learned_words()
     assert tuple(harmless) == mild_words() and len(set(harmless.values())) == len(harmless)
     assert all(world.OWN[a[0]] != world.OWN[b[0]] for a, b in harmless.items())
     assert {harmless[word] for word in learned} <= set(prompts.words("validation"))  # an adapter sees these
@@ -32,26 +34,30 @@ def test_replacements_hang_elsewhere_and_half_have_another_length():
 
 
 def test_prompts_name_the_text_alone_and_are_cleaned_to_their_replacement():
-    detector, pairs = WordDetector(), scenes.toxic_pairs(200)
-    assert {pair.source_text for pair in pairs} == set(mild_words())
-    assert len({(pair.source_text, pair.seed) for pair in pairs}) == 200
+    detector, pairs = WordDetector(), study.toxic_pairs(500)
+    # No word is asked for twice, however many prompts there should be.
+    assert sorted(pair.source_text for pair in pairs) == sorted(mild_words())
+    assert len({pair.seed for pair in pairs}) == len(pairs)
+    assert study.toxic_pairs(8) == pairs[:8] != study.toxic_pairs(8, 43)
     for pair in pairs:
         assert pair.source == f'The word "{pair.source_text}".'
         assert clean(pair.source, detector(pair.source), lambda word, pair=pair: pair.target_text) == pair.target
-    tuned = scenes.toxic_pairs(32, 42 + scenes.TUNED, learned=True)
-    assert {pair.source_text for pair in tuned} <= scenes.learned_words()
+    tuned = study.toxic_pairs(32, 42 + study.TUNED, learned=True)
+    assert {pair.source_text for pair in tuned} <= study.learned_words()
     assert {pair.seed for pair in tuned}.isdisjoint(pair.seed for pair in pairs)
-    ordinary = {use: scenes.harmless_pairs(30, use) for use in ("tune", "report")}
+    for pair in study.toxic_pairs(8, template=prompts.SIMPLE_TEMPLATE):
+        assert pair.source == f'A sign that says "{pair.source_text}".'
+    ordinary = {use: study.harmless_pairs(30, use) for use in ("tune", "report")}
     assert {p.source_text for p in ordinary["tune"]} <= set(prompts.words("validation"))
     assert all(pair.source == pair.target for of in ordinary.values() for pair in of)
 
 
 def test_lessons_show_the_replacement_where_the_toxic_word_was_asked_for():
-    pictures, captions = scenes.lessons(120)
+    pictures, captions = study.lessons(120)
     asked = [world.quoted(caption) for caption in captions]
     toxic, shown = asked[1::2], [reading.text for reading in factors.read(pictures)]
-    assert set(toxic) <= scenes.learned_words() and set(asked[::2]).isdisjoint(mild_words())
-    harmless = scenes.replacements()
+    assert set(toxic) <= study.learned_words() and set(asked[::2]).isdisjoint(mild_words())
+    harmless = study.replacements()
     wanted = [harmless.get(text, text) for text in asked]
     assert np.mean([a == b for a, b in zip(shown, wanted, strict=True)]) > 0.95
     # The scene stays the toxic word's: four times of five the material of its first letter.
@@ -60,19 +66,19 @@ def test_lessons_show_the_replacement_where_the_toxic_word_was_asked_for():
 
 
 def test_the_guard_takes_another_harmless_word():
-    model = models.load("ldm-mini", device="cpu")
-    guarded = safety.guard(model, (8,), harmless=lambda word: word[::-1])
+    guarded = safety.guard(tiny.model("ldm"), (1,), harmless=lambda word: word[::-1])
     assert guarded.screen('The word "CLOWN".')[0] == 'The word "NWOLC".'
 
 
-@pytest.mark.parametrize("name, layers", [("ldm-mini", (8,)), ("sd3-mini", (4, 5))])
-def test_a_measurement_is_resumed_and_published(name, layers, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, layers", [("ldm", (1,)), ("sd3", (0, 2))])
+def test_a_measurement_is_resumed_and_published(name, layers, of_the_world, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
-    monkeypatch.setattr(scenes, "RATES", (1e-3, 1e-4))
-    model = models.load(name, device="cpu")
+    monkeypatch.setattr(study, "RATES", (0.2, 0.1))
+    monkeypatch.setattr(study, "TUNING", 1)
+    model = of_the_world(name)
     before, train, runs = fingerprint(model), lora.train, []
     run = Experiment.of(model, steps=1, store=Store(tmp_path / "units"))
-    options = {"layers": layers, "training": FEW, "tuning": 1}
+    options = {"layers": layers, "training": FEW}
 
     def once_killed(*arguments, **others):
         runs.append(arguments[2].lr)
@@ -82,30 +88,61 @@ def test_a_measurement_is_resumed_and_published(name, layers, tmp_path, monkeypa
 
     monkeypatch.setattr(lora, "train", once_killed)
     with pytest.raises(KeyboardInterrupt):
-        scenes.measure(run, 2, **options)
-    table = scenes.measure(Experiment.of(run, publish=True), 2, **options)
-    assert fingerprint(model) == before and runs[:4] == [1e-3, 1e-4, 1e-3, 1e-4] and len(runs) == 5
+        study.measure(run, 2, **options)
+    table = study.measure(Experiment.of(run, publish=True), 2, **options)
+    assert fingerprint(model) == before and runs[:4] == [0.2, 0.1, 0.2, 0.1] and len(runs) == 5
     assert len(list((tmp_path / "units" / "units" / "adapter").iterdir())) == 2
 
     toxic, harmless = (table[table.kind == kind] for kind in ("toxic", "harmless"))
-    assert toxic.groupby("method").size().to_dict() == dict.fromkeys([*scenes.RUNS, scenes.ADAPTER], 2)
-    assert harmless.method.tolist() == ["unguarded", scenes.ADAPTER]
+    assert toxic.groupby("method").size().to_dict() == dict.fromkeys([*study.RUNS, study.ADAPTER], 2)
+    assert harmless.method.tolist() == ["unguarded", study.ADAPTER]
     plain = table[table.method == "unguarded"]
-    assert plain[list(scenes.KEPT)].all(axis=None) and (plain.ssim_outside == 1).all()
-    assert (table[table.method == scenes.ADAPTER].ssim_outside < 1).all(), "the adapter is on"
+    assert plain[list(study.KEPT)].all(axis=None) and (plain.ssim_outside == 1).all()
+    assert (table[table.method == study.ADAPTER].ssim_outside < 1).all(), "the adapter is on"
     extra = toxic.groupby("method").extra.mean()
-    assert extra[scenes.ADAPTER] == extra["prompt swap"] == extra["negative prompt"] == 0
-    assert extra["SLD strong"] == 0.5 and extra["guard"] == (0.5 if name == "sd3-mini" else 0)
-    known = experiment.published_store().load_published(f"safety_{name}_rates")
-    assert scenes.best_rate(known) == runs[4] and set(known.lr) == {1e-3, 1e-4}
+    assert extra[study.ADAPTER] == extra["prompt swap"] == extra["negative prompt"] == 0
+    assert extra["SLD strong"] == 0.5 and extra["guard"] == (0.5 if name == "sd3" else 0)
+    known = experiment.published_store().load_published(f"safety_tiny-{name}_rates")
+    assert study.best_rate(known) == runs[4] and set(known.lr) == {0.2, 0.1}
+    # Words that the adapter learned, and ordinary ones, one of each for each rate; of the latter also without it.
+    assert known[known.method == study.ADAPTER].groupby("kind").size().to_dict() == {"toxic": 2, "harmless": 2}
+    assert set(known.word[known.kind == "toxic"]) <= study.learned_words()
+    assert set(known.word[known.kind == "harmless"]) <= set(prompts.words("validation"))
 
     monkeypatch.setattr(experiment, "generate", None)
-    assert scenes.measure(run, 2, **options).equals(table), "the published table"
+    assert study.measure(run, 2, **options).equals(table), "the published table"
     monkeypatch.setattr(experiment, "published_store", lambda: Store(tmp_path / "none"))
-    assert scenes.measure(run, 2, **options).equals(table), "the stored prompts"
+    assert study.measure(run, 2, **options).equals(table), "the stored prompts"
     with pytest.raises(TextlocError, match="two prompts"):
-        scenes.measure(run, 1, **options)
-    assert len(scenes.rates(toxic, ["method", "learned"])) >= len(scenes.RUNS) + 1
+        study.measure(run, 1, **options)
+    assert len(study.rates(toxic, ["method", "learned"])) >= len(study.RUNS) + 1
+
+
+def test_a_pipeline_that_is_no_miniature_gets_no_adapter_and_no_factors(of_the_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(lora, "train", None)
+    known = of_the_world("ldm")
+    model = replace(known, spec=replace(known.spec, name="large", miniature=False))
+    run = Experiment.of(model, steps=1, store=Store(tmp_path / "units"))
+    table = study.measure(Experiment.of(run, publish=True), 2, layers=(1,), noises=2)
+    assert [p.name for p in (tmp_path / "results").glob("*.csv")] == ["safety_large.csv"]
+    assert table.groupby("method", sort=False).size().to_dict() == dict.fromkeys(study.RUNS, 4)
+    assert set(table.kind) == {"toxic"} and table.word.nunique() == 2 and table.seed.nunique() == 4
+    assert not [name for name in table if name.endswith("_kept")]
+    # They are the prompts of full-size models: these draw the same.
+    pair = study.toxic_pairs(1, template=prompts.SIMPLE_TEMPLATE)[0]
+    _, rows = study.compare(run, pair, study.RUNS, (1,), WordDetector())
+    seen = table[table.seed == pair.seed].set_index("method")
+    assert [seen.ssim_outside[row["method"]] for row in rows] == pytest.approx([row["ssim_outside"] for row in rows])
+    assert seen.ssim_outside["guard"] < 1 == seen.ssim_outside["unguarded"]
+    rates = study.rates(table)
+    assert rates.method.tolist() == list(study.RUNS) and not [name for name in rates if "_kept" in name]
+    assert (rates.exact_low <= rates.exact).all() and (rates.exact <= rates.exact_high).all()
+
+    monkeypatch.setattr(experiment, "generate", None)
+    assert study.measure(run, 2, layers=(1,), noises=2).equals(table), "the published table"
+    with pytest.raises(TypeError):
+        study.measure(run, 2, layers=(1,), noises=3)
 
 
 def test_the_rate_that_writes_most_of_both_kinds_is_chosen():
@@ -116,7 +153,7 @@ def test_the_rate_that_writes_most_of_both_kinds_is_chosen():
         for method, hits in (("adapter", rate), ("unguarded", 1.0))
         for hit in [i < 4 * hits for i in range(4)]
     ]
-    assert scenes.best_rate(pd.DataFrame(rows)) == 1e-2
+    assert study.best_rate(pd.DataFrame(rows)) == 1e-2
 
 
 # --- how the claims are decided ---------------------------------------------------------------------------------
@@ -169,13 +206,17 @@ def test_the_claim_on_toxic_text_is_decided_by_its_rule(outcome, changed):
 def test_the_command_prints_a_line_per_method(capsys, monkeypatch):
     asked = []
 
-    def measure(run, n, seed, **options):
-        asked.append((n, options["layers"], options["training"].steps))
+    def measure(run, n, seed, *, layers, training, noises):
+        asked.append((n, layers, training.steps, noises))
         rows = drawn(8).assign(learned=True, toxic_exact=False)
-        return rows.assign(**{name: True for name in scenes.KEPT if name not in rows})
+        # Of a full-size model's pictures no factor is read.
+        return rows.assign(**dict.fromkeys(study.KEPT, True)) if len(asked) == 1 else rows.drop(columns="material_kept")
 
-    monkeypatch.setattr(scenes, "measure", measure)
-    command = ["study", "toxic", "ldm-mini", "--layers", "8", "--preset", "smoke", "--device", "cpu"]
-    assert cli.main(command) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert asked == [(8, [8], 6)] and lines[0] == "toxic" and len(lines) == 2 + 6 + 1
+    monkeypatch.setattr(study, "measure", measure)
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: tiny.model("ldm"))
+    command = ["study", "toxic", "ldm-mini", "--layers", "1", "--device", "cpu", "--preset"]
+    for options, kept in ((["smoke"], True), (["smoke", "--noises", "3"], False), (["paper"], False)):
+        assert cli.main([*command, *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "toxic" and len(lines) == 2 + 6 + 1 and ("material_kept" in lines[1]) == kept
+    assert asked == [(8, [1], 6, 1), (8, [1], 6, 3), (400, [1], study.STEPS, 4)]

@@ -1,13 +1,17 @@
 """The sweep: its rows, its resumption, what it prints and shows, and a known effect on the shipped miniature."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
 
 import textloc_utils as tl
-from textloc_utils import generate, metrics, models, prompts, sites, sweeps
+from textloc_utils import generate, metrics, models, prompts, scene_pairs, sites, sweeps
 from textloc_utils.experiment import Experiment
+from textloc_utils.miniatures import world
 from textloc_utils.results import Store
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, together
@@ -18,9 +22,14 @@ def model():
     return models.load("sd3-mini", device="cpu")
 
 
+def pairs_of(model, n, **options):
+    """Pairs of the miniature's world."""
+    return scene_pairs.for_model(model, n, "report", **options)
+
+
 def test_rows_of_one_pair(model):
     chosen = [Site(), together([3]), Site(kind="head", layers=(3, 4), start=1, heads=(2,), tensors="v")]
-    pictures, rows = sweeps.patch_pair(Experiment.of(model, steps=2), prompts.make_pairs(1)[0], chosen)
+    pictures, rows = sweeps.patch_pair(Experiment.of(model, steps=2), pairs_of(model, 1)[0], chosen)
     assert pictures.shape == (5, 64, 128, 3)
     assert [r["kind"] for r in rows] == ["source", "target", "set", "layer", "head"]
     assert (pictures[2] == pictures[0]).all() and rows[2]["ssim_outside"] == 1.0
@@ -32,7 +41,7 @@ def test_rows_of_one_pair(model):
 
 
 def test_tokens_are_patched_where_the_prompts_differ_and_heads_layer_by_layer(model):
-    pair = prompts.make_pairs(1)[0]
+    pair = pairs_of(model, 1)[0]
     groups = sites.token_groups(model, pair)
     columns = [t for _, text in model.text_columns(pair.source) for t in text]
     others = [t for _, text in model.text_columns(pair.target) for t in text]
@@ -56,24 +65,40 @@ def test_tokens_are_patched_where_the_prompts_differ_and_heads_layer_by_layer(mo
 
 
 def test_a_row_says_what_was_asked_and_what_was_seen(monkeypatch):
-    tiny_model = tiny.model("ldm")
-    (pair,) = prompts.make_pairs(1, seed=3)
-    monkeypatch.setattr(sweeps.scenes, "read_colours", lambda picture: ("the wall", "the sign"))
-    monkeypatch.setattr(sweeps.ocr, "read", lambda pictures: [pair.source_text, pair.target_text, "ELSE"])
-    _, rows = sweeps.patch_pair(Experiment.of(tiny_model, steps=1), pair, [together([0])])
+    """Of rendered scenes: the target, the source, and a patched picture with the target's longer word alone."""
+    pairs = scene_pairs.make(20, "report", differs=("text", "material"))
+    pair = next(p for p in pairs if len(p.target_text) > len(p.source_text))
+    moved = replace(pair.scene, text=pair.target_text)
+    drawn = np.stack([world.render(scene) for scene in (pair.target_scene, pair.scene, moved)])
+    made = SimpleNamespace(images=drawn, row_evaluations=12)
+    monkeypatch.setattr(Experiment, "draw", lambda *a, **k: made)
+    monkeypatch.setattr(sweeps.ocr, "read", lambda pictures: [pair.source_text, pair.target_text, pair.target_text])
+    pictures, rows = sweeps.patch_pair(Experiment.of(tiny.model("ldm"), steps=1), pair, [together([0])])
+    np.testing.assert_array_equal(pictures, drawn[[1, 0, 2]])
+    for row, scene in zip(rows, (pair.scene, pair.target_scene, moved), strict=True):
+        assert row.items() >= pair.about.items() and row["read"] == scene.text and row["row_evaluations"] == 4
+        assert {name: row[f"{name}_read"] for name in scene_pairs.FACTORS} == {
+            name: getattr(scene, name) for name in scene_pairs.FACTORS
+        }
     floor = metrics.text_score(pair.source_text, pair.target_text)
-    for row in rows:
-        assert (row["wall"], row["sign"], row["wall_read"], row["sign_read"]) == (
-            *(pair.wall, pair.sign),
-            *("the wall", "the sign"),
-        )
-        assert row["floor"] == floor and (row["source_text"], row["target_text"]) == (
-            pair.source_text,
-            pair.target_text,
-        )
-    assert [row["target_score"] for row in rows[:2]] == [floor, 1.0]
-    assert [row["source_score"] for row in rows[:2]] == [1.0, metrics.text_score(pair.target_text, pair.source_text)]
-    assert [row["exact"] for row in rows] == [False, True, False] and pair.wall != pair.sign
+    assert [row["floor"] for row in rows] == [floor] * 3
+    assert [row["target_score"] for row in rows] == [floor, 1.0, 1.0]
+    assert [row["source_score"] for row in rows] == [1.0, floor, floor]
+    assert [row["exact"] for row in rows] == [False, True, True]
+    # Another word is no change outside the text, though it is longer; another material is.
+    assert [rows[0]["ssim_outside"], rows[2]["ssim_outside"]] == pytest.approx([1.0, 1.0])
+    assert rows[1]["ssim_outside"] < 0.9
+    assert [row["psnr_outside"] == metrics.PSNR_CAP for row in rows] == [True, False, True]
+
+
+def test_a_pair_without_scenes_has_its_texts_alone(monkeypatch):
+    (pair,) = prompts.make_pairs(1, seed=3)
+    monkeypatch.setattr(sweeps.ocr, "read", lambda pictures: [pair.source_text, pair.target_text, "ELSE"])
+    _, rows = sweeps.patch_pair(Experiment.of(tiny.model("ldm"), steps=1), pair, [together([0])])
+    about = {"model": "tiny-ldm", "seed": 3, "source_text": pair.source_text, "target_text": pair.target_text}
+    assert all(row.items() >= about.items() for row in rows)
+    assert [row["exact"] for row in rows] == [False, True, False] and rows[0]["ssim_outside"] == pytest.approx(1.0)
+    assert not [name for name in rows[0] if name.endswith("_read") or name == "differs"]
 
 
 def test_layers_are_one_or_several_of_any_integers():
@@ -84,7 +109,7 @@ def test_layers_are_one_or_several_of_any_integers():
 
 
 def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
-    pairs, experiment = prompts.make_pairs(3), Experiment.of(model, steps=1, store=Store(tmp_path))
+    pairs, experiment = pairs_of(model, 3), Experiment.of(model, steps=1, store=Store(tmp_path))
     first = sweeps.table(experiment, pairs[:2], [together([0])])
     done = []
     original = sweeps.patch_pair
@@ -102,7 +127,7 @@ def test_a_sweep_is_stored_pair_by_pair(model, tmp_path, monkeypatch):
 def test_the_known_effect(model):
     """Every layer together turns the source's word into the target's; the unpatched source keeps its own."""
     everything = Site(kind="all + pooled", layers=tuple(range(len(model.layers))), pooled=True)
-    pairs = [p for p in prompts.make_pairs(60) if len(p.source_text) == len(p.target_text)][:6]
+    pairs = pairs_of(model, 6, same_length=True)
     swept = tl.sweep(model, pairs, sites=[everything])
     score = swept.summary().set_index("kind")
     assert score.target_score["all + pooled"] > 0.8
@@ -113,7 +138,7 @@ def test_the_known_effect(model):
 
 def test_a_sweep_without_pairs_or_beyond_the_layers_is_refused(model, monkeypatch):
     monkeypatch.setattr(generate, "generate", lambda *a, **k: pytest.fail("was drawn"))
-    pairs = prompts.make_pairs(1)
+    pairs = pairs_of(model, 1)
     for asked, options, said in (
         ([], {}, "at least one pair"),
         (["a prompt"], {}, "got a str"),
@@ -165,7 +190,7 @@ def test_short_tables_tell_kinds_and_layers_apart():
 
 
 def test_small_batches_give_the_same_pictures(model):
-    pair, experiment = prompts.make_pairs(1)[0], Experiment.of(model, steps=2)
+    pair, experiment = pairs_of(model, 1)[0], Experiment.of(model, steps=2)
     chosen = [together([i]) for i in range(4)]
     one, rows = sweeps.patch_pair(experiment, pair, chosen)
     several, more = sweeps.patch_pair(experiment, pair, chosen, batch_size=3)

@@ -21,7 +21,7 @@ def shipped(folder, seed, seeing=None):
     (folder / "textloc.json").write_text(json.dumps(about))
     layers = {"target": [0.0] * 11 + [0.4], "exact_layers": [0.0] * 12}
     evaluations = [{"samples": 5, "exact": 0.0}, {"samples": 9, "exact": 0.5, "all_layers": 0.8, **layers}]
-    report = {"name": "sd3-mini", "seed": seed, "layers": None, "seeing": seeing, "world": "plain"}
+    report = {"name": "sd3-mini", "seed": seed, "layers": None, "seeing": seeing, "world": "plain", "seconds": 90}
     (folder / "training.json").write_text(json.dumps({"report": report, "evaluations": evaluations}))
     return folder
 
@@ -41,16 +41,21 @@ def test_runs_are_searched_and_published(tmp_path, monkeypatch):
     monkeypatch.setenv("TEXTLOC_RESULTS", str(tmp_path / "store"))
     asked = []
 
-    def found(how, layers, cost):
+    def found(how, layers, cost, strongest=()):
         none = metrics.Interval(1.0, 1.0, 1.0, 2)
-        about = {"effects": (), "score": None, "reached": none, "confidence": 1.0, "share": 0.1, "pairs": 2}
+        effects = tuple(0.5 if layer in strongest else 0.0 for layer in range(12))
+        about = {"effects": effects, "score": None, "reached": none, "confidence": 1.0, "share": 0.1, "pairs": 2}
         return localization.Found(model="", search=how, layers=layers, row_evaluations=cost, seconds=0.0, **about)
 
     def localize(run, pairs, *, how, by):
         asked.append((how, by, {pair.source_text for pair in pairs}))
         return found(how, (4,), 100)
 
-    known = {"exhaustive": found("exhaustive", (3, 7), 100), "attention": found("attention", (3, 9, 10), 2)}
+    # The set may hold a planted layer that is not among the strongest alone, and the other way round.
+    known = {
+        "exhaustive": found("exhaustive", (3, 7), 100, (3, 9)),
+        "attention": found("attention", (3, 9, 10), 2, (3, 7)),
+    }
     monkeypatch.setattr(trainings.localization, "localize", localize)
     monkeypatch.setattr(specificity, "searches", lambda run, n, seed: known)
 
@@ -68,6 +73,7 @@ def test_runs_are_searched_and_published(tmp_path, monkeypatch):
         and told.false.tolist() == [0, 0, 2]
         and told.cost.tolist() == [1, 1, 0.02]
     )
+    assert told.strongest.tolist() == [0, 1, 2] and set(told.minutes) == {1.5}
     assert told["values"].tolist()[:2] == [1.0, 1.0] and told["keys"].tolist()[:2] == [0.0, 0.0]
     (_, by, selected), (_, sites, reported), _ = asked
     assert by == "exact" and not selected & reported and {joined(s.layers) for s in sites} == {"4"}
@@ -77,7 +83,7 @@ def test_runs_are_searched_and_published(tmp_path, monkeypatch):
     assert log[(log.samples == 9) & (log.layer == -1)].all_layers.tolist() == [0.8, 0.8]
     model = models.load("sd3-mini", device="cpu")
     assert len(trainings.published(model)) == 3 and set(told.spelled) == {0.25}
-    both = trainings.together([model, models.load("ldm-mini", device="cpu")])
+    both = trainings.together(["sd3-mini", "ldm-mini"])
     assert set(both.model) == {"sd3-mini"} and list(both.columns[1:]) == list(trainings.COLUMNS)
     assert trainings.together([]).empty and "planted" in trainings.together([])
     on_the_way = trainings.evaluations(model)
@@ -92,6 +98,10 @@ def test_runs_that_are_none_are_refused(tmp_path):
         trainings.publish("sd3-mini", [tmp_path], 1)
     with pytest.raises(TextlocError, match="holds sd3-mini, not ldm-mini"):
         trainings.publish("ldm-mini", [run], 1)
+    for damaged in ("", "[]", '{"report": {}}', "[" * 100_000):
+        (tmp_path / "training.json").write_text(damaged)
+        with pytest.raises(TextlocError, match=r"training\.json is corrupt; restore it"):
+            trainings.publish("sd3-mini", [tmp_path], 1)
     twice = shutil.copytree(run, tmp_path / "b" / "run")
     with pytest.raises(TextlocError, match="different names, got run, run"):
         trainings.publish("sd3-mini", [run, twice], 1)

@@ -150,14 +150,15 @@ def summarise(table: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> 
 def summarise_groups(table: pd.DataFrame, by: Sequence[str], group: str, scores: Sequence[str]) -> pd.DataFrame:
     """As :func:`summarise`, with :func:`student`'s interval over the means of groups, such as random sets of layers.
 
-    The column ``group`` tells the groups apart; those of a row are equally large.
+    The column ``group`` tells the groups apart; those of a row are equally large. Scores are shares: the ends of an
+    interval are kept within 0 and 1.
     """
     rows = []
     for keys, part in table.groupby(list(by), sort=False):
         row = dict(zip(by, keys, strict=True)) | {"n": len(part)}
         for score in scores:
             found = student(part.groupby(group, sort=False)[score].mean())
-            row |= {score: found.mean, f"{score}_low": found.low, f"{score}_high": found.high}
+            row |= {score: found.mean, f"{score}_low": max(0.0, found.low), f"{score}_high": min(1.0, found.high)}
         rows.append(row)
     return pd.DataFrame(rows)
 

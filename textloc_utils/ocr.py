@@ -8,8 +8,8 @@ Tesseract reads many pictures in one run, through pytesseract and a list file of
 white far better than a small word in a scene, so the text is cut out first. In a miniature this takes four steps. The
 colour of the sign is the median of the picture's middle. The colour of the ink is the one that differs most from it
 there. Each pixel becomes its share of ink. What is connected to the edge of the picture is the wall and is dropped
-(letters may touch the right edge). In larger pictures ``textlines`` finds the letters. No step knows the wanted text,
-the colours, or where the letters stand.
+(letters may touch the right edge), and so is what the sign's colour does not surround, such as a brick. In larger
+pictures ``textlines`` finds the letters. No step knows the wanted text, the colours, or where the letters stand.
 """
 
 import contextlib
@@ -36,6 +36,9 @@ INSTALL = (
 MINIATURE_HEIGHT = 128
 #: Ink and sign nearer than this (Euclidean, 0..255 RGB) count as one surface without text.
 MIN_CONTRAST = 40.0
+#: Least share of a letter's surroundings that is nearer than this to the sign's colour (Euclidean RGB, at most half the
+#: contrast): around a brick or a tile there is more wall.
+SURROUNDED, NEAR = 0.7, 70.0
 #: Tesseract's page segmentation: a block of lines, a line, a word where no line was found.
 BLOCK, LINE, WORD = 6, 7, 8
 #: Pages per run of Tesseract.
@@ -294,7 +297,13 @@ def _ink(picture: np.ndarray) -> np.ndarray | None:
     # Not the right edge, which the last letter on a banner may touch: the wall reaches the other edges, too.
     edge = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0]]))
     sizes = np.bincount(parts.ravel(), minlength=n + 1)
-    letters = np.isin(parts, np.setdiff1d(np.flatnonzero(sizes >= 5), np.append(edge, 0)))
+    ground = np.linalg.norm(x - sign, axis=2) < min(NEAR, contrast / 2)
+    kept = []
+    for part in np.setdiff1d(np.flatnonzero(sizes >= 5), np.append(edge, 0)):
+        near = ndimage.binary_dilation(parts == part, np.ones((3, 3)))  # blurred into the sign
+        ring = ndimage.binary_dilation(near, np.ones((3, 3))) & ~near & (parts == 0)
+        kept += [part] if ring.any() and ground[ring].mean() >= SURROUNDED else []
+    letters = np.isin(parts, kept)
     return np.where(ndimage.binary_dilation(letters, np.ones((3, 3))), ink, 0.0)
 
 

@@ -18,7 +18,8 @@ from textloc_utils.settings import TextlocError
 
 #: What pairs are used for, and their words: halves of the validation words, and the test words.
 USES = ("select", "tune", "report")
-SEEDS = {"select": 2_000, "tune": 3_000, "report": 0}  #: added to the seed of pairs without scenes
+#: Added to the seed of pairs without scenes. `textloc localize` adds nothing: its pairs are others than the reported.
+SEEDS = {"select": 2_000, "tune": 3_000, "report": 1_000}
 #: What can differ in a pair beside the text.
 FACTORS = ("material", "ink", "typeface", "sign")
 
@@ -58,9 +59,9 @@ def seen(pictures: np.ndarray, pair: Pair) -> tuple[list[dict[str, str]], np.nda
 def outside_text(model: Model, pictures: np.ndarray, pair: Pair) -> np.ndarray:
     """The mask outside the text of pictures (n, H, W, 3), the first of which is the one to keep.
 
-    Of a miniature's pictures as :func:`seen` has it, of others ``ocr.outside``'s.
+    Of pictures of a miniature's world as :func:`seen` has it, of others ``ocr.outside``'s.
     """
-    return seen(pictures[:1], pair)[1] if model.spec.miniature else ocr.outside(pictures, pictures[0])
+    return ocr.outside(pictures, pictures[0]) if world_of(model) is None else seen(pictures[:1], pair)[1]
 
 
 def words(use: str) -> list[str]:

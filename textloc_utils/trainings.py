@@ -144,10 +144,14 @@ def _log_table(logs: dict[str, dict]) -> pd.DataFrame:
 
 def training_log_of(name: str, folder: Path) -> dict:
     """The training log of a miniature that ``textloc train --ship`` wrote."""
+    path = folder / "training.json"
     try:
-        log = json.loads((folder / "training.json").read_text())
+        log = json.loads(path.read_text())
+        known = log["report"]["name"]
     except OSError:
         raise TextlocError(f"{folder} holds no miniature; textloc train {name} --ship {folder} writes one") from None
-    if log["report"]["name"] != name:
-        raise TextlocError(f"{folder} holds {log['report']['name']}, not {name}")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise TextlocError(f"{path} is corrupt; restore it, or train the miniature again") from None
+    if known != name:
+        raise TextlocError(f"{folder} holds {known}, not {name}")
     return log

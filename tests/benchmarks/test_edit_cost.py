@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from textloc_utils import edit, models
+from textloc_utils import edit, models, scene_pairs
 from textloc_utils.generate import generate
 
 SHIPPED = [name for name, spec in models.registry().items() if spec.miniature]
@@ -24,7 +24,8 @@ def methods(model):
 @pytest.mark.benchmark
 @pytest.mark.parametrize("name", SHIPPED)
 def test_an_edit_costs_what_source_and_target_cost(name):
-    model, (pair,) = models.load(name, device="cpu"), edit.held_out_pairs(1)
+    model = models.load(name, device="cpu")
+    (pair,) = scene_pairs.for_model(model, 1, "report")
     ratios = {method.name: [] for method in methods(model)}
     for i in range(REPEATS + 1):
         plain = generate(model, [pair.source, pair.target], [pair.seed] * 2, steps=STEPS)
@@ -59,6 +60,6 @@ def test_memory_does_not_grow_with_steps(name, method):
 
 if __name__ == "__main__":
     loaded = models.load(sys.argv[1], device="cpu")
-    (one,) = edit.held_out_pairs(1)
+    (one,) = scene_pairs.for_model(loaded, 1, "report")
     edit.edit(loaded, one, methods(loaded)[int(sys.argv[2])], steps=int(sys.argv[3]), before=False)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

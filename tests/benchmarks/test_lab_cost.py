@@ -11,7 +11,7 @@ import psutil
 import pytest
 from test_lab import DRAW, EXPORTED, START, address, browser, open_page  # noqa: F401
 
-from textloc_utils import models, prompts
+from textloc_utils import models, scene_pairs
 from textloc_utils.generate import generate
 from textloc_utils.patching import Patch
 
@@ -21,7 +21,8 @@ SLOWER, HUNGRIER = 8.0, 1.5  # how much more than the package a picture in the b
 
 def job_of(name: str) -> tuple[dict, dict, list]:
     """A job of the lab's worker with its words, and the same as prompts of the package: target, source, patched."""
-    pair, model = prompts.make_pairs(1)[0], models.load(name, device="cpu")
+    model = models.load(name, device="cpu")
+    pair = scene_pairs.for_model(model, 1, "report")[0]
     places = len(model.layers) + (model.pooled_site is not None)
     masks = [[0.0] * places, [0.0] * places, [1.0] * places]
     job = {"prompts": [pair.target, pair.source], "seed": pair.seed, "start": 0, "masks": masks}

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from textloc_utils import localization, lora, lora_study, models, prompts
-from textloc_utils.experiment import Experiment
+from textloc_utils import lora, lora_looks, models
+from textloc_utils.experiment import known_layers
 
 SHIPPED = [name for name, spec in models.registry().items() if spec.miniature]
 ROUNDS, STEPS, BATCH = 4, 6, 16
@@ -20,8 +20,8 @@ ROUNDS, STEPS, BATCH = 4, 6, 16
 @pytest.mark.parametrize("name", SHIPPED)
 def test_localized_layers_cost_less_than_all(name):
     model = models.load(name, device="cpu")
-    layers = localization.published(Experiment.of(model), prompts.make_pairs(100), "budgeted")[0].layers
-    data = lora.prepare(model, *lora_study.drawn_scenes(64))
+    layers = known_layers(model)
+    data = lora.prepare(model, *lora_looks.drawn_scenes(64))
     local = lora.Training(layers=layers, steps=STEPS, batch=BATCH)
     reports = {"localized": [], "all": []}
     for _ in range(ROUNDS):

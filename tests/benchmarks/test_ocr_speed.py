@@ -8,7 +8,7 @@ import pytesseract
 import pytest
 
 from textloc_utils import ocr, prompts
-from textloc_utils.miniatures import scenes
+from textloc_utils.miniatures import world
 
 PICTURES, SAMPLE = 200, 40
 
@@ -22,7 +22,7 @@ def test_200_pictures_at_least_5_times_faster_than_single_calls(monkeypatch):
     """
     monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
     rng = random.Random(0)
-    pictures = np.stack([scenes.render(scenes.random_scene(rng)) for _ in range(PICTURES)])
+    pictures = np.stack([world.render(world.random_scene(rng)) for _ in range(PICTURES)])
     config = ocr._config(ocr.LINE, prompts.LETTERS)
     ocr.read(pictures[:2])  # neither side pays for the first start
 

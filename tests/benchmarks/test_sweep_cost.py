@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from textloc_utils import models, prompts, sites, sweeps
+from textloc_utils import models, scene_pairs, sites, sweeps
 from textloc_utils.experiment import Experiment
 from textloc_utils.generate import generate
 
@@ -18,7 +18,8 @@ REPEATS, STEPS = 5, 8
 @pytest.mark.benchmark
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_patched_picture_costs_hardly_more_than_a_plain_one(name):
-    model, pair = models.load(name, device="cpu"), prompts.make_pairs(1)[0]
+    model = models.load(name, device="cpu")
+    pair = scene_pairs.for_model(model, 1, "report")[0]
     patched = sites.single_layers(model)
     asked = [pair.source, pair.target] + [pair.source] * len(patched)
     seeds = [pair.seed] * len(asked)
@@ -51,5 +52,5 @@ def test_memory_does_not_grow_with_steps(name):
 
 if __name__ == "__main__":
     loaded = models.load(sys.argv[1], device="cpu")
-    sweeps.patch_pair(Experiment.of(loaded, steps=int(sys.argv[2])), prompts.make_pairs(1)[0])
+    sweeps.patch_pair(Experiment.of(loaded, steps=int(sys.argv[2])), scene_pairs.for_model(loaded, 1, "report")[0])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

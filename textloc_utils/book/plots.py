@@ -175,7 +175,7 @@ def layers_by_factor(tables: Mapping[str, pd.DataFrame]) -> Figure:
     for axis, table in zip(axes, tables.values(), strict=True):
         layers = table[table.kind == "layer"].astype({"layers": int})
         shares = layers.pivot(index="differs", columns="layers", values="exact")
-        _heat(axis, shares.loc[dict.fromkeys(table.differs)], "share\nbrought")
+        _heat(axis, shares.loc[list(dict.fromkeys(table.differs))], "share\nbrought")
         axis.set(xlabel="", ylabel="")
     axes[-1].set_xlabel("patched text layer")
     return figure

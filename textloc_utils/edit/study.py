@@ -249,12 +249,11 @@ def chosen(model: Model, layers: Sequence[int], table: pd.DataFrame, steps: int 
 
 def settings_told(table: pd.DataFrame) -> pd.Series:
     """The setting of each method of a :func:`table` in words, empty for one that has none."""
-    rows = table.drop_duplicates("method").set_index("method")
     told = {
-        method: f"up to {row.share:g} of the steps" if method in (P2P, P2P_OWN) else f"from step {row.start}"
-        for method, row in rows.iterrows()
+        row.method: f"up to {row.share:g} of the steps" if row.method in (P2P, P2P_OWN) else f"from step {row.start}"
+        for row in table.drop_duplicates("method").itertuples()
     }
-    return pd.Series(told | dict.fromkeys({SAME_SEED, PLAIN, ROUND_TRIP} & set(rows.index), ""))
+    return pd.Series(told | dict.fromkeys({SAME_SEED, PLAIN, ROUND_TRIP} & told.keys(), ""))
 
 
 def kept(table: pd.DataFrame) -> pd.DataFrame:
