@@ -362,7 +362,14 @@ LAYERS, STEPS = (0, 2), 3
 @pytest.fixture(scope="module")
 def compared(mini, tmp_path_factory):
     run = Experiment.of(mini, steps=STEPS, store=Store(tmp_path_factory.mktemp("store")))
-    pairs, methods = scene_pairs.for_model(mini, 2, "report"), edit.methods(mini, LAYERS)
+    pairs = scene_pairs.for_model(mini, 2, "report")
+    methods = [
+        edit.localized(LAYERS),
+        edit.all_layers(mini),
+        edit.prompt_to_prompt(),
+        edit.same_seed(),
+        edit.plain_target(),
+    ]
     tables = {given: edit.compare(run, pairs, methods, given=given) for given in (False, True)}
     return run, pairs, methods, tables
 

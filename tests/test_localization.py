@@ -255,15 +255,6 @@ def test_layers_are_among_the_strongest_where_as_many_are_taken():
     assert list(counted.values()) == [0, 0, 1, 1, 3]
 
 
-def test_rank_agreement():
-    rng = np.random.default_rng(0)
-    a = pd.DataFrame(np.arange(8.0) + 0.1 * rng.standard_normal((20, 8)))
-    same = localization.rank_agreement(a, a**3, resamples=200)
-    assert same.mean == pytest.approx(1.0) and same.low > 0.9 and same.n == 20
-    assert localization.rank_agreement(a, -a, resamples=50).mean == pytest.approx(-1.0)
-    assert localization.rank_agreement(a, a * 0, resamples=5).mean == 0.0
-
-
 def test_a_bad_search_is_refused_before_any_model_runs(model):
     pairs = pairs_of(model, 2)
     for wrong, said in (({"how": "guess"}, "exhaustive"), ({"share": 1.5}, "not above 1"), ({"budget": 0}, "budget")):

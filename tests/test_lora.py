@@ -100,17 +100,6 @@ def test_self_attention_is_what_text_layers_leave(tinies):
     assert models.self_attention(tinies("sd3").denoiser) == models.self_attention(tinies("flux").denoiser) == []
 
 
-@pytest.mark.parametrize("name", ["ldm", "sd3"])
-def test_ranks_for_equal_parameters(tinies, name):
-    model = tinies(name)
-    count = lora.parameters(model, replace(FEW, layers=every(model), rank=2))
-    one = lora.with_parameters(model, FEW, count)
-    step = lora.parameters(model, replace(FEW, rank=1))
-    assert one == replace(FEW, rank=one.rank) and one.rank > 2
-    assert abs(lora.parameters(model, one) - count) <= step / 2
-    assert lora.with_parameters(model, replace(FEW, layers=every(model)), 1).rank == 1
-
-
 @pytest.mark.parametrize(
     ("other", "said"),
     [

@@ -118,22 +118,6 @@ def among_strongest(found: Found, layers: Sequence[int]) -> int:
     return len(set(_order(np.array(found.effects))[: len(layers)]) & set(layers))
 
 
-def rank_agreement(a: pd.DataFrame, b: pd.DataFrame, *, resamples: int = metrics.RESAMPLES) -> metrics.Interval:
-    """Spearman correlation over layers of the mean effects in two tables (pairs x layers), pairs resampled in each."""
-    rng = np.random.default_rng(0)
-    a, b = a.to_numpy(), b.to_numpy()
-
-    def once(x, y) -> float:
-        # Constant effects have no ranks to agree on.
-        return (
-            float(stats.spearmanr(x.mean(0), y.mean(0)).statistic) if np.ptp(x.mean(0)) and np.ptp(y.mean(0)) else 0.0
-        )
-
-    # Not scipy's bootstrap: it would draw other pairs than those behind the published figures.
-    values = [once(*(x[rng.integers(len(x), size=len(x))] for x in (a, b))) for _ in range(resamples)]
-    return metrics.Interval(once(a, b), *metrics.percentiles(values), min(len(a), len(b)))
-
-
 # --- the searches ---------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,6 @@ def parameters(model: Model, training: Training) -> int:
     """How many numbers the adapters hold."""
     modules = [model.denoiser.get_submodule(name) for name in targets(model, training)]
     return training.rank * sum(m.in_features + m.out_features for m in modules)
-
-
-def with_parameters(model: Model, training: Training, count: int) -> Training:
-    """The same training at the rank whose adapters hold the number of parameters nearest to ``count``."""
-    one = parameters(model, replace(training, rank=1))
-    return replace(training, rank=max(1, round(count / one)))
 
 
 def add(model: Model, training: Training) -> list[nn.Parameter]:

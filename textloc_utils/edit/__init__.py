@@ -35,7 +35,6 @@ from textloc_utils.edit.method import (
     edit,
     flow_edit,
     localized,
-    methods,
     plain_target,
     prompt_to_prompt,
     prompt_to_prompt_own,

@@ -84,11 +84,6 @@ def plain_target() -> Method:
     return Method(name=PLAIN, reseed=RESEED)
 
 
-def methods(model: Model, layers: Sequence[int]) -> list[Method]:
-    """Localized editing and all that it is compared with."""
-    return [localized(layers), all_layers(model), prompt_to_prompt(), same_seed(), plain_target()]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Edit:
     """An edited picture and its cost.
