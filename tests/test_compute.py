@@ -36,6 +36,20 @@ def test_trainings_are_the_logs(monkeypatch):
     assert "7.5 Wh, told by the device" in text and "| sd3-mini | clip | a GPU, 1 process | not recorded |" in text
 
 
+def test_trainings_of_a_study_count_once(monkeypatch):
+    # A row per run and search, as the studies publish them; their minutes are those of the training.
+    rows = [
+        {"model": "sd3-mini", "run": run, "search": search, "minutes": 15.0}
+        for run in ("seed-1", "seed-2")
+        for search in ("exhaustive", "budgeted")
+    ]
+    monkeypatch.setattr(compute.studies, "together", lambda names: pd.DataFrame(rows))
+    told = compute.trainings().set_index(["model", "part"])
+    for run in ("seed-1", "seed-2"):
+        part = told.loc["sd3-mini", f"study: {run}"]  # one row, or this would be a table
+        assert part.seconds == 900 and part.estimated and part.watt_hours == pytest.approx(compute.watt_hours(900))
+
+
 def test_tables_and_chapters(tmp_path, monkeypatch):
     store = Store(tmp_path / "results")
     monkeypatch.setattr(compute, "published_store", lambda: store)
