@@ -124,6 +124,20 @@ def test_the_early_checkpoint_is_another_model_with_the_same_parts(model, tmp_pa
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
+def test_the_strongest_layers_of_the_early_checkpoint_are_the_logs(model, monkeypatch):
+    samples = 7
+    model = replace(model, spec=replace(model.spec, trained={"early": {"samples": samples}}))
+    log = {
+        "evaluations": [{"samples": 1, "target": [0.9, 0, 0, 0]}, {"samples": samples, "target": [0.1, 0.4, 0.0, 0.3]}]
+    }
+    monkeypatch.setattr(models, "training_log", lambda spec: log)
+    assert lora_looks.strongest_early(model, 2) == (1, 3)
+    log["evaluations"].pop()
+    assert lora_looks.strongest_early(model, 2) == ()
+    monkeypatch.setattr(models, "training_log", lambda spec: None)
+    assert lora_looks.strongest_early(model, 2) == ()
+
+
 def test_what_is_measured_is_what_the_pictures_show(model):
     """Pictures as the prompts want them, but the open ones all in the tuned look, and one word of each half wrong."""
     words = lora_looks.asked_words("tune", 24, 1)

@@ -12,8 +12,10 @@ from textloc_utils.sites import Site
 ALL = ("material", "ink", "typeface", "sign")
 
 
-def searched(layers, of=12, share=0.004):
-    table = pd.DataFrame({"layer": range(of)})
+def searched(layers, of=12, share=0.004, brought=1.0):
+    table = pd.DataFrame(
+        {"kind": ["layer"] * of + ["all"] * 100, "exact": [False] * of + [i < 100 * brought for i in range(100)]}
+    )
     found = {"layers": list(layers), "effects": [0.0] * of, "share": share, "pairs": 100}
     table.attrs["provenance"] = {"found": found, "seconds": 30.0}
     return table
@@ -88,6 +90,13 @@ def test_specific(factors, outcome):
     tables = [None if factors.get(name) is None else searched(factors[name]) for name in scene_pairs.FACTORS]
     told = outcomes.specific(searched((4, 5)), *tables)
     assert told.outcome == outcome and ("text 4 5" in told.figure) == bool(factors)
+
+
+def test_a_factor_that_all_layers_seldom_bring_is_not_localized():
+    # Ink has the text's own set, which would contradict; but all layers bring it in fewer than half of the pairs.
+    for brought, outcome in ((0.49, SUPPORTED), (0.5, CONTRADICTED)):
+        told = outcomes.specific(searched((4, 5)), searched((7,)), searched((4, 5), brought=brought), None, None)
+        assert told.outcome == outcome and ("ink" in told.figure) == (outcome == CONTRADICTED)
 
 
 def carried(rates, n=200):

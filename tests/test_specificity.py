@@ -174,7 +174,9 @@ def test_random_sets_are_taken_together_with_the_spread_over_sets():
     assert told.exact.to_dict() == {"source": 0.0, "found": 1.0, "random": 0.3} and told.n["random"] == 50
     spread = metrics.student([of / 10 for of in hits])
     assert told.layers["random"] == "random"
-    assert (told.exact_low["random"], told.exact_high["random"]) == pytest.approx((spread.low, spread.high))
+    assert (told.exact_low["random"], told.exact_high["random"]) == pytest.approx(
+        (0.0, spread.high)
+    )  # a share is not below 0
     assert told.exact_high["source"] == metrics.rate([False]).high
 
 
@@ -192,6 +194,12 @@ def test_every_factor_is_found_where_it_is(experiment):
     # Ink is where the text is, material is not.
     assert rates.exact["ink", "text set"].item() == 1.0 and rates.exact["material", "text set"].item() == 0.0
     assert rates.exact["text", "random"].item() == 0.0 and rates.n["text", "random"].item() == 50
+
+
+def test_a_factor_that_all_layers_seldom_bring_is_not_searched(experiment, monkeypatch):
+    assert specificity.search(experiment, "ink", 6) is not None
+    monkeypatch.setattr(specificity, "BROUGHT", 1.01)
+    assert specificity.search(experiment, "ink", 6) is None and specificity.found_sets(experiment, 6) == {}
 
 
 def test_what_the_texts_layers_carry_besides(experiment):

@@ -88,6 +88,8 @@ def test_runs_are_searched_and_published(tmp_path, monkeypatch):
     assert trainings.together([]).empty and "planted" in trainings.together([])
     on_the_way = trainings.evaluations(model)
     assert list(on_the_way) == ["one", "two"] and on_the_way["one"].samples.tolist() == [5, 9]
+    # At the first evaluation no layer was patched alone.
+    assert on_the_way["one"].best_layer.isna().tolist() == [True, False] and on_the_way["two"].best_layer.iloc[1] == 0.4
     both = {name: rows.assign(plain_target=rows.exact) for name, rows in on_the_way.items()}
     assert len(plots.binding(both).axes) >= 2
 

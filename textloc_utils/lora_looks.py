@@ -65,6 +65,20 @@ def early(model: Model) -> Model:
     return replace(found, spec=model.spec)
 
 
+def strongest_early(model: Model, n: int) -> tuple[int, ...]:
+    """The ``n`` text layers that wrote most letters alone at the early checkpoint, by the log of the training.
+
+    Empty where the log does not tell.
+    """
+    log, told = models.training_log(model.spec), (model.spec.trained or {}).get("early")
+    if log is None or told is None:
+        return ()
+    at = [each["target"] for each in log["evaluations"] if each["samples"] == told["samples"]]
+    return (
+        tuple(sorted(int(layer) for layer in np.argsort(-np.array(at[0]), kind="stable")[:n])) if at and at[0] else ()
+    )
+
+
 def shared(steps: int | None = None) -> Training:
     """What all arms share, before their layers are chosen; ``steps`` are a preset's, where it asks for few."""
     return Training(layers=(), steps=steps or STEPS)

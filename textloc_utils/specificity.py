@@ -20,20 +20,30 @@ from textloc_utils.sites import Site, every_layer, random_layers
 
 SEARCHED = ("text", *FACTORS)
 RANDOM_SETS = 5
+#: A factor is localized only where all layers together bring it in at least this share of the pairs: a share of a rarer
+#: effect rests on too few pairs.
+BROUGHT = 0.5
 #: Added to the seed of the pairs of the budgeted search: other pairs than the exhaustive one's.
 OTHER_PAIRS = 500
 
 
 def search(experiment: Experiment, factor: str, n: int, seed: int = 42) -> localization.Found | None:
-    """The set of layers that holds one of SEARCHED, from ``n`` pairs; None where all layers together bring nothing.
+    """The set of layers that holds one of SEARCHED, from ``n`` pairs; None where there is nothing to localize.
 
-    Published as ``localization.localize`` says.
+    That is where all layers together bring the factor too rarely, see :func:`brought`. Published as
+    ``localization.localize`` says.
     """
     pairs = scene_pairs.make(n, "select", seed, differs=(factor,))
     try:
-        return localization.published(experiment, pairs, "exhaustive", by="exact")[0]
+        found, table = localization.published(experiment, pairs, "exhaustive", by="exact")
     except localization.NothingFoundError:
         return None
+    return found if brought(table) else None
+
+
+def brought(sweep: pd.DataFrame) -> bool:
+    """Whether all layers together bring the target's value in at least the share BROUGHT of a sweep's pairs."""
+    return bool(sweep.exact[sweep.kind == "all"].mean() >= BROUGHT)
 
 
 def searches(experiment: Experiment, n: int, seed: int = 42) -> dict[str, localization.Found]:

@@ -95,11 +95,19 @@ def together(names: Iterable[str]) -> pd.DataFrame:
 
 
 def evaluations(model: Model) -> dict[str, pd.DataFrame]:
-    """Run to the evaluations of its whole model on the way, columns samples and WHOLE; empty if none is published."""
+    """Evaluations of each run on the way, by the run's name; empty if none is published.
+
+    Columns samples, WHOLE, and best_layer: the target letters that the strongest single layer of this evaluation wrote.
+    """
     log = _published(f"trainings_{model.spec.name}_log")
     if log is None:
         return {}
-    return {run: rows.dropna(axis=1, how="all") for run, rows in log[log.layer == -1].groupby("run", sort=False)}
+    found = {}
+    for run, rows in log.groupby("run", sort=False):
+        best = rows[rows.layer >= 0].groupby("samples").target.max()
+        whole = rows[rows.layer == -1].dropna(axis=1, how="all")
+        found[run] = whole.assign(best_layer=whole.samples.map(best))
+    return found
 
 
 def _published(name: str) -> pd.DataFrame | None:

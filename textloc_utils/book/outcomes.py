@@ -121,7 +121,7 @@ def specific(text: pd.DataFrame, *factors: pd.DataFrame | None) -> Outcome:
     sets = {
         name: set(_found(table)["layers"])
         for name, table in zip(scene_pairs.FACTORS, factors, strict=True)
-        if table is not None
+        if table is not None and specificity.brought(table)
     }
     told = "; ".join(f"{name} {' '.join(map(str, sorted(layers)))}" for name, layers in {"text": own, **sets}.items())
     if not sets:

@@ -339,13 +339,18 @@ def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def binding(logs: Mapping[str, pd.DataFrame]) -> Figure:
-    """Target letters written by the prompt and by a patch of all layers, against samples seen, one panel per training.
+    """Target letters written by the prompt and by patches, against samples seen, one panel per training.
 
-    ``logs`` are tables with columns samples, plain_target and all_layers, see ``trainings.evaluations``.
+    ``logs`` are tables with columns samples, plain_target, all_layers and best_layer, see ``trainings.evaluations``.
     """
     figure, axes = _panels(logs, 1.4, columns=2, sharey=True)
+    lines = (
+        ("plain_target", SOURCE, "prompt"),
+        ("all_layers", TARGET, "all layers"),
+        ("best_layer", QUIET, "one layer"),
+    )
     for axis, (name, rows) in zip(axes, logs.items(), strict=True):
-        for column, colour, label in (("plain_target", SOURCE, "prompt"), ("all_layers", TARGET, "patch")):
+        for column, colour, label in lines:
             axis.plot(rows.samples / 1000, rows[column], "o-", color=colour, markersize=3, label=label)
         axis.set(title=name, xlabel="thousand samples", ylim=(0, 1))
     axes[0].set_ylabel("target letters")
