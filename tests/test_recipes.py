@@ -58,11 +58,12 @@ def spec(name):
 
 
 def batch(name, rules, pipe, n=2):
-    """What the trainer hands to an objective: pictures or stand-ins for latents, and tokens."""
-    pictures, captions = data.Drawn(world.SECOND).batch(n, 0.5, False, random.Random(0))
+    """What the trainer hands to an objective: pictures or stand-ins for latents, tokens, noise, and weights."""
+    pictures, captions, cells = data.Drawn(world.SECOND).batch(n, 0.5, False, 0.0, random.Random(0))
     if hasattr(rules, "LATENTS"):
         pictures = torch.randn(n, rules.LATENTS["channels"], 8, 16, generator=torch.Generator().manual_seed(0))
-    return pictures, rules.tokenize(pipe, captions)
+        cells = torch.nn.functional.max_pool2d(cells, 8)
+    return pictures, rules.tokenize(pipe, captions), training.step_generator(0), 1 + cells
 
 
 def one_stage_or_two(name, tmp_path):
@@ -105,7 +106,7 @@ def test_every_trained_parameter_gets_a_gradient(name, tmp_path):
     """Processes that train together would wait for ever for one that does not."""
     for rules, pipe in one_stage_or_two(name, tmp_path):
         objective = rules.Objective(pipe)
-        objective(*batch(name, rules, pipe), training.step_generator(0)).backward()
+        objective(*batch(name, rules, pipe)).backward()
         assert [n for n, p in objective.named_parameters() if (p.grad is None) == p.requires_grad] == []
 
 
@@ -113,11 +114,11 @@ def test_every_trained_parameter_gets_a_gradient(name, tmp_path):
 def test_sixty_steps_on_one_batch_lower_the_loss(name, tmp_path):
     for rules, pipe in one_stage_or_two(name, tmp_path):
         objective = rules.Objective(pipe)
-        x, tokens = batch(name, rules, pipe)
+        x, tokens, _, weights = batch(name, rules, pipe)
         optimiser = torch.optim.AdamW(objective.parameters(), lr=1.5e-3, betas=(0.9, 0.98), fused=True)
         losses = []
         for _ in range(60):
-            loss = objective(x, tokens, training.step_generator(0))  # the same noise at every step
+            loss = objective(x, tokens, training.step_generator(0), weights)  # the same noise at every step
             loss.backward()
             torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
             optimiser.step()
@@ -160,7 +161,7 @@ def test_pipelines_sample_what_the_objective_trains(name, tmp_path, monkeypatch)
     """An ideal denoiser leads both the training's and the pipeline's convention to the one picture."""
     stages = list(one_stage_or_two(name, tmp_path))
     rules, pipe = stages[0]
-    x, _ = batch(name, rules, pipe)
+    x, *_ = batch(name, rules, pipe)
     x = x[:1]
     objective = rules.Objective(pipe)
     model = Model.from_pipeline(pipe, spec(name))

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -183,9 +184,32 @@ def test_batches_depend_on_the_step_only(cache, tmp_path):
     train(tmp_path, cache)
     pool = data.Pool(tmp_path, world.SECOND)
     for easy in (False, True):
-        (a, first), (b, second) = (pool.batch(6, 0.5, easy, random.Random("(0, 7, 0)")) for _ in range(2))
-        assert first == second and torch.equal(a, b)
-        assert a.shape == (6, 16, 8, 16)
+        (a, first, at), (b, second, there) = (pool.batch(6, 0.5, easy, 0.0, random.Random("(0, 7, 0)")) for _ in "ab")
+        assert first == second and torch.equal(a, b) and torch.equal(at, there)
+        assert a.shape == (6, 16, 8, 16) and at.shape == (6, 1, 8, 16)
+
+
+def test_more_captions_name_everything_where_the_curriculum_says_so():
+    told = {}
+    for named in (0.0, 0.5, 1.0):
+        _, captions, _ = data.Drawn(world.SECOND).batch(400, 0.1, False, named, random.Random(0))
+        told[named] = np.mean([any(face in caption.split() for face in world.TYPEFACES) for caption in captions])
+    # A tenth of the captions are empty; a fifth of the others name the typeface by themselves.
+    assert told[0.0] == pytest.approx(0.18, abs=0.05) and told[1.0] == pytest.approx(0.9, abs=0.05)
+    assert told[0.5] == pytest.approx(0.9 * 0.6, abs=0.07)
+
+
+def test_the_cells_of_the_letters_are_where_letters_are():
+    scene = world.Scene(text="OAK", ink="black", sign="white", dy=-4)
+    blank = replace(scene, ink="white", sign="white")
+    changed = (world.render(scene) != world.render(blank)).any(-1)
+    cells = data.letter_cells([scene, blank], 1)
+    assert cells.shape == (2, 1, world.HEIGHT, world.WIDTH) and not changed[cells[0, 0].numpy() == 0].any()
+    assert changed.any() and cells[0].sum() == 3 * world.PITCH * world.CELL_HEIGHT
+    coarse = data.letter_cells([scene], 8)[0, 0]
+    # A place of the latents counts if any of its pixels does.
+    wanted = cells[0, 0].reshape(world.HEIGHT // 8, 8, world.WIDTH // 8, 8).amax((1, 3))
+    assert torch.equal(coarse, wanted)
 
 
 def test_easy_scenes_have_one_typeface_and_words_at_the_left():

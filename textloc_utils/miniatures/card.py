@@ -210,8 +210,10 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
     vae = report["parts"].get("vae")
     curriculum = ", then ".join(
         f"{share:.0%} from {at:.0%} of the samples{' in easy scenes' if easy else ''}"
-        for at, share, easy in budget["curriculum"]
+        + (f" with everything named in {named[0]:.0%} of the captions" if any(named) else "")
+        for at, share, easy, *named in budget["curriculum"]
     )
+    weight = budget.get("text_weight", 1.0)
     facts = {
         "data": f"scenes rendered by this project ({report['world']} world: {len(world.MATERIALS)} materials, "
         f"{len(world.SIGNS)} sign colours, {len(world.INKS)} inks, {len(world.TYPEFACES)} typefaces, words and random "
@@ -231,6 +233,7 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         )
         + (f"; stage II {_spent(report['stage2'])}" if "stage2" in report else ""),
         "curriculum": "texts with letters in runs: " + curriculum,
+        "loss": "the same weight everywhere" if weight == 1.0 else f"{weight:g} times as heavy in the letters' cells",
         "seed": report["seed"],
         "spelling": f"{test['words']} test words read by {test['reader']}: {_rate(test['exact'])} exact with everything"
         f" named, character error rate {_rate(test['cer'])}"

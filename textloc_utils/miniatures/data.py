@@ -2,7 +2,8 @@
 
 import json
 import random
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,25 @@ KINDS = {"runs": 1 / 3, "words": 2 / 3, "easy-runs": 1 / 6, "easy-words": 1 / 3}
 
 def _kind(runs: bool, easy: bool) -> str:
     return ("easy-" if easy else "") + ("runs" if runs else "words")
+
+
+def _caption(scene: world.Scene, rng: random.Random, only: world.World, named: float) -> str:
+    """A caption of a scene, or none; a share ``named`` of those that are there names everything."""
+    if rng.random() < EMPTY:
+        return ""
+    # Where no caption names more than the world's, no random number is drawn for it.
+    if named and rng.random() < named:
+        only = replace(only, named=dict.fromkeys(only.named, 1.0))
+    return world.caption(scene, rng, only)
+
+
+def letter_cells(scenes: Sequence[world.Scene], scale: int) -> torch.Tensor:
+    """Where the letters of scenes stand, float32 (n, 1, HEIGHT / scale, WIDTH / scale): 1 in their cells, else 0."""
+    cells = torch.zeros(len(scenes), 1, world.HEIGHT // scale, world.WIDTH // scale)
+    for cell, scene in zip(cells, scenes, strict=True):
+        left, top, right, bottom = world.text_box(scene)
+        cell[0, top // scale : -(-bottom // scale), left // scale : -(-right // scale)] = 1
+    return cells
 
 
 def draw_scene(rng: random.Random, kind: str, only: world.World) -> world.Scene:
@@ -73,15 +93,21 @@ class Pool:
             self.parts[kind] = load_file(self.path(kind))["latents"], known
         return self.parts[kind]
 
-    def batch(self, n: int, runs: float, easy: bool, rng: random.Random):
-        """(latents float32 (n, C, h, w), captions), a share ``runs`` of them with letters in runs."""
-        latents, captions = [], []
+    def batch(self, n: int, runs: float, easy: bool, named: float, rng: random.Random):
+        """(latents float32 (n, C, h, w), captions, cells float32 (n, 1, h, w)).
+
+        A share ``runs`` of them has letters in runs, and a share ``named`` of the captions names everything. ``cells``
+        is 1 where letters stand and 0 elsewhere.
+        """
+        latents, captions, scenes = [], [], []
         for _ in range(n):
             encoded, known = self.part(_kind(rng.random() < runs, easy))
             row = rng.randrange(len(known))
             latents.append(encoded[row])
-            captions.append("" if rng.random() < EMPTY else world.caption(known[row], rng, self.only))
-        return torch.stack(latents).float(), captions
+            captions.append(_caption(known[row], rng, self.only, named))
+            scenes.append(known[row])
+        batch = torch.stack(latents).float()
+        return batch, captions, letter_cells(scenes, world.HEIGHT // batch.shape[-2])
 
 
 class Drawn:
@@ -90,8 +116,8 @@ class Drawn:
     def __init__(self, only: world.World):
         self.only = only
 
-    def batch(self, n: int, runs: float, easy: bool, rng: random.Random):
-        """(pictures float32 (n, 3, H, W) in -1..1, captions), otherwise as ``Pool.batch``."""
+    def batch(self, n: int, runs: float, easy: bool, named: float, rng: random.Random):
+        """(pictures float32 (n, 3, H, W) in -1..1, captions, cells), otherwise as ``Pool.batch``."""
         known = [draw_scene(rng, _kind(rng.random() < runs, easy), self.only) for _ in range(n)]
-        captions = ["" if rng.random() < EMPTY else world.caption(s, rng, self.only) for s in known]
-        return autoencoder.to_tensor(np.stack([world.render(s) for s in known])), captions
+        captions = [_caption(s, rng, self.only, named) for s in known]
+        return autoencoder.to_tensor(np.stack([world.render(s) for s in known])), captions, letter_cells(known, 1)

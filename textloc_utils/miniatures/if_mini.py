@@ -36,7 +36,13 @@ SPEC = {
 }
 TEXT = {"text_encoder": ("t5-masked", 0)}
 #: Many small steps: here the denoiser is short of steps, not of samples for each.
-BUDGET = {"samples": 320_000, "batch": 16, "lr": 2e-3}
+BUDGET = {
+    "samples": 320_000,
+    "batch": 16,
+    "lr": 2e-3,
+    "curriculum": unets.CURRICULUM,
+    "text_weight": unets.TEXT_WEIGHT,
+}
 #: Timesteps at which letters of 8x12 pixels are lost in the noise while the sign still shows.
 SPELLING = (450, 850)
 #: Weight of the variance's bound beside the velocity loss, as in Nichol & Dhariwal's hybrid loss.
@@ -104,12 +110,21 @@ class VarianceLoss(unets.VelocityLoss):
         return {"encoder_hidden_states": self.t5(tokens["t5"], attention_mask=tokens["mask"])[0]}
 
     def loss(
-        self, guess: torch.Tensor, x: torch.Tensor, noisy: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor
+        self,
+        guess: torch.Tensor,
+        x: torch.Tensor,
+        noisy: torch.Tensor,
+        velocity: torch.Tensor,
+        t: torch.Tensor,
+        weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean loss of the denoiser's answer (B, 6, h, w) for pictures ``x`` (B, 3, h, w) at timesteps (B,)."""
+        """Mean loss of the denoiser's answer (B, 6, h, w) for pictures ``x`` (B, 3, h, w) at timesteps (B,).
+
+        ``weights`` (B, 1, h, w), of mean 1, weigh the velocity loss of each place.
+        """
         guess, part = guess.float().chunk(2, dim=1)
         bound = self.bound(guess.detach(), part, x, noisy, t)
-        return (guess - velocity).square().mean() + VARIANCE_WEIGHT * bound
+        return (weights * (guess - velocity).square()).mean() + VARIANCE_WEIGHT * bound
 
     def bound(
         self, guess: torch.Tensor, part: torch.Tensor, x: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
@@ -143,12 +158,14 @@ class Objective(VarianceLoss):
         spelling = torch.randint(*SPELLING, (n,), generator=generator)
         return torch.where(chosen, spelling, torch.randint(unets.STEPS, (n,), generator=generator))
 
-    def forward(self, pictures: torch.Tensor, tokens: dict, generator: torch.Generator) -> torch.Tensor:
-        """Mean loss; ``tokens`` {"t5": (B, T), "mask": (B, T)}; noise on the CPU."""
+    def forward(
+        self, pictures: torch.Tensor, tokens: dict, generator: torch.Generator, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean loss; ``tokens`` {"t5": (B, T), "mask": (B, T)}; ``weights`` (B, 1, 2h, 2w); noise on the CPU."""
         x = F.avg_pool2d(pictures, 2)
         noisy, velocity, t = self.diffuse(x, generator)
         guess = self.denoiser(noisy, t, **self.condition(tokens), return_dict=False)[0]
-        return self.loss(guess, x, noisy, velocity, t)
+        return self.loss(guess, x, noisy, velocity, t, F.avg_pool2d(weights, 2))
 
 
 def tokenize(pipe: IFPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -202,17 +219,19 @@ class Stage2Objective(VarianceLoss):
         super().__init__(pipe, t5.requires_grad_(False))
         self.noising = pipe.image_noising_scheduler
 
-    def forward(self, pictures: torch.Tensor, tokens: dict, generator: torch.Generator) -> torch.Tensor:
-        """Mean loss; ``tokens`` {"t5": (B, T), "mask": (B, T)}; noise on the CPU."""
+    def forward(
+        self, pictures: torch.Tensor, tokens: dict, generator: torch.Generator, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean loss; ``tokens`` {"t5": (B, T), "mask": (B, T)}; ``weights`` (B, 1, h, w); noise on the CPU."""
         # The pipeline enlarges and noises the small picture in the same way.
         small = F.interpolate(F.avg_pool2d(pictures, 2), pictures.shape[-2:], mode="bilinear", align_corners=True)
         # What to draw at a place hangs on its surroundings, so a part of the picture teaches as much for less.
         side = pictures.shape[-2]
         left = int(torch.randint(pictures.shape[-1] - side + 1, (), generator=generator))
-        pictures, small = pictures[..., left : left + side], small[..., left : left + side]
+        pictures, small, weights = (each[..., left : left + side] for each in (pictures, small, weights))
         level = torch.randint(LEVELS, (len(pictures),), generator=generator).to(pictures.device)
         small = self.noising.add_noise(small, torch.randn(small.shape, generator=generator).to(small.device), level)
         noisy, velocity, t = self.diffuse(pictures, generator)
         seen = torch.cat([noisy, small], dim=1)
         guess = self.denoiser(seen, t, **self.condition(tokens), class_labels=level, return_dict=False)[0]
-        return self.loss(guess, pictures, noisy, velocity, t)
+        return self.loss(guess, pictures, noisy, velocity, t, weights)

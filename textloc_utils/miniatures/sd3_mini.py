@@ -113,8 +113,13 @@ class Objective(torch.nn.Module):
         text = torch.cat([torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
         return text, torch.cat([first.text_embeds, second.text_embeds], dim=-1)
 
-    def forward(self, latents: torch.Tensor, tokens: dict, generator: torch.Generator) -> torch.Tensor:
-        """Mean loss of latents (B, 16, h, w) and ``tokens`` {"clip": (B, T), "t5": (B, T)}; noise on the CPU."""
+    def forward(
+        self, latents: torch.Tensor, tokens: dict, generator: torch.Generator, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean loss of latents (B, 16, h, w) and ``tokens`` {"clip": (B, T), "t5": (B, T)}; noise on the CPU.
+
+        ``weights`` (B, 1, h, w), of mean 1, weigh the loss of each place.
+        """
         n, device = len(latents), latents.device
         text, pooled = self.condition(tokens)
         sigma = torch.sigmoid(1.0 + torch.randn(n, generator=generator))
@@ -123,7 +128,7 @@ class Objective(torch.nn.Module):
         noise = torch.randn(latents.shape, generator=generator).to(device)
         s = sigma[:, None, None, None]
         guess = self.denoiser((1 - s) * latents + s * noise, text, pooled, sigma * 1000, return_dict=False)[0]
-        return (guess.float() - (noise - latents)).square().mean()
+        return (weights * (guess.float() - (noise - latents)).square()).mean()
 
 
 def tokenize(pipe: StableDiffusion3Pipeline, captions: list[str]) -> dict:

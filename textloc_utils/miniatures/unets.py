@@ -9,9 +9,16 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 STEPS = 1000
-#: Easy scenes for half of the samples (see ``training.Budget``): letters must bind before all typefaces and inks come,
-#: and in these networks they bind later than in a transformer.
-CURRICULUM = ((0.0, 0.9, True), (0.1, 0.5, True), (0.2, 0.1, True), (0.5, 0.1, False))
+#: Easy scenes for two fifths of the samples (see ``training.Budget``): letters must bind before all typefaces and inks
+#: come, and in these networks they bind later than in a transformer. Then most captions name everything for a while.
+#: With the world's captions alone, of which one in five names the typeface, they drew the named typeface no more often
+#: than chance after 300,000 scenes of all typefaces.
+CURRICULUM = (
+    *((0.0, 0.9, True, 0.0), (0.1, 0.5, True, 0.0), (0.2, 0.1, True, 0.0)),
+    *((0.4, 0.1, False, 0.6), (0.8, 0.1, False, 0.0)),
+)
+#: See ``training.Budget``.
+TEXT_WEIGHT = 4.0
 
 #: Scheduler settings on latents and on pixels. Pixels repeat each other, so that letters stay readable in them at
 #: noise levels that hide everything in latents: their schedule is the noisier one.
@@ -64,8 +71,13 @@ class VelocityLoss(nn.Module):
         spread = (1 - self.alphas[t]).sqrt()[:, None, None, None]
         return signal * x + spread * noise, signal * noise - spread * x, t
 
-    def forward(self, latents: torch.Tensor, tokens: dict, generator: torch.Generator) -> torch.Tensor:
-        """Mean loss of latents (B, C, h, w) and what the recipe's ``tokenize`` made of their captions."""
+    def forward(
+        self, latents: torch.Tensor, tokens: dict, generator: torch.Generator, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean loss of latents (B, C, h, w) and what the recipe's ``tokenize`` made of their captions.
+
+        ``weights`` (B, 1, h, w), of mean 1, weigh the loss of each place.
+        """
         noisy, velocity, t = self.diffuse(latents, generator)
         guess = self.denoiser(noisy, t, **self.condition(tokens), return_dict=False)[0]
-        return (guess.float() - velocity).square().mean()
+        return (weights * (guess.float() - velocity).square()).mean()
