@@ -67,16 +67,18 @@ def found_sets(experiment: Experiment, n: int, seed: int = 42) -> dict[str, tupl
 
 
 def alone(experiment: Experiment, n: int, seed: int = 42) -> pd.DataFrame:
-    """How often each layer alone, and all together, bring each of SEARCHED, on ``n`` pairs that select.
+    """How often each layer alone, all together, and the pooled text bring each of SEARCHED, on ``n`` pairs that select.
 
-    Columns differs, kind ("layer", "all"), layers, n, exact, exact_low, exact_high (Wilson's interval). Published as
-    ``results/study_MODEL_alone.csv``, also for a factor that no search found.
+    Columns differs, kind ("layer", "all", and "pooled" and "all + pooled" of a model with a pooled text), layers, n,
+    exact, exact_low, exact_high (Wilson's interval). Published as ``results/study_MODEL_alone.csv``, also for a factor
+    that no search found.
     """
     pairs = {factor: scene_pairs.make(n, "select", seed, differs=(factor,)) for factor in SEARCHED}
 
     def make() -> pd.DataFrame:
         swept = pd.concat([sweeps.table(experiment, each) for each in pairs.values()], ignore_index=True)
-        return metrics.summarise(swept[swept.kind.isin(["layer", "all"])], ["differs", "kind", "layers"], ["exact"])
+        kinds = ["layer", "all", "pooled", "all + pooled"]
+        return metrics.summarise(swept[swept.kind.isin(kinds)], ["differs", "kind", "layers"], ["exact"])
 
     inputs = {"rows": sweeps.ROWS, "pairs": {factor: digest_of(each) for factor, each in pairs.items()}}
     return experiment.table(f"study_{experiment.name}_alone", inputs, make)

@@ -57,7 +57,8 @@ def _layers(args) -> None:
     sets |= specificity.found_sets(run, work.pairs, args.seed)
     for factor in scene_pairs.FACTORS:
         layers = sets.get(factor)
-        print(f"{factor}: {'all layers together bring nothing of it' if layers is None else f'layers {layers}'}")
+        told = "all layers together bring it too rarely" if layers is None else f"layers {layers}"
+        print(f"{factor}: {told}")
     specificity.alone(run, work.pairs, args.seed)
     for table, short in (
         (specificity.reported(run, sets, reported, args.seed), specificity.rates),
