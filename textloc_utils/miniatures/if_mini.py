@@ -37,7 +37,7 @@ SPEC = {
 TEXT = {"text_encoder": ("t5-masked", 0)}
 #: Many small steps: here the denoiser is short of steps, not of samples for each.
 BUDGET = {
-    "samples": 320_000,
+    "samples": 260_000,
     "batch": 16,
     "lr": 2e-3,
     "curriculum": unets.CURRICULUM,
