@@ -58,7 +58,7 @@ def test_pairs_from_a_file_of_prompts(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(None, "cannot read prompts"), ("\n \n", "holds no prompt"), ('a "A"\nb "A"\n', "two different quoted texts")],
+    [(None, "cannot read prompts"), ("\n \n", "has no prompt"), ('a "A"\nb "A"\n', "two different quoted texts")],
 )
 def test_files_without_pairs_are_refused(text, said, tmp_path):
     path = tmp_path / "bench.txt"
