@@ -838,7 +838,7 @@ def test_what_cannot_be_inverted_is_refused():
 def test_texts_that_are_the_same_to_a_model_are_refused_before_it_draws(monkeypatch):
     monkeypatch.setattr(Experiment, "draw", None)
     model = tiny.model("sd3")
-    with pytest.raises(TextlocError, match="reads the same in"):
+    with pytest.raises(TextlocError, match="have the same tokens in"):
         edit.report(model, pair('a sign that says "12"', 'a sign that says "34"'), edit.localized((1,)))
 
 
