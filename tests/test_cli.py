@@ -240,7 +240,7 @@ def test_what_a_model_cannot_tell_apart_is_one_line(tmp_path, capsys):
 
 def test_a_miniature_has_one_size(tmp_path, capsys):
     words = ["generate", "sd3-mini", HELLO, "--out", tmp_path / "out", "--height", 128]
-    assert "128x64 pixels only" in fails(capsys, *words) and not (tmp_path / "out").exists()
+    assert "only pictures of 128x64 pixels" in fails(capsys, *words) and not (tmp_path / "out").exists()
 
 
 def test_presets_have_the_papers_sizes():

@@ -520,7 +520,9 @@ def test_texts_whose_lengths_move_the_picture_must_be_equally_long(models):
         batch._check_lengths(call)
         for lengths in ([4, 5, 7, 7], [4, 4, 7, 6]):
             batch, call = batch_of(models, of(lengths))
-            with pytest.raises(TextlocError, match="^the prompts of rows 0 and 1 have different lengths, on which"):
+            with pytest.raises(
+                TextlocError, match="^the prompts of rows 0 and 1 have different lengths, and this model"
+            ):
                 batch._check_lengths(call)
         batch, call = batch_of(models, of([4, 8, 7, 7]), multiple=4)
         with pytest.raises(TextlocError, match=r"lengths \(in steps of 4 tokens\), on which"):

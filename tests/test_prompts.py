@@ -52,7 +52,7 @@ def test_pairs_from_a_file_of_prompts(tmp_path):
     for pair in pairs:
         assert pair.source_text != pair.target_text
         assert prompts.replace_text(pair.source, pair.target_text) == pair.target
-    with pytest.raises(TextlocError, match="holds 3 prompts"):
+    with pytest.raises(TextlocError, match="has 3 prompts"):
         prompts.load_pairs(path, 4)
 
 

@@ -283,7 +283,7 @@ def test_the_command_tells_every_set(capsys, monkeypatch, model):
         ("carried", (4, 5), 8, 42),
     ]
     told = capsys.readouterr().out
-    assert "material: all layers together bring nothing of it" in told and "ink: layers (8,)" in told
+    assert "material: patching all layers has no effect on it" in told and "ink: layers (8,)" in told
 
 
 @dataclass

@@ -256,7 +256,7 @@ def test_only_a_miniature_is_replaced_by_a_shipped_one(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeing", "3"], "a run for a study is no miniature of the book; add --no-ship"),
+        (["--seeing", "3"], "a run for a study is not a miniature of the book; add --no-ship"),
         (["--world", "plain"], "a run for a study"),
         (["--layers", "6"], "a run for a study"),
         (["--text", "random"], "a run for a study"),

@@ -28,7 +28,7 @@ from textloc_utils.miniatures import evaluation, factors, world
 from textloc_utils.models import Model
 from textloc_utils.settings import TextlocError
 
-ROWS = 1  #: part of a stored unit's key; raise it whenever the rows of a unit change
+ROWS = 1  #: part of a stored unit's key: raise it whenever the rows of a unit change
 BEFORE = "before"  #: the row of the model without an adapter
 LOCALIZED, EVERY = "localized", "all text layers"
 SCENES, STEPS = 4000, 200  #: number of scenes of the look, drawn once for all arms, and number of steps of a training

@@ -24,7 +24,7 @@ from textloc_utils.sites import SOURCE, TARGET, Site, token_groups
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROWS = 5  #: part of a stored unit's key; raise it whenever the rows of a unit change
+ROWS = 5  #: part of a stored unit's key: raise it whenever the rows of a unit change
 SCORES = ("target_score", "source_score", "exact", "ssim_outside", "psnr_outside")
 
 
