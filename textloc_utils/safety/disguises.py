@@ -39,8 +39,8 @@ def _misspelt(word: str, rng: random.Random) -> str:
     ]
 
 
-#: Functions of (word, rng) that disguise a word. "split" uses two quoted texts. The detector undoes all disguises except
-#: the last three.
+#: Functions of (word, rng) that disguise a word. "split" uses two quoted texts. The detector undoes all except the
+#: last three disguises.
 DISGUISES: dict[str, Callable[[str, random.Random], str]] = {
     "plain": lambda word, rng: word,
     "small letters": lambda word, rng: word.lower(),
