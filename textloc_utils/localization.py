@@ -34,11 +34,11 @@ from textloc_utils.sites import Site, every_layer, joined, single_layers, togeth
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHARE = 0.9  #: of the all-layer patch's text effect
-BUDGET = 0.1  #: of the exhaustive sweep's cost
+SHARE = 0.9  #: share of the all-layer patch's text effect that a set must reach
+BUDGET = 0.1  #: budget of a search, as a share of the exhaustive sweep's cost
 WITHOUT_PICTURES = (*onestep.DEPTHS, onestep.ATTENTION)
 SEARCHES = ("exhaustive", "budgeted", *WITHOUT_PICTURES)
-EFFECTS = ("score", "exact")  #: what a set's effect is, see :func:`sweeps.set_effects`
+EFFECTS = ("score", "exact")  #: definitions of a set's effect, see :func:`sweeps.set_effects`
 #: Settings of the budgeted search: the number of pairs that are screened, the share of the screened effects that the
 #: first leading sets hold, the number of pairs of the first round, and its growth factor from round to round.
 SCREEN, SCREENED, FIRST, GROWTH = 6, 0.98, 8, 1.5
@@ -89,7 +89,7 @@ class Found:
         return "\n".join(told)
 
     def show(self) -> "Figure":
-        """The effect of each layer alone as bars, those of the set marked."""
+        """Draw the effect of each layer alone as bars. The layers of the set are marked."""
         from textloc_utils.book import plots
 
         ends = dict.fromkeys(("mean", "low", "high"), self.effects)
@@ -167,10 +167,10 @@ def localize(
     if len(kinds := {_factor(pair) for pair in pairs}) > 1:
         raise TextlocError(f"one search is for one factor; the pairs differ in {', '.join(sorted(kinds))}")
     if not 0 < share <= 1:
-        raise TextlocError(f"the share to reach must lie above 0 and not above 1, got {share}")
+        raise TextlocError(f"the share to reach must be above 0 and at most 1, got {share}")
     if not 0 < budget <= 1:
         raise TextlocError(
-            f"the budget is a share of the exhaustive sweep's cost, above 0 and not above 1, got {budget}"
+            f"the budget is a share of the exhaustive sweep's cost; it must be above 0 and at most 1, got {budget}"
         )
     if len({pair.seed for pair in pairs}) < len(pairs):
         raise TextlocError("two of the pairs have the same seed; give each pair a different seed")
@@ -254,7 +254,7 @@ class _Drawn:
         self._effects: pd.DataFrame | None = None  # effects of the current table
 
     def ask(self, sets: Sequence[tuple[int, ...]], pairs: Sequence[Pair]) -> None:
-        """Draw the sets, and all layers, on those of the pairs on which they are missing."""
+        """Draw the sets, and all layers, on the pairs on which they were not drawn yet."""
         wanted = [*map(together, sets), every_layer(self.experiment.model)]
         places = ["seed", "kind", "layers"]
         known = set() if self.table is None else set(self.table[places].itertuples(index=False, name=None))

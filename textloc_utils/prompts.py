@@ -25,7 +25,7 @@ NOISE, RESERVED = 10_000, 1_000_000
 
 _LISTS = Path(__file__).parent / "words"
 _QUOTED = re.compile(r'(["\u201c])([^"\u201c\u201d]*)(["\u201d])')
-MILD = "mild insult"  #: the band of held-out words that stands in for toxic ones
+MILD = "mild insult"  #: the band of held-out words that are used instead of toxic words
 
 #: GlyphControl's SimpleBench template.
 SIMPLE_TEMPLATE = 'A sign that says "{text}".'

@@ -51,7 +51,7 @@ class NotPublishedError(TextlocError):
 
 
 class Store:
-    """Tables of results in one folder (default: ``settings.results_dir()``)."""
+    """A store of result tables in one folder (default: ``settings.results_dir()``)."""
 
     def __init__(self, root: str | os.PathLike | None = None):
         self.root = Path(root) if root is not None else settings.results_dir()

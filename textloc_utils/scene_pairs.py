@@ -156,7 +156,7 @@ def for_model(model: Model, n: int, use: str, seed: int = 42, *, template: str |
 
 
 def _others(scene: world.Scene, name: str, only: world.World) -> list[str]:
-    """The values of a factor that the scene does not have and that keep its text readable."""
+    """The other values of a factor with which the scene's text is still readable."""
     if name == "sign":
         return [sign for sign, inks in world.READABLE.items() if scene.ink in inks and sign != scene.sign]
     values = {"ink": world.READABLE[scene.sign], "typeface": only.typefaces, "material": only.materials}[name]

@@ -67,7 +67,7 @@ def sweep(
     """Patch every site (default: ``sites.single_layers``) in every pair.
 
     ``settings`` are those of ``experiment.Experiment``: steps, guidance, negative_prompt, store, progress. Raises
-    TextlocError for pairs, layers or settings that do not fit, before anything is drawn.
+    TextlocError for invalid pairs, layers or settings before anything is drawn.
 
     >>> pair = Pair.of('A sign that says "HELLO".', "WORLD", seed=1)
     >>> found = sweep(pipe, [pair], sites=[Site(kind="layer", layers=2), Site(kind="layer", layers=3)], steps=2)

@@ -67,7 +67,7 @@ def find(picture: np.ndarray) -> list[Block]:
 @dataclass(frozen=True, kw_only=True)
 class _Line:
     box: tuple[float, float, float, float]
-    height: float  # of its letters
+    height: float  # height of its letters
     letters: int
     score: float
 

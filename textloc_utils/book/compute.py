@@ -199,7 +199,7 @@ def _time(seconds: float | None) -> str:
 def _energy(hours: float | None, estimated: bool) -> str:
     if hours is None or hours != hours:
         return UNKNOWN
-    return f"{hours:.3g} Wh, {'estimated' if estimated else 'told by the device'}"
+    return f"{hours:.3g} Wh, {'estimated' if estimated else 'reported by the device'}"
 
 
 def _commit(commit: str) -> str:

@@ -48,7 +48,7 @@ HALVES = 256  #: tensors with at least this many numbers are stored in float16 i
 MOST, SHARE = 2, 0.99
 #: The names of a prompt's tokens in the text graph.
 PARTS = ("ids", "mask")
-LOCK = ROOT / "book" / "lab"  #: package.json and package-lock.json
+LOCK = ROOT / "book" / "lab"  #: folder of package.json and package-lock.json
 WASM = "ort-wasm-simd-threaded.wasm"
 #: The files of npm packages that a reader's browser loads.
 RUNTIME = (

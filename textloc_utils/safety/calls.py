@@ -23,7 +23,7 @@ NEARER, ROUNDED = 0.25, 0.02
 
 
 class Change:
-    """Hooks for one pipeline call of ``n`` rows of prompts, of which ``rows`` are toxic.
+    """The hooks for one pipeline call with ``n`` rows of prompts, of which ``rows`` are toxic.
 
     ``texts`` holds the texts of these rows and then, in the same order, their replacements (``models.call_rows``).
     """
