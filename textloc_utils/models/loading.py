@@ -318,7 +318,9 @@ def _whole(part_class: Any, folder: Path, variant: str | None, dtype: torch.dtyp
         raise TextlocError(f"the weights in {folder} do not have the shapes in its config.json; restore both") from None
     lost = sorted(told["missing_keys"])
     if lost:
-        raise TextlocError(f"the weight files in {folder} have no {lost[0]}; restore them, or train again")
+        raise TextlocError(
+            f"the tensor {lost[0]} is missing in the weight files of {folder}; restore them, or train again"
+        )
     return module
 
 

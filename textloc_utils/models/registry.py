@@ -98,7 +98,7 @@ def _miniature_spec(name: str, folder: Path) -> ModelSpec:
         raise TextlocError(f"{path} has no values for {', '.join(needed)}")
     for key, value in values.items():
         if value is not None and not _fits(key, value):
-            raise TextlocError(f"{path} has {value!r} as {key}; restore it, or train the model again")
+            raise TextlocError(f"{path} holds {value!r} as {key}; restore it, or train the model again")
     return ModelSpec(name=name, source=str(folder), miniature=True, **values)
 
 
