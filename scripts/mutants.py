@@ -1,10 +1,10 @@
-"""Plant small faults in one module, one at a time, and tell which of them its tests do not notice.
+"""Plant small faults in one module, one at a time, and list those that its tests do not notice.
 
-``make mutants MODULE=metrics``. The table ``[tool.mutants]`` of pyproject.toml names the tests of each module; a copy
-of the package and of these tests in ``_build/mutants/MODULE`` is what mutmut changes and runs. Its work is kept there:
-a run that was ended goes on, and a change of the module or of its tests does only what it must.
+Run ``make mutants MODULE=metrics``. The table ``[tool.mutants]`` of pyproject.toml names the tests of each module.
+mutmut changes and runs a copy of the package and of these tests in ``_build/mutants/MODULE``. Its work is kept there.
+So a run that was stopped continues, and after a change of the module or of its tests only the necessary work is done.
 
-The text of error messages is left alone: what a message says is the reader's business, not a test's.
+The text of error messages is not changed, because tests need not check the wording of a message.
 """
 
 import argparse
@@ -33,8 +33,8 @@ timeout_constant = 30.0
 timeout_multiplier = 2.0
 use_git_change_detection = false
 """
-#: Each mutant's process is a copy of mutmut's, which has run the tests once. What the package and the tests keep for
-#: themselves (caches, values of modules) has to come from the mutant, so both are imported anew.
+#: Each mutant's process is a copy of mutmut's process, which has already run the tests once. The state of the package
+#: and of the tests (caches, values of modules) must come from the mutant, so both are imported again.
 FORGET = """
 import sys
 
@@ -44,10 +44,10 @@ for _name in [n for n in sys.modules if n.partition(".")[0] in ("textloc_utils",
 
 
 def copied(module: str, tests: list[str]) -> Path:
-    """The folder with a copy of the package and its tests, set up for one module."""
+    """Make a copy of the package and its tests, set up for one module. Returns its folder."""
     work = ROOT / "_build" / "mutants" / module.replace("/", "-")
     for name in ("textloc_utils", "tests"):
-        # What is gone from the original goes from the copy; what mutmut keeps lies beside both.
+        # Files that were deleted are also deleted in the copy. The files of mutmut are in other folders.
         shutil.rmtree(work / name, ignore_errors=True)
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
     text = (ROOT / "pyproject.toml").read_text().partition("[tool.mutants]")[0]
@@ -58,20 +58,22 @@ def copied(module: str, tests: list[str]) -> Path:
 
 
 def main() -> int | str:
-    """Run mutmut on one module, and print the score and what survived."""
+    """Run mutmut on one module, and print the score and the mutants that survived."""
     modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("module", choices=sorted(modules))
-    parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes (1)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--again", action="store_true", help="only what survived the last time")
-    what.add_argument("--sample", type=int, help="only so many mutants, drawn at random; the same ones every time")
+    what.add_argument("--again", action="store_true", help="run only the mutants that survived the last time")
+    what.add_argument(
+        "--sample", type=int, help="run only this many mutants, drawn at random (the same ones every time)"
+    )
     arguments = parser.parse_args()
     module = arguments.module
     work = copied(module, modules[module])
     environment = os.environ | {"TEXTLOC_DATA": str(ROOT / "data"), "TEXTLOC_FLIPS": "20"}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)  # it would lead to the package as it is
+    environment.pop("PYTHONPATH", None)  # it would lead to the unchanged package
     mutmut = [sys.executable, "-m", "mutmut"]
 
     def results() -> dict[str, str]:
@@ -82,7 +84,7 @@ def main() -> int | str:
 
     names = [name for name, state in results().items() if state in ALIVE] if arguments.again else []
     if arguments.sample:
-        # Mutants are made and tests are timed before mutmut finds that none has this name.
+        # mutmut makes the mutants and times the tests before it finds that no mutant has this name.
         made = subprocess.run([*mutmut, "run", "none"], cwd=work, env=environment, capture_output=True, text=True)
         every = sorted(results())
         if not every:

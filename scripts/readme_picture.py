@@ -1,8 +1,8 @@
-"""Draw the README's picture from the published tables of the exhaustive search; writes book/finding.svg.
+"""Draw the README's picture, book/finding.svg, from the published tables of the exhaustive search.
 
     .venv/bin/python scripts/readme_picture.py
 
-The file names the tables that it shows by their digests, so that a test finds a picture that is out of date.
+The file contains the digests of the tables that it shows. So a test finds a picture that is out of date.
 """
 
 import sys

@@ -181,7 +181,7 @@ def test_the_package_page_names_every_module(site):
     assert [name for name in found if f'id="module-{name}"' not in page] == []
     assert 'id="textloc_utils.patching.patched"' in page
     # A constant's or property's comment is a sentence, with or without a colon: what stands as a type is one.
-    assert "part of a stored unit’s key: raised whenever" in page
+    assert "part of a stored unit’s key: raise it whenever" in page
     types = re.findall(r'Type<span class="colon">:</span></dt>\n<dd class="[^"]+"><p>(.*?)</p>', page)
     types = [re.sub("<[^>]+>", "", each).replace("…", "...") for each in types]
     assert types and [each for each in types if re.search(r"\w \w", each)] == []

@@ -233,14 +233,14 @@ def test_what_a_model_cannot_tell_apart_is_one_line(tmp_path, capsys):
     model = models.load("sd3-mini", device="cpu")
     (pair,) = prompts.load_pairs(file, 1)
     for ask in (lambda: localization.localize(model, [pair]), lambda: edit.report(model, pair, edit.localized([4]))):
-        with pytest.raises(TextlocError, match="reads the same in"):
+        with pytest.raises(TextlocError, match="have the same tokens in"):
             ask()
     models.check_distinct(model, scene_pairs.for_model(model, 8, "report"))
 
 
 def test_a_miniature_has_one_size(tmp_path, capsys):
     words = ["generate", "sd3-mini", HELLO, "--out", tmp_path / "out", "--height", 128]
-    assert "128x64 pixels only" in fails(capsys, *words) and not (tmp_path / "out").exists()
+    assert "only pictures of 128x64 pixels" in fails(capsys, *words) and not (tmp_path / "out").exists()
 
 
 def test_presets_have_the_papers_sizes():

@@ -33,7 +33,7 @@ def test_trainings_are_the_logs(monkeypatch):
     assert told.watt_hours["denoiser"] == 7.5 and not told.estimated.any()
     assert np.isnan(told.watt_hours["vae"]) and np.isnan(told.seconds["clip"]) and told.commit["clip"] == "c0ffee"
     text = compute.page()["trainings"]
-    assert "7.5 Wh, told by the device" in text and "| sd3-mini | clip | a GPU, 1 process | not recorded |" in text
+    assert "7.5 Wh, reported by the device" in text and "| sd3-mini | clip | a GPU, 1 process | not recorded |" in text
 
 
 def test_trainings_of_a_study_count_once(monkeypatch):

@@ -151,14 +151,14 @@ def test_architectures_that_stay_out_are_refused_with_the_reason(name):
 
 
 def test_texts_of_other_lengths_where_the_picture_depends_on_them(get):
-    refuses(get("ernie"), LONGER, "rows 0 and 1 have different lengths, on which this model's picture depends")
+    refuses(get("ernie"), LONGER, "rows 0 and 1 have different lengths, and this model's picture depends on the length")
     # Padded to a multiple of 32: what is within it is of one length.
     much = "red sign on a blue wall that says " * 4 + '"HELLO".'
     refuses(get("z_image"), much, r"different lengths \(in steps of 32 tokens\)")
 
 
 def test_cached_text_is_refused(get):
-    refuses(get("qwen_image_21"), TARGET, "are they cached", use_kv_cache=True)
+    refuses(get("qwen_image_21"), TARGET, "without a cache of keys and values", use_kv_cache=True)
 
 
 def test_parts_of_a_patch_between_masked_texts_of_other_lengths(get):
@@ -166,7 +166,7 @@ def test_parts_of_a_patch_between_masked_texts_of_other_lengths(get):
     for part in ({"tensors": "k"}, {"heads": 0}):
         with patched(model, Patch(source=0, target=1, layers="all", **part), 2):
             latents(model, [SOURCE, TARGET], 4.0)  # of one length: no mask
-        refuses(model, LONGER, "heads, tokens, keys or values alone cannot be patched", part)
+        refuses(model, LONGER, "heads or tokens, or keys or values alone, cannot be patched", part)
 
 
 def test_heads_of_grouped_attention_are_those_of_keys(get):

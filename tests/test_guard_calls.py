@@ -37,11 +37,12 @@ def test_rows_of_prompts_and_of_their_negatives():
     last, first = change(), change(of=model("prompts first"))
     assert last.prompt_rows(4) == [3] and last.negative_rows(4) == [1] and last.prompt_rows(2) == [1]
     assert first.prompt_rows(4) == [1] and first.negative_rows(4) == [3] and first.prompt_rows(2) == [1]
-    with pytest.raises(TextlocError, match="^2 prompts gave the denoiser 3 rows; known: as many, or twice that$"):
+    message = "^2 prompts gave the denoiser 3 rows; allowed: the same number, or twice as many$"
+    with pytest.raises(TextlocError, match=message):
         last.prompt_rows(3)
-    with pytest.raises(TextlocError, match="^2 prompts gave the denoiser 4 rows; known: as many$"):
+    with pytest.raises(TextlocError, match="^2 prompts gave the denoiser 4 rows; allowed: the same number$"):
         change(of=model("own call")).prompt_rows(4)
-    with pytest.raises(TextlocError, match="needs negatives beside the prompts"):
+    with pytest.raises(TextlocError, match="needs negatives in the same denoiser batch"):
         last.negative_rows(2)
 
 
@@ -50,7 +51,7 @@ def test_prompts_are_told_by_their_text():
     assert asked._asks(torch.stack([NEGATIVE, NEGATIVE, OTHER, OWN]))
     with pytest.raises(TextlocError, match="rows are not those of the prompts"):
         change()._asks(torch.stack([NEGATIVE, NEGATIVE, OWN, OTHER]))
-    with pytest.raises(TextlocError, match="toxic prompts stand where the negatives should"):
+    with pytest.raises(TextlocError, match="toxic prompts are in the rows of the negatives"):
         change()._asks(torch.stack([NEGATIVE, OWN, OTHER, OWN]))
     alone = change()
     alone.batch = 2  # without guidance there are no negatives to look at
@@ -93,7 +94,7 @@ def test_other_embeddings_are_made_with_all_that_comes_beside_the_text():
     assert torch.equal(given["encoder_hidden_states"], torch.stack([NEGATIVE, NEGATIVE, 2 * EXTRA, 2 * EXTRA]))
     assert noted == [("second", 2)] and given["scale"] == 1 and torch.equal(batch[2], OWN)
     for wrong in (batch[:3], batch[:, :4], None):
-        with pytest.raises(TextlocError, match="second is not given the prompts' text alone"):
+        with pytest.raises(TextlocError, match="second does not get only the prompts' text"):
             made._swap("second", None, (), {"encoder_hidden_states": wrong})
 
 
@@ -104,7 +105,7 @@ def test_a_cleaned_prompt_of_another_length_is_refused(monkeypatch):
     monkeypatch.setattr(calls, "select_rows", lambda *a: {"pictures": a[3], "rows": list(a[4])})
     assert made.begin((), {}) == ((), {"pictures": [0, 1, 2, 3, 3], "rows": [0, 1, 2, 3, 4]})
     held["encoder_hidden_states"] = held["encoder_hidden_states"][:, :3]
-    with pytest.raises(TextlocError, match="another number of tokens"):
+    with pytest.raises(TextlocError, match="a different number of tokens"):
         made.begin((), {})
 
 
@@ -120,7 +121,7 @@ def test_lengths_of_lent_rows_are_compared(monkeypatch):
         rows.check(None, (), {})
     assert rows.index((0, 1, 2), 5, torch.device("cpu")).tolist() == [2, 3, 4]
     call.lengths = [7, 7, 7, 5, 6]
-    with pytest.raises(TextlocError, match="the cleaned prompt has another length"):
+    with pytest.raises(TextlocError, match="the cleaned prompt has a different length"):
         rows.check(None, (), {})
     call.rows = 6
     with pytest.raises(TextlocError, match="the guarded denoiser has 5 rows, but a module gave 6"):

@@ -87,9 +87,9 @@ def test_the_clean_picture_is_what_the_noisy_one_was_made_of(name):
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(clip_sample=False), DDIMScheduler(clip_sample=True)])
 def test_a_sampler_that_draws_noise_or_clips_is_refused(scheduler):
-    with pytest.raises(TextlocError, match="no linear sampler"):
+    with pytest.raises(TextlocError, match="the lab needs a linear sampler"):
         lab.sampler(timed(scheduler, 5), 5)
-    with pytest.raises(TextlocError, match="no linear sampler"):  # not as many steps as the model's
+    with pytest.raises(TextlocError, match="the lab needs a linear sampler"):  # not as many steps as the model's
         lab.sampler(timed(LINEAR["ddim"], 5), 6)
 
 
@@ -168,7 +168,7 @@ def test_an_export_is_whole_and_of_the_model(family, tmp_path):
 @pytest.mark.full
 def test_an_export_that_draws_something_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(lab._Denoiser, "_mix", lambda self, name, amount: lambda *a: self.fired.add(name))
-    with pytest.raises(TextlocError, match="draws other pictures than the package"):
+    with pytest.raises(TextlocError, match="the package draw different pictures"):
         lab.export(small("sd3"), tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
 
@@ -180,7 +180,7 @@ def test_a_layer_that_takes_no_part_is_refused(tmp_path, monkeypatch):
         lab.export(small("sd3"), tmp_path / "tiny")
 
 
-@pytest.mark.parametrize(("family", "why"), [("if", "no autoencoder"), ("flux", "text and picture in one")])
+@pytest.mark.parametrize(("family", "why"), [("if", "no autoencoder"), ("flux", "text and picture together")])
 def test_models_that_the_lab_cannot_run_are_refused(family, why, tmp_path):
     with pytest.raises(TextlocError, match=why):
         lab.export(small(family), tmp_path / "tiny")

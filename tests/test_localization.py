@@ -257,7 +257,11 @@ def test_layers_are_among_the_strongest_where_as_many_are_taken():
 
 def test_a_bad_search_is_refused_before_any_model_runs(model):
     pairs = pairs_of(model, 2)
-    for wrong, said in (({"how": "guess"}, "exhaustive"), ({"share": 1.5}, "not above 1"), ({"budget": 0}, "budget")):
+    for wrong, said in (
+        ({"how": "guess"}, "exhaustive"),
+        ({"share": 1.5}, "at most 1, got 1.5"),
+        ({"budget": 0}, "budget"),
+    ):
         with pytest.raises(TextlocError, match=said):
             tl.localize(model, pairs, **wrong)
 

@@ -357,7 +357,7 @@ def test_an_adapter_that_is_not_finite_is_not_loaded(tinies, tmp_path):
     next(iter(tensors.values()))[0] = float("nan")
     (tmp_path / lora.ABOUT).unlink()  # as from elsewhere: no digest tells
     save_file(tensors, tmp_path / lora.FILE)
-    with pytest.raises(TextlocError, match="is not finite; train the one in"):
+    with pytest.raises(TextlocError, match="is not finite; train the adapter in"):
         lora.load(model, tmp_path)
     assert same(before, state(model))
 
@@ -394,7 +394,7 @@ def test_an_adapter_that_takes_no_part_is_told(tinies, tmp_path, monkeypatch, ho
             return [*added(model, training), torch.nn.Parameter(torch.zeros(1))]
 
         monkeypatch.setattr(lora, "add", more)
-    assert refused(model, given, FEW, tmp_path / "run", "takes no part") == []
+    assert refused(model, given, FEW, tmp_path / "run", "has no effect") == []
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def test_files_that_do_not_fit_are_refused(tinies, tmp_path):
     with pytest.raises(TextlocError, match="textloc lora train"):
         lora.load(ldm, tmp_path)
     lora.train(ldm, data(ldm), FEW, folder=tmp_path / "ldm")
-    with pytest.raises(TextlocError, match="carries an adapter"):
+    with pytest.raises(TextlocError, match="already has an adapter"):
         lora.load(ldm, tmp_path / "ldm")
     lora.remove(ldm)
     before = state(sd3)

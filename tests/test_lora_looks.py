@@ -181,7 +181,7 @@ def test_of_other_models_pictures_no_look_is_read(plain):
 
 def test_words_are_of_one_use_and_enough():
     assert set(lora_looks.asked_words("tune", 64, 1)) <= set(scene_pairs.words("tune"))
-    with pytest.raises(TextlocError, match="4 to 600 words"):
+    with pytest.raises(TextlocError, match="from 4 to 600, got 601"):
         lora_looks.asked_words("report", 601, 1)
 
 
@@ -394,7 +394,7 @@ def test_bad_input_of_an_adapter_is_one_line(model, tmp_path, capsys):
         (["train", "sdxl", "--layers", "1", *out], "needs --data"),
         (["eval", "sd3-mini", "--adapter", tmp_path / "none"], "textloc lora train"),
         (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 0], "from 1 to"),
-        (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 3], "4 to 600 words"),
+        (["eval", "sd3-mini", "--adapter", tmp_path / "there", "--words", 3], "from 4 to 600, got 3"),
     ):
         assert said in fails(capsys, "lora", *arguments, *where)
     assert not (tmp_path / "out").exists()

@@ -129,7 +129,7 @@ def test_what_the_kernel_cut_apart_is_one_output(tmp_path, capsys):
 
     paths[0].write_text("no notebook")
     assert cli.main(["strip", str(paths[0])]) == 2
-    assert "is no notebook that can be read" in capsys.readouterr().err
+    assert "cannot be read as a notebook" in capsys.readouterr().err
 
 
 def test_a_failure_leaves_the_old_notebook_and_finishes_the_others(tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_a_failure_leaves_the_old_notebook_and_finishes_the_others(tmp_path, cap
     assert any(line.startswith("failed   bad.ipynb: ValueError: no such layer (see ") for line in lines)
     (told,) = (line for line in lines if line.startswith("failed   dead.ipynb: nbclient.exceptions.DeadKernelError"))
     assert re.search(r"; last reading of memory: host \d+\.\d of \d+\.\d GiB", told)
-    assert error.startswith("textloc: 2 of 3 notebooks failed and are left as they were: bad.ipynb: ")
+    assert error.startswith("textloc: 2 of 3 notebooks failed and were not changed: bad.ipynb: ")
     assert "no such layer" in error and "dead.ipynb: " in error
     assert (bad.read_bytes(), dead.read_bytes()) == before
     assert "sd3-mini book 42" in printed(good)
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_written_at_the_end_is_named_and_the_work_is_kep
     monkeypatch.setattr(notebooks.os, "replace", full)
     assert cli.main(["run", str(one), str(two)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 2 notebooks failed" in error and "No space left" in error and "it is kept as" in error
+    assert "1 of 2 notebooks failed" in error and "No space left" in error and "the result is kept as" in error
     assert one.read_bytes() == before and "sd3-mini book 42" in printed(two)
     assert not list(tmp_path.glob(".*"))
 
@@ -189,11 +189,11 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, capsys, monkeypatch):
     path, bare = write(tmp_path / "one.ipynb", SAY), write(tmp_path / "bare.ipynb", "1", parameters=None)
     (tmp_path / "text.ipynb").write_text(json.dumps({"no": "notebook"}))
     for arguments, said in (
-        ([tmp_path / "none.ipynb"], "none.ipynb is no notebook"),
-        ([tmp_path / "text.ipynb"], "text.ipynb is no notebook"),
+        ([tmp_path / "none.ipynb"], "none.ipynb cannot be read as a notebook"),
+        ([tmp_path / "text.ipynb"], "text.ipynb cannot be read as a notebook"),
         ([path, "--preset", "smoke"], "--out"),
         ([path, "--models", "sd4", "--out", tmp_path / "out"], "unknown model 'sd4'"),
-        ([bare, "--seed", "1", "--out", tmp_path / "out"], "no cell tagged parameters"),
+        ([bare, "--seed", "1", "--out", tmp_path / "out"], "no cell with the tag parameters"),
         ([path, path], "same name"),
         ([path, "--jobs", "0"], "from 1 to 256"),
     ):
@@ -314,7 +314,7 @@ def test_one_run_of_one_notebook_at_a_time(tmp_path):
     wait_until((tmp_path / "started").exists)
     second = begin(tmp_path, path)
     told = second.communicate(timeout=300)[1]
-    assert "failed   slow.ipynb: another run of it is under way" in told and second.returncode == 2
+    assert "failed   slow.ipynb: another run of this notebook is in progress" in told and second.returncode == 2
     (tmp_path / "aside.go").touch()
     aside = begin(tmp_path, path, "--seed", "1", "--out", str(other), TEXTLOC_STARTED=str(tmp_path / "aside"))
     assert "1 notebooks executed" in aside.communicate(timeout=300)[0] and printed(other / "slow.ipynb") == "done\n"

@@ -225,7 +225,7 @@ def test_every_rule_has_a_judge_and_says_what_it_takes(monkeypatch, tmp_path):
         assert all("{}" in table for table in rule["tables"]) and rule["command"].startswith("textloc study ")
     monkeypatch.setattr(outcomes, "data_dir", lambda: tmp_path)
     (tmp_path / "claims.toml").write_text('[few]\nclaim = "x"\n')
-    with pytest.raises(TextlocError, match="few needs a judge, and just claim, paper, for"):
+    with pytest.raises(TextlocError, match="few needs a judge, and exactly the keys claim, paper, for"):
         outcomes.rules()
 
 

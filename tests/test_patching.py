@@ -358,7 +358,7 @@ def test_a_block_without_a_call_of_the_denoiser(models):
 
 def test_steps_that_never_come(models):
     with (
-        pytest.raises(TextlocError, match="attn2.to_k was to be patched at steps from 99 on, but the run had 3"),
+        pytest.raises(TextlocError, match="attn2.to_k should be patched at steps from 99 on, but the run had 3"),
         patched(models("ldm"), [Patch(source=0, target=1, layers=(0,), start=99)], 2),
     ):
         sample(models("ldm"), [SOURCE, TARGET], [7, 7])
@@ -368,7 +368,7 @@ def test_steps_that_never_come(models):
 def test_several_pictures_per_prompt_are_no_guidance_halves(models, name):
     model = models(name)
     patch = Patch(source=1, target=0, layers="all")
-    message = "4 rows for 2 prompts, and they are no guidance halves" if name != "flux" else "got 4; allowed: 2$"
+    message = "4 rows for 2 prompts, and they are not guidance halves" if name != "flux" else "got 4; allowed: 2$"
     arguments = model.call_arguments([TARGET, SOURCE], steps=2, guidance=1.0, negative_prompt=None)
     arguments |= {"num_images_per_prompt": 2, "output_type": "np"}
     with pytest.raises(TextlocError, match=message), patched(model, patch, 2):
@@ -520,7 +520,9 @@ def test_texts_whose_lengths_move_the_picture_must_be_equally_long(models):
         batch._check_lengths(call)
         for lengths in ([4, 5, 7, 7], [4, 4, 7, 6]):
             batch, call = batch_of(models, of(lengths))
-            with pytest.raises(TextlocError, match="^the prompts of rows 0 and 1 have different lengths, on which"):
+            with pytest.raises(
+                TextlocError, match="^the prompts of rows 0 and 1 have different lengths, and this model"
+            ):
                 batch._check_lengths(call)
         batch, call = batch_of(models, of([4, 8, 7, 7]), multiple=4)
         with pytest.raises(TextlocError, match=r"lengths \(in steps of 4 tokens\), on which"):

@@ -52,13 +52,13 @@ def test_pairs_from_a_file_of_prompts(tmp_path):
     for pair in pairs:
         assert pair.source_text != pair.target_text
         assert prompts.replace_text(pair.source, pair.target_text) == pair.target
-    with pytest.raises(TextlocError, match="holds 3 prompts"):
+    with pytest.raises(TextlocError, match="has 3 prompts"):
         prompts.load_pairs(path, 4)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(None, "cannot read prompts"), ("\n \n", "holds no prompt"), ('a "A"\nb "A"\n', "two different quoted texts")],
+    [(None, "cannot read prompts"), ("\n \n", "has no prompt"), ('a "A"\nb "A"\n', "two different quoted texts")],
 )
 def test_files_without_pairs_are_refused(text, said, tmp_path):
     path = tmp_path / "bench.txt"

@@ -92,8 +92,11 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, capsys, monkeypatch):
     for arguments, said in (
         (["--summary", tmp_path], "is a folder; name a file"),
         (["--summary", tmp_path / "one.ipynb" / "x.md"], "is not a folder"),
-        (["--publish", "--seed", "1", "--out", tmp_path / "out"], "--publish tells of the notebooks as they are"),
-        (["--estimate", "--publish"], "--estimate keeps nothing"),
+        (
+            ["--publish", "--seed", "1", "--out", tmp_path / "out"],
+            "--publish is for notebooks with their own parameters",
+        ),
+        (["--estimate", "--publish"], "--estimate keeps no results"),
     ):
         assert cli.main(["run", str(path), *map(str, arguments)]) == 2
         error = capsys.readouterr().err
@@ -117,7 +120,7 @@ for i in range(2):
     before = path.read_bytes()
     assert cli.main(["run", str(path), "--estimate", "--models", "sdxl", "--preset", "paper"]) == 0
     told = capsys.readouterr().out
-    assert "one.ipynb: about " in told and "peak of memory then: host" in told and "free disk" in told
+    assert "one.ipynb: about " in told and "its peak of memory: host" in told and "free disk" in told
     assert path.read_bytes() == before and not list((tmp_path / "work").glob("*.json"))
     (planned,) = notebooks.plan([path], {"PRESET": "paper"}, tmp_path / "out")
     (found,) = reports.estimate([planned], 50)

@@ -674,6 +674,6 @@ def test_a_damaged_unit_is_told_at_the_callers_line(store):
     store.unit("k", {}, lambda: [{"x": 1}], model=None)
     (path,) = files(store)
     path.write_text("no unit")
-    with pytest.warns(UserWarning, match="recomputing damaged result .*: it does not fit its digest$") as caught:
+    with pytest.warns(UserWarning, match="recomputing damaged result .*: it does not match its digest$") as caught:
         store.unit("k", {}, lambda: [{"x": 1}], model=None)
     assert caught[0].filename == __file__

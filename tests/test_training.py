@@ -112,7 +112,7 @@ def test_other_settings_do_not_go_on_with_a_run(cache, tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(cache, tmp_path):
     (tmp_path / "thesis.tex").write_text("three years")
-    with pytest.raises(TextlocError, match="holds something that is no training run"):
+    with pytest.raises(TextlocError, match="holds files that are not of a training run"):
         train(tmp_path, cache)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -236,13 +236,13 @@ def test_learning_rate_warms_up_and_decays():
         ({"samples": 2.5}, "samples must be a whole number"),
         ({"pool": 1}, "pool must be a whole number of at least 2"),
         ({"evaluations": -1}, "evaluations must be a whole number of at least 0"),
-        ({"lr": float("nan")}, "lr must lie above 0"),
-        ({"lr": float("inf")}, "lr must lie above 0"),
-        ({"lr": 0.0}, "lr must lie above 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"lr": float("inf")}, "lr must be above 0"),
+        ({"lr": 0.0}, "lr must be above 0"),
         ({"encoder_steps": 0}, "encoder steps must be"),
         ({"autoencoder_steps": 0}, "autoencoder steps must be"),
         ({"batch": -3}, "batch must be"),
-        ({"decay": 2.0}, "decay must lie above 0"),
+        ({"decay": 2.0}, "decay must be above 0"),
     ],
 )
 def test_wrong_budgets_are_refused(change, message):
@@ -267,10 +267,10 @@ def test_only_a_miniature_is_replaced_by_a_shipped_one(tmp_path, capsys, monkeyp
     (tmp_path / "mine" / "thesis.tex").write_text("three years")
     monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("it trained first"))
     assert cli.main(["train", "sd3-mini", "--out", str(tmp_path / "run"), "--ship", str(tmp_path / "mine")]) == 2
-    assert "holds something that is no miniature" in capsys.readouterr().err
+    assert "holds files that are not of a miniature" in capsys.readouterr().err
     assert cli.main(["train", "sd3-mini", "--out", str(tmp_path / "run"), "--ship", ""]) == 2
     assert "--ship" in capsys.readouterr().err
-    with pytest.raises(TextlocError, match="no miniature"):
+    with pytest.raises(TextlocError, match="not of a miniature"):
         (tmp_path / "run" / "pipeline").mkdir(parents=True)
         (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")
         card.export("sd3-mini", tmp_path / "run", tmp_path / "mine")
@@ -280,7 +280,7 @@ def test_only_a_miniature_is_replaced_by_a_shipped_one(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeing", "3"], "a run for a study is no miniature of the book; add --no-ship"),
+        (["--seeing", "3"], "a run for a study is not a miniature of the book; add --no-ship"),
         (["--world", "plain"], "a run for a study"),
         (["--layers", "6"], "a run for a study"),
         (["--text", "random"], "a run for a study"),
@@ -294,9 +294,11 @@ def test_runs_for_studies_are_not_shipped_by_accident(options, message, tmp_path
 
 
 def test_text_encoders_of_a_study(tmp_path, cache):
-    with pytest.raises(TextlocError, match="text encoders of ldm-mini cannot be random; those of sd3-mini can"):
+    with pytest.raises(
+        TextlocError, match="text encoders of ldm-mini cannot be random; they can be chosen only for sd3-mini"
+    ):
         training.train("ldm-mini", tmp_path / "run", text="random")
-    with pytest.raises(TextlocError, match="planted layers know letters by their tokens"):
+    with pytest.raises(TextlocError, match="planted layers need one letter per token"):
         training.train("sd3-mini", tmp_path / "run", text="subwords", seeing=(3,))
     assert not (tmp_path / "run").exists()
     report = train(tmp_path / "run", cache, text="subwords")
@@ -308,7 +310,7 @@ def test_text_encoders_of_a_study(tmp_path, cache):
 
 
 def test_only_some_recipes_have_a_choice_of_layers(tmp_path):
-    with pytest.raises(TextlocError, match="ldm-mini has one number of layers"):
+    with pytest.raises(TextlocError, match="ldm-mini has a fixed number of layers"):
         training.train("ldm-mini", tmp_path / "run", layers=6)
     assert not (tmp_path / "run").exists()
 

@@ -69,7 +69,7 @@ def test_commands(outside):
     assert [row["name"] for row in json.loads(told.stdout)] == list(models.FULL_SIZE), told.stderr
     told = run("-m", "textloc_utils.cli", "generate", "sd3-mini", 'A sign that says "HI".', "--out", "pictures")
     assert told.returncode == 2 and told.stderr.count("\n") == 1
-    assert "sd3-mini comes with a clone of the project; name a clone's data folder in TEXTLOC_DATA" in told.stderr
+    assert "sd3-mini comes with a clone of the project; set TEXTLOC_DATA to a clone's data folder" in told.stderr
     assert not [*(place / "empty").iterdir()]
 
 

@@ -11,8 +11,8 @@ for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
 
 __version__ = "0.1.0"
 
-#: What researchers use, by the module that has it. The modules are imported when they are first asked for: torch and
-#: diffusers take seconds.
+#: The public names and the modules that define them. A module is imported when a name is first used, because importing
+#: torch and diffusers takes seconds.
 _EXPORTS = {
     "Fired": "patching",
     "Model": "models",

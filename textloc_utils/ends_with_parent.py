@@ -1,8 +1,8 @@
-"""Run a Python module as a program that ends with the process that started it, and takes its own children along.
+"""Run a Python module as a program that ends, with all its children, when the process that started it ends.
 
-``python -m textloc_utils.ends_with_parent papermill ...``, with a pipe as its standard input: however the process at
-the other end ended, the system closes the pipe. A notebook's kernel is in a session of its own, so that no signal to a
-group of processes reaches it.
+Start it as ``python -m textloc_utils.ends_with_parent papermill ...``, with a pipe as its standard input. When the
+process at the other end of the pipe ends, for any reason, the system closes the pipe. This is needed because a
+notebook's kernel runs in a separate session, so signals to a group of processes do not reach it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import psutil
 
 
 def watch() -> None:
-    """Wait for the end of standard input; then end all children, and this process."""
+    """Wait for the end of standard input. Then end all children and this process."""
     os.read(0, 1)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):

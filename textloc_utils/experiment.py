@@ -1,7 +1,8 @@
-"""An experiment: a model and how it draws, where results are kept, and what they hang on.
+"""An experiment: a model, the settings with which it draws, the store of its results, and the key of these results.
 
 Every experiment of the package takes an :class:`Experiment`, works through units that are stored one by one, and
-publishes a table under a key. Where a published table is of just this key, it is taken instead of computed.
+publishes a table under a key. If a table with exactly this key is already published, it is used, and nothing is
+computed.
 """
 
 import hashlib
@@ -27,10 +28,10 @@ from textloc_utils.settings import PATIENCE, TextlocError, data_dir
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """A model, the settings that it draws with, and what becomes of the results; made by :meth:`of`.
+    """A model, the settings with which it draws, and what is done with the results. Use :meth:`of` to make one.
 
-    ``steps``, ``guidance`` and ``negative_prompt`` are ``generate``'s. Units of work are kept in ``store``.
-    ``progress`` shows a bar; ``publish`` makes tables anew and writes them to the package's data.
+    ``steps``, ``guidance`` and ``negative_prompt`` are as in ``generate``. Units of work are kept in ``store``.
+    ``progress`` shows a progress bar. ``publish`` computes tables again and writes them to the package's data.
     """
 
     model: Model
@@ -49,9 +50,10 @@ class Experiment:
 
     @classmethod
     def of(cls, subject: "Experiment | Model | DiffusionPipeline", **settings) -> "Experiment":
-        """An experiment on a model or a pipeline, or another experiment with some settings changed.
+        """Make an experiment from a model or a pipeline, or from another experiment with some settings changed.
 
-        Settings are the fields of the class; those left out, or None, are the model's own, and the default store.
+        ``settings`` are the fields of the class. Settings that are missing or None take the model's own values and the
+        default store.
         """
         given = {name: value for name, value in settings.items() if value is not None}
         if isinstance(subject, cls):
@@ -62,30 +64,31 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """The model's."""
+        """The name of the model."""
         return self.model.spec.name
 
     @property
     def settings(self) -> dict:
-        """What a pipeline is called with: steps, guidance and negative_prompt."""
+        """The settings of a pipeline call: steps, guidance and negative_prompt."""
         return {"steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt}
 
     @property
     def key(self) -> dict:
-        """What every result hangs on besides its own inputs."""
+        """The values that every result depends on, in addition to its own inputs."""
         size = {"height": self.model.spec.height, "width": self.model.spec.width}
         return {"model": self.name, "weights": fingerprint(self.model), **self.settings, **size}
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], **options) -> Generation:
-        """Draw with the experiment's settings; ``options`` are ``generate``'s, and go before them."""
+        """Draw with the experiment's settings. ``options`` are those of ``generate`` and override the settings."""
         return generate(self.model, prompts, seeds, **self.settings | options)
 
     def drawn(
         self, prompts: Sequence[str], seeds: Sequence[int], more: Sequence[Mapping] = ()
     ) -> tuple[np.ndarray, list[str]]:
-        """The pictures of :meth:`draw`, uint8 (n, H, W, 3), and what is read in them; kept batch by batch.
+        """The pictures of :meth:`draw`, uint8 (n, H, W, 3), and the text that is read in them.
 
-        ``more`` is what else each picture hangs on. A run that was ended goes on with the batch it was at.
+        ``more`` holds further values that each picture depends on. Every batch is stored, so an interrupted run
+        continues with the batch at which it stopped.
         """
         size = rows_per_call(self.model)
         told: dict[str, list] = {"prompts": list(prompts), "seeds": list(seeds)}
@@ -103,16 +106,17 @@ class Experiment:
         return np.stack([decode(text) for text in rows.picture]), rows["read"].tolist()
 
     def unit(self, kind: str, inputs: Mapping, compute: Callable[[], pd.DataFrame | list[dict]]) -> pd.DataFrame:
-        """The rows of one unit of work, stored under all of its ``inputs``, the experiment's key among them."""
+        """The rows of one unit of work, stored under all of its ``inputs``, which include the experiment's key."""
         return self.store.unit(kind, inputs, compute, model=self.model)
 
     def units(
         self, kind: str, items: Sequence, inputs: Mapping, compute: Callable[..., pd.DataFrame | list[dict]]
     ) -> pd.DataFrame:
-        """The rows that ``compute`` makes of each item, one stored unit per item.
+        """The rows that ``compute`` returns for each item, with one stored unit per item.
 
-        ``inputs`` is what a unit hangs on besides the experiment's key and its item. Processes started together
-        (``accelerate launch``) share the items out; each of them returns all rows, in order.
+        ``inputs`` holds the values that a unit depends on, in addition to the experiment's key and its item. Processes
+        that are started together (``accelerate launch``) divide the items among themselves. Each of them returns all
+        rows, in order.
         """
         shared = self.key | dict(inputs)
 
@@ -132,9 +136,9 @@ class Experiment:
         return pd.concat([unit(item) for item in bar(items)], ignore_index=True)
 
     def table(self, name: str, inputs: Mapping, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The published table ``name`` where it is of just this experiment and these inputs, else ``make()``'s.
+        """The published table ``name`` if its key is that of this experiment and these inputs, else that of ``make()``.
 
-        With ``publish`` it is made anew and written.
+        With ``publish`` the table is always made again and written.
         """
         key = self.key | dict(inputs)
         table = None if self.publish else published_store().load_matching(name, key)
@@ -146,46 +150,46 @@ class Experiment:
         return table
 
     def write(self, name: str, table: pd.DataFrame, *, seconds: float, **provenance) -> None:
-        """Publish a table with its provenance; of processes started together the first one does.
+        """Publish a table with its provenance. If several processes were started together, only the first one does so.
 
-        ``seconds`` is what the table took (see :class:`Spent`).
+        ``seconds`` is the time that the table took (see :class:`Spent`).
         """
         if int(os.environ.get("RANK", 0)) == 0:
             published_store().publish(name, table, {"seconds": seconds, **provenance}, model=self.model)
 
 
 class Spent:
-    """Seconds of work since this was made: of this run, and of earlier runs for units that were found in the store."""
+    """Seconds of work since this object was made, including those of earlier runs for units found in the store."""
 
     def __init__(self, store: Store):
         self._store, self._began, self._before = store, time.monotonic(), store.seconds_before
 
     @property
     def seconds(self) -> float:
-        """Rounded to tenths."""
+        """The seconds, rounded to tenths."""
         return round(time.monotonic() - self._began + self._store.seconds_before - self._before, 1)
 
 
 def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs as a list; TextlocError where there is none, or something else."""
+    """Return the pairs as a list. Raises TextlocError if there is none, or if an item is not a pair."""
     pairs = [pairs] if isinstance(pairs, Pair) else list(pairs)
     if not pairs:
         raise TextlocError("this needs at least one pair of prompts")
     if wrong := [pair for pair in pairs if not isinstance(pair, Pair)]:
-        raise TextlocError(f"pairs of prompts are wanted (prompts.Pair), got a {type(wrong[0]).__name__}")
+        raise TextlocError(f"pairs of prompts are needed (prompts.Pair), got a {type(wrong[0]).__name__}")
     return pairs
 
 
 def digest_of(pairs: Sequence[Pair]) -> str:
-    """Short hash of pairs, for the key of a table that they made."""
+    """Short hash of pairs, for the key of a table that was made with them."""
     return hashlib.sha256(repr([asdict(pair) for pair in pairs]).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: Model) -> str:
-    """Short hash of a model's weights (64 values of each tensor): other weights make stored results stale.
+    """Short hash of a model's weights (64 values of each tensor). Stored results of other weights are not used.
 
-    A miniature is trained as a whole, so that its denoiser stands for it. Other models may share a denoiser and differ
-    in their encoders, autoencoder, second stage or scheduler.
+    For a miniature the hash covers the denoiser only, because its parts are trained together. Other models may have the
+    same denoiser and differ in their encoders, autoencoder, second stage or scheduler.
     """
     digest = hashlib.sha256()
 
@@ -210,14 +214,14 @@ def fingerprint(model: Model) -> str:
 
 
 def published_store() -> Store:
-    """Where the tables lie that come with the package."""
+    """The store with the tables that come with the package."""
     return Store(data_dir() / "results")
 
 
 def published_table(model: Model, name: str) -> pd.DataFrame | None:
-    """The published table ``name``, whatever its settings, where it was made with this model's very weights.
+    """The published table ``name``, with any settings, if it was made with exactly this model's weights.
 
-    None where there is no such table; TextlocError for a damaged one.
+    Returns None if there is no such table. Raises TextlocError for a damaged table.
     """
     try:
         table = published_store().load_published(name)
@@ -227,9 +231,9 @@ def published_table(model: Model, name: str) -> pd.DataFrame | None:
 
 
 def known_layers(model: Model) -> tuple[int, ...]:
-    """The localized layers of a model: a published search's of the same weights, else the paper's.
+    """The localized layers of a model: from a published search with the same weights, else from the paper.
 
-    Raises TextlocError for a model of which neither is known.
+    Raises TextlocError if neither is known for the model.
     """
     for how in ("exhaustive", "budgeted"):
         table = published_table(model, f"localize_{model.spec.name}_{how}")
@@ -238,5 +242,5 @@ def known_layers(model: Model) -> tuple[int, ...]:
     if not model.spec.paper_layers:
         name = model.spec.name
         how = f"run textloc localize {name} --publish first" if model.spec.source else "localize the pipeline first"
-        raise TextlocError(f"the localized layers of {name} are not known: name them, or {how}")
+        raise TextlocError(f"the localized layers of {name} are not known: give the layers, or {how}")
     return model.spec.paper_layers

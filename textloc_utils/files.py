@@ -1,9 +1,9 @@
-"""Files and folders that appear whole or not at all.
+"""Write files and folders completely or not at all.
 
-Everything is written into a hidden folder beside its place, synced to the disk and then renamed: a reader sees the old
-file or the new one. What goes wrong on the way (a full disk, a folder without permission, a name that is too long)
-becomes one TextlocError, and the place is left as it was. What a killed process left behind is removed by the next one
-that writes to the same folder.
+Everything is first written into a hidden folder next to its destination, then synced to the disk and renamed. So a
+reader sees either the old file or the new one. A failure (a full disk, a folder without permission, a name that is too
+long) raises one TextlocError, and the destination stays unchanged. If a process is killed, its hidden folder is removed
+by the next process that writes to the same folder.
 """
 
 import contextlib
@@ -21,32 +21,33 @@ from pathlib import Path
 
 from textloc_utils.settings import TextlocError
 
-PART = ".part-"  #: what the hidden folders' names begin with
-#: Seconds after which a part whose writer is gone is removed; a part that is just being made is not locked yet.
+PART = ".part-"  #: prefix of the hidden folders' names
+#: A hidden folder without a writer is removed when it is older than this many seconds. A newer one may not be locked
+#: yet.
 SETTLED = 60
 
 
 def write_bytes(path: str | os.PathLike, data: bytes, *, advice: str = "") -> Path:
-    """Write a file, whole or not at all; returns its path. Folders above it are made."""
+    """Write a file, completely or not at all, and return its path. Missing parent folders are created."""
     with whole_file(path, advice=advice) as part:
         part.write_bytes(data)
     return Path(path)
 
 
 def write_text(path: str | os.PathLike, text: str, *, advice: str = "") -> Path:
-    """Write text as UTF-8 with the line ends it has, as :func:`write_bytes`."""
+    """Write text as UTF-8 with unchanged line ends, like :func:`write_bytes`."""
     return write_bytes(path, text.encode(), advice=advice)
 
 
 def write_json(path: str | os.PathLike, value: object) -> Path:
-    """Write a value as indented JSON with a line end, as :func:`write_bytes`."""
+    """Write a value as indented JSON with a line end, like :func:`write_bytes`."""
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_state(path: str | os.PathLike, state: dict) -> Path:
-    """Write tensors and plain values as ``torch.save`` does, with a digest behind them, as :func:`write_bytes`.
+    """Write tensors and plain values with ``torch.save``, followed by a digest, like :func:`write_bytes`.
 
-    Raises TypeError, and writes nothing, for a value that :func:`read_state` would refuse (a numpy number is one).
+    Raises TypeError, and writes nothing, for a value that :func:`read_state` would refuse (for example a numpy number).
     """
     import torch
 
@@ -62,22 +63,22 @@ def write_state(path: str | os.PathLike, state: dict) -> Path:
 
 
 def read_state(path: str | os.PathLike) -> dict:
-    """What :func:`write_state` wrote, on the CPU. Raises TextlocError for a file that is not as it was written."""
+    """Read what :func:`write_state` wrote, onto the CPU. Raises TextlocError for a file that was changed since then."""
     import torch
 
     try:
         data = Path(path).read_bytes()
         body, digest = data[:-32], data[-32:]
-        # torch itself takes damaged numbers for numbers.
+        # torch itself does not notice damaged numbers.
         if hashlib.sha256(body).digest() != digest:
             raise ValueError
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception:  # a file with the right digest may still be another library's
-        raise TextlocError(f"{path} is damaged; delete it, and the run starts again") from None
+    except Exception:  # a file with a correct digest may still come from another library
+        raise TextlocError(f"{path} is damaged; delete it, and the run starts from the beginning") from None
 
 
 def sealed(about: Mapping) -> dict:
-    """The mapping with a digest of all else in it as ``seal``; what was read back unchanged is equal to it.
+    """Return the mapping with the digest of its other entries as ``seal``. An unchanged mapping equals its sealed copy.
 
     Examples
     --------
@@ -91,14 +92,14 @@ def sealed(about: Mapping) -> dict:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, hexadecimal."""
+    """The sha256 of a file, as a hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]:
-    """A path of the same name to write to; when the block ends, that file takes the place of ``path``.
+    """Yield a temporary path with the same name. When the block ends, the file written there replaces ``path``.
 
     Examples
     --------
@@ -116,10 +117,10 @@ def whole_file(path: str | os.PathLike, *, advice: str = "") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_files(folder: str | os.PathLike, *names: str, advice: str = "") -> Iterator[Path]:
-    """An empty folder to write to; when the block ends, its files take their places in ``folder``.
+    """Yield an empty folder to write to. When the block ends, its files are moved to ``folder``.
 
-    The files of ``names`` come last, in this order: name the one that tells that all others are there. All of them must
-    have been written. The advice ends the message of a failure.
+    The files in ``names`` are moved last, in this order. The last one should be the file that lists the others. All
+    files in ``names`` must have been written. The error message of a failure ends with ``advice``.
     """
     folder = Path(folder)
     with _beside(folder, folder / names[-1] if names else folder, advice) as aside:
@@ -134,10 +135,10 @@ def whole_files(folder: str | os.PathLike, *names: str, advice: str = "") -> Ite
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder to fill; when the block ends, it takes the place of ``path``, with all that was there.
+    """Yield an empty folder to fill. When the block ends, it replaces ``path`` and everything that was there.
 
-    A process that is killed between the two renames leaves the old folder under a hidden name; the next call puts it
-    back first.
+    A process that is killed between the two renames leaves the old folder under a hidden name. The next call first
+    moves it back.
     """
     path = Path(os.path.realpath(path))
     old = path.with_name(f".{path.name}.old")
@@ -164,9 +165,10 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty folder in the system's place for temporary files; it is removed when the block ends.
+    """Yield an empty folder in the system's folder for temporary files. It is removed when the block ends.
 
-    What a killed process left there is removed by the next call: the place is this user's and this package's own.
+    If a process is killed, its folder is removed by the next call. The parent folder is used only by this user and by
+    this package.
     """
     place = Path(tempfile.gettempdir(), f"textloc-{os.getuid()}")
     place.mkdir(mode=0o700, exist_ok=True)
@@ -176,10 +178,10 @@ def scratch() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def only_run(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold a folder, which is made, against other runs; the system lets it go however this process ends.
+    """Create and lock a folder, so that no other run uses it. The system releases the lock when this process ends.
 
-    Raises TextlocError where another run holds it. An empty folder is removed in the end. A file system without locks
-    holds nothing.
+    Raises TextlocError if another run has the lock. A new folder that is still empty at the end is removed. On a file
+    system without locks, nothing is locked.
     """
     folder = Path(folder)
     new = not folder.exists()
@@ -187,14 +189,14 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
     except BlockingIOError:
-        raise TextlocError(f"another run writes to {folder}; wait for it, end it, or choose another folder") from None
+        raise TextlocError(f"another run writes to {folder}; wait for it, stop it, or choose another folder") from None
     except OSError as error:
         raise TextlocError(f"cannot write to {folder} ({error.strerror})") from None
     try:
         yield
     finally:
         if new:
-            with contextlib.suppress(OSError):  # it holds what was written
+            with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
         if lock is not None:
             os.close(lock)
@@ -202,7 +204,7 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(folder: Path, path: Path, advice: str = "") -> Iterator[Path]:
-    """A locked hidden folder in ``folder``; it is removed in the end, and so is ``folder`` if it is new and empty."""
+    """Yield a locked hidden folder in ``folder``. It is removed at the end, and ``folder``, too, if new and empty."""
     made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     aside, lock = None, None
     try:
@@ -222,14 +224,14 @@ def _beside(folder: Path, path: Path, advice: str = "") -> Iterator[Path]:
         if lock is not None:
             os.close(lock)
         for each in made:
-            with contextlib.suppress(OSError):  # it holds what was written
+            with contextlib.suppress(OSError):  # the folder is not empty
                 each.rmdir()
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed or the process ends.
+    """Lock a folder and return the descriptor. The lock is held until it is closed or the process ends.
 
-    None on a file system without locks. Raises BlockingIOError where another process has it.
+    Returns None on a file system without locks. Raises BlockingIOError if another process has the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -243,9 +245,9 @@ def _locked(folder: Path) -> int | None:
 
 
 def _remove_left_behind(folder: Path) -> None:
-    """Remove the parts of killed processes: old enough to be locked by their writers, and not locked."""
+    """Remove the hidden folders of killed processes: folders that are older than SETTLED and not locked."""
     for part in folder.glob(f"{PART}*"):
-        with contextlib.suppress(OSError):  # its writer is at work, or has just finished
+        with contextlib.suppress(OSError):  # its writer is still working, or has just finished
             if part.is_dir() and time.time() - part.stat().st_mtime > SETTLED:
                 descriptor = _locked(part)
                 if descriptor is not None:
@@ -258,16 +260,16 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError:
-        if not path.is_dir():  # which some file systems cannot sync
+        if not path.is_dir():  # some file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def _reason(error: Exception, folder: Path) -> str | None:
-    """Why the system refused to write, in its own words; None for an error of another kind or at another place.
+    """The system's reason why writing failed. None for an error of another kind or in another folder.
 
-    safetensors gives the number of the system's error in its text.
+    Errors of safetensors hold the number of the system's error in their text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         named = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else folder

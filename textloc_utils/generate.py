@@ -1,4 +1,4 @@
-"""Seeded, batched sampling that counts denoiser evaluations."""
+"""Sampling of pictures in batches, with a seed per picture, that counts the denoiser's evaluations."""
 
 import base64
 import contextlib
@@ -20,18 +20,18 @@ from textloc_utils.models import Model, as_indices, as_integer, call_rows, check
 from textloc_utils.patching import Patch, patched
 from textloc_utils.settings import TextlocError
 
-#: Rows per pipeline call where nothing else is asked for.
+#: Default number of rows per pipeline call.
 BATCH_MINIATURE, BATCH_FULL_SIZE = 32, 4
-INDEX = "images.json"  #: beside pictures: what each was drawn from
+INDEX = "images.json"  #: file in a folder of pictures: prompt, seed and reading of each picture
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
     """Pictures and their cost.
 
-    ``images`` is uint8 (n, height, width, 3), one per prompt. ``row_evaluations`` counts the rows that the denoiser
-    was evaluated on (guidance counts twice), a cost that does not depend on the machine; ``seconds`` is wall time.
-    A second stage that enlarges the pictures has a denoiser of its own, which is not counted.
+    ``images`` is uint8 (n, height, width, 3), one per prompt. ``row_evaluations`` is the number of rows on which the
+    denoiser was evaluated (guidance counts twice). This cost does not depend on the machine. ``seconds`` is wall time.
+    A second stage that enlarges the pictures has another denoiser, which is not counted.
     """
 
     images: np.ndarray
@@ -52,21 +52,21 @@ class RowCounter:
             self._bar.update()
 
     def check(self, denoiser, args, output) -> None:
-        """Raise TextlocError where the answer to the last counted call is not finite."""
+        """Raise TextlocError if the output of the last counted call is not finite."""
         if not _is_finite(output):
             raise TextlocError(
-                f"the denoiser's answer to call {self.calls} is not finite; choose another dtype or other weights"
+                f"the denoiser's output of call {self.calls} is not finite; choose another dtype or other weights"
             )
 
 
 def step_generator(*key: int) -> torch.Generator:
-    """A CPU generator seeded by a tuple of integers (seed, step, process...), for training that can be resumed."""
+    """A CPU generator seeded with a tuple of integers (seed, step, process...), for training that can be resumed."""
     state = np.random.SeedSequence(key).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
 def _is_finite(output) -> bool:
-    """Whether all tensors of a module's output are, which is a tensor, a list, a tuple or a named tuple."""
+    """Whether all tensors of a module's output are finite. It is a tensor, a list, a tuple, a dict or a named tuple."""
     if isinstance(output, torch.Tensor):
         return bool(output.isfinite().all())
     parts = output.values() if isinstance(output, Mapping) else output
@@ -77,7 +77,7 @@ def _is_finite(output) -> bool:
 def counted(model: Model, bar: tqdm | None = None) -> Iterator[RowCounter]:
     """Count the model's denoiser evaluations inside the block.
 
-    Raises TextlocError at the first answer that is not finite: what comes after would look like a picture.
+    Raises TextlocError at the first output that is not finite, because the result could still look like a picture.
     """
     counter = RowCounter(bar)
     with (
@@ -88,12 +88,12 @@ def counted(model: Model, bar: tqdm | None = None) -> Iterator[RowCounter]:
 
 
 def rows_per_call(model: Model) -> int:
-    """How many prompts a pipeline call takes where nothing else is asked for."""
+    """The default number of prompts of a pipeline call."""
     return BATCH_MINIATURE if model.spec.miniature else BATCH_FULL_SIZE
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise TextlocError for a seed that no generator takes."""
+    """Raise TextlocError for a seed that a generator does not accept."""
     if any(not 0 <= s < 2**63 for s in seeds):
         raise TextlocError("a seed is out of range; allowed: 0 to 2^63 - 1")
 
@@ -115,15 +115,17 @@ def generate(
 ) -> Generation:
     """Sample one picture per prompt.
 
-    Every row draws its noise from a CPU generator of its own seed, so that the noise depends neither on the other
-    rows of its batch nor on the device; rows that share a seed share the noise. ``steps`` and ``guidance`` default
-    to the model's own. With ``patches`` (rows count the prompts, see ``patching``) everything is one batch.
-    ``noise``, one row per prompt as the denoiser takes them, is what to start from in place of the seeds' own.
-    Further keyword arguments go to the pipeline. Raises TextlocError for prompts and seeds that do not fit each
-    other, prompts longer than the tokenizers take, and patches that cannot be carried out.
+    The noise of each row comes from a CPU generator with the row's seed. So it depends neither on the other rows of the
+    batch nor on the device, and rows with the same seed have the same noise. ``steps`` and ``guidance`` default to the
+    model's own values. With ``patches`` (rows are the prompts, see ``patching``) all prompts are one batch. ``noise``
+    replaces the noise of the seeds. It has one row per prompt, in the shape that the denoiser takes. Further keyword
+    arguments are passed to the pipeline.
 
-    With a second stage (DeepFloyd IF) every picture is enlarged under its own prompt, the source prompt for a
-    patched row, or under that of ``stage2_prompts``: patches hold in stage I only.
+    Raises TextlocError if there is not one seed per prompt, if a prompt is longer than a tokenizer allows, or if a
+    patch cannot be applied.
+
+    With a second stage (DeepFloyd IF), every picture is enlarged with its own prompt, or with that of
+    ``stage2_prompts``. The own prompt of a patched row is the source prompt. Patches are active in stage I only.
     """
     model = Model.of(model)
     alone = isinstance(prompts, str) or not isinstance(prompts, Iterable)
@@ -170,7 +172,7 @@ def generate(
 
 
 def _sample(model: Model, arguments: dict, generators: list[torch.Generator], second: dict | None = None) -> np.ndarray:
-    """One pipeline call: uint8 (rows, height, width, 3); ``second`` is what a second stage's arguments differ in."""
+    """Make one pipeline call: uint8 (rows, height, width, 3). ``second`` overrides arguments of the second stage."""
     if model.stage2 is None:
         pictures = model.pictures(model.pipe(**arguments, generator=generators, output_type="np"))
     else:
@@ -187,14 +189,14 @@ def _sample(model: Model, arguments: dict, generators: list[torch.Generator], se
 
 
 class EnoughError(Exception):
-    """Ends a pipeline call whose remaining steps nobody needs."""
+    """Ends a pipeline call whose remaining steps are not needed."""
 
 
 def conditions(model: Model, prompts: Sequence[str], *, batch_size: int = 64) -> dict:
-    """What the denoiser is called with for prompts, besides picture and timestep: embeddings, pooled texts, sizes.
+    """The denoiser's inputs for prompts, except the picture and the timestep: embeddings, pooled texts, sizes.
 
-    A dict of keyword arguments whose tensors hold one row per prompt, without guidance; ``models.take_rows`` picks
-    from it. Nothing is drawn: each batch of prompts is encoded by its pipeline, up to the first denoiser call.
+    Returns a dict of keyword arguments. Its tensors have one row per prompt, without guidance. ``models.take_rows``
+    selects rows of it. Nothing is drawn: the pipeline of each batch stops at its first denoiser call.
     """
     prompts, parts = list(prompts), []
     check_prompts(model, prompts)
@@ -206,9 +208,9 @@ def conditions(model: Model, prompts: Sequence[str], *, batch_size: int = 64) ->
 
 
 def first_call(model: Model, take: Callable = call_rows, **arguments):
-    """What ``take`` makes of the first call that the pipeline, called with ``arguments``, makes of its denoiser.
+    """Call the pipeline with ``arguments`` until its first denoiser call, and return what ``take`` makes of that call.
 
-    The pipeline's call ends there; neither its noise nor this call counts anywhere. None where there was no call.
+    The pipeline's call ends there, and this denoiser call is not counted. Returns None if there was no call.
     """
     found = []
 
@@ -216,7 +218,7 @@ def first_call(model: Model, take: Callable = call_rows, **arguments):
         found.append(take(*call))
         raise EnoughError
 
-    # Ahead of all other hooks: a counter does not see a call that is not made.
+    # This hook runs before all others, so counters do not count the call.
     stopping = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     with stopping, contextlib.suppress(EnoughError):
         model.pipe(**{"generator": torch.Generator("cpu").manual_seed(0)} | arguments)
@@ -224,14 +226,14 @@ def first_call(model: Model, take: Callable = call_rows, **arguments):
 
 
 def encode(picture: np.ndarray) -> str:
-    """A picture, uint8 (H, W, 3), as text that a stored row can hold, without loss."""
+    """Encode a picture, uint8 (H, W, 3), without loss as a text that a stored row can hold."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
 def decode(text: str) -> np.ndarray:
-    """The picture that :func:`encode` made text of."""
+    """Return the picture that :func:`encode` turned into a text."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
@@ -244,10 +246,10 @@ def save(
     *,
     more: Sequence[dict] | None = None,
 ) -> list[dict]:
-    """Write pictures as PNG and ``images.json``: a list of {prompt, seed, file, ocr}, which is returned.
+    """Write pictures as PNG files, and ``images.json``: a list of {prompt, seed, file, ocr}, which is returned.
 
-    ``more`` holds further entries for each row. Every file is written aside and renamed. While pictures are replaced,
-    ``images.json`` names none: a folder never names a picture that it lacks or another one.
+    ``more`` holds further entries for each row. Every file is first written elsewhere and then renamed. While pictures
+    are replaced, ``images.json`` is an empty list. So it never names a picture that is missing or wrong.
     """
     rows: list[dict] = []
     more = [{}] * len(prompts) if more is None else more

@@ -1,7 +1,7 @@
-"""What the layers carry. Studies of steps, tokens, heads, keys and values, pooled text, word length.
+"""Studies of what the layers carry: steps, tokens, heads, keys and values, pooled text, word length.
 
-Each study patches its own sites in its own pairs (``sweeps.table``). The functions of this module summarise its table.
-The published table of a study is used if its weights, pairs, sites and settings are the same.
+Each study patches its own sites in its own pairs (``sweeps.table``). The functions of this module summarise the tables
+of the studies. The published table of a study is used if its weights, pairs, sites and settings are the same.
 """
 
 import random
@@ -18,25 +18,25 @@ from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer, token_groups
 
-SHARE = 0.9  #: of the exact rate of all heads
+SHARE = 0.9  #: share of the exact rate of all heads that the fewest heads must reach
 RANDOM_HEADS = 3
 WINDOW = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)  #: shares of the steps at which a patch starts or stops
 
 
 def _base(model: Model, layers: tuple[int, ...]) -> list[Site]:
-    """The localized set, of kind "found", and all layers."""
+    """The sites of the localized set (kind "found") and of all layers."""
     return [Site(kind="found", layers=layers), every_layer(model)]
 
 
 def _steps(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
-    """The set from a step on, and until a step."""
+    """The sites of the set, patched from a step on or until a step."""
     at = sorted({round(share * steps) for share in WINDOW} - {0})
     sites = _base(model, layers) + [Site(kind="from step", layers=layers, start=k) for k in at]
     return sites + [Site(kind="until step", layers=layers, stop=k) for k in at]
 
 
 def _parts(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
-    """The set's keys, its values, each of its heads, and the pooled text."""
+    """The sites of the set's keys, of its values, of each of its heads, and of the pooled text."""
     sites = _base(model, layers)
     sites += [Site(kind="keys", layers=layers, tensors="k"), Site(kind="values", layers=layers, tensors="v")]
     heads = range(min(model.layers[i].heads for i in layers))
@@ -47,7 +47,7 @@ def _parts(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
 
 
 def _tokens(model: Model, layers: tuple[int, ...], steps: int) -> list[Site]:
-    """The set at the tokens in which the prompts differ, in each text that the denoiser reads, and at all others."""
+    """The sites of the set at the tokens in which the prompts differ (also for each text alone), and at the others."""
     groups = token_groups(model, Pair.of('A sign that says "HELLO".', "WORLD"))
     return _base(model, layers) + [Site(kind=f"{name} tokens", layers=layers, tokens=name) for name in groups]
 
@@ -57,7 +57,7 @@ def _pairs(model: Model, n: int, seed: int) -> list[Pair]:
 
 
 def _equally_long(model: Model, n: int, seed: int) -> list[Pair]:
-    """Pairs in which every token has its place in both prompts."""
+    """Pairs whose prompts have their tokens at the same positions."""
     if scene_pairs.world_of(model) is not None:
         return scene_pairs.for_model(model, n, "report", seed, same_length=True)
     pairs = scene_pairs.for_model(model, 8 * n, "report", seed)
@@ -66,7 +66,7 @@ def _equally_long(model: Model, n: int, seed: int) -> list[Pair]:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Which sites a study patches, from (model, localized layers, steps), and which pairs, from (model, n, seed)."""
+    """The functions that give the sites of a study (from model, layers, steps) and its pairs (from model, n, seed)."""
 
     sites: Callable[[Model, tuple[int, ...], int], list[Site]]
     pairs: Callable[[Model, int, int], list[Pair]] = _pairs
@@ -83,8 +83,8 @@ STUDIES = {
 def study(experiment: Experiment, name: str, layers: Sequence[int], n: int, seed: int = 42) -> pd.DataFrame:
     """The sweep's table (``sweeps.patch_pair``) of one of STUDIES for the localized ``layers`` over ``n`` pairs.
 
-    Published as ``results/study_MODEL_NAME.csv``, see ``experiment.Experiment.table``. Raises TextlocError for an
-    unknown study or layers out of range.
+    It is published as ``results/study_MODEL_NAME.csv``, see ``experiment.Experiment.table``. Raises TextlocError for an
+    unknown study or for layers out of range.
     """
     if name not in STUDIES:
         raise TextlocError(f"unknown study {name!r}; allowed: {', '.join(STUDIES)}")
@@ -99,12 +99,13 @@ def study(experiment: Experiment, name: str, layers: Sequence[int], n: int, seed
 
 
 def heads(experiment: Experiment, layers: Sequence[int], n: int, seed: int = 42) -> pd.DataFrame:
-    """The fewest heads of the localized ``layers`` that write as the layers do, and all their others, over ``n`` pairs.
+    """Find the fewest heads of the localized ``layers`` that write the text, and compare them with the other heads.
 
-    On ``n`` pairs that select, every head is left out alone. Then heads are left out for good, those first that are
-    missed least, as long as the rest brings the whole target SHARE times as often as all of them. Rows as of
-    ``sweeps.patch_pair`` on the pairs that are reported; kinds of sites: "found", "fewest heads", "other heads" and
-    "random heads" (as many as the fewest, RANDOM_HEADS times). Published as ``results/study_MODEL_heads.csv``.
+    On ``n`` pairs for selection, every head is left out alone. Then heads are removed, first those whose absence
+    matters least. A head is removed only if the remaining heads still draw the whole target at least SHARE times as
+    often as all heads. The table has rows as in ``sweeps.patch_pair`` for ``n`` other pairs, which are reported. The
+    kinds of sites are "found", "fewest heads", "other heads" and "random heads" (RANDOM_HEADS random sets, each with
+    as many heads as the fewest heads). It is published as ``results/study_MODEL_heads.csv``.
     """
     model, layers = experiment.model, tuple(sorted(as_indices(layers, "layers")))
     check_layers(model, layers)
@@ -112,7 +113,7 @@ def heads(experiment: Experiment, layers: Sequence[int], n: int, seed: int = 42)
     every = tuple((layer, head) for layer in layers for head in range(model.layers[layer].heads))
 
     def of(chosen: Sequence[tuple[int, int]], kind: str = "heads") -> Site:
-        # A layer without a head is not patched.
+        # A layer is not patched if none of its heads is chosen.
         return Site(kind=kind, layers=tuple(sorted({layer for layer, _ in chosen})), layer_heads=tuple(sorted(chosen)))
 
     def exact(sites: Sequence[Site]) -> list[float]:
@@ -142,9 +143,9 @@ def heads(experiment: Experiment, layers: Sequence[int], n: int, seed: int = 42)
 
 
 def rates(table: pd.DataFrame) -> pd.DataFrame:
-    """How often each kind of site brings the whole target, from a table of :func:`study` or :func:`heads`.
+    """How often each kind of site draws the whole target, from a table of :func:`study` or :func:`heads`.
 
-    Columns kind, heads (of kinds that name them), n, exact, exact_low, exact_high (Wilson's interval).
+    Columns: kind, heads (if the kind has heads), tensors, n, exact, exact_low, exact_high (Wilson's interval).
     """
     patched = table[~table.kind.isin(["source", "target"])]
     patched = patched.assign(heads=patched.heads.where(patched.kind != "random heads", ""))
@@ -152,9 +153,9 @@ def rates(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def windows(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of the study "steps" as columns kind ("from step", "until step"), step, mean, low, high, n.
+    """Summarise the table of the study "steps". Columns: kind ("from step", "until step"), step, mean, low, high, n.
 
-    Effects are in shares of the found set's mean effect over all steps.
+    Effects are shares of the found set's mean effect when it is patched at all steps.
     """
     effects = sweeps.effect_intervals(table)
     whole = effects["mean"][effects.kind == "found"].item()
@@ -164,10 +165,10 @@ def windows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_length(table: pd.DataFrame) -> pd.DataFrame:
-    """How often the whole target is written, by whether it is longer than the source, from the table "length".
+    """How often the whole target is written if it is shorter, as long, or longer than the source.
 
-    Columns target ("shorter", "as long", "longer"), kind ("source", "found", "all"), n, exact, exact_low, exact_high
-    (Wilson's interval).
+    The input is the table of the study "length". Columns: target ("shorter", "as long", "longer"), kind ("source",
+    "found", "all"), n, exact, exact_low, exact_high (Wilson's interval).
     """
     longer = np.sign(table.target_text.str.len() - table.source_text.str.len())
     named = longer.map({-1: "shorter", 0: "as long", 1: "longer"})

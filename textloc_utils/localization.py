@@ -1,14 +1,15 @@
-"""Which layers hold the text: choose the fewest that suffice, by drawing all there is, or for a fraction of that.
+"""Find the smallest set of layers that controls the drawn text, with a full sweep or at a fraction of its cost.
 
-A set of layers **reaches** the share r of the all-layer patch's effect when its mean text effect (``sweeps``) over the
-pairs is r times that one's.
+A set of layers **reaches** the share r of the all-layer patch's effect if its mean text effect (``sweeps``) over the
+pairs is r times the mean text effect of the all-layer patch.
 
-**Selection rule.** Layers are put in the order of how far each alone moves the text, which is its effect and what it
-takes of the source's score: a layer may erase the source's text and need others to write. The first set that reaches
-``share`` (0.9) is taken; then every layer of it, the weakest first, is left out if the others still reach it.
+**Selection rule.** Layers are sorted by how much each layer alone changes the text. This is the sum of its effect and
+of the source score that it removes, because a layer may erase the source's text and need other layers to write the
+target's. Layers are added in this order until the set reaches ``share`` (0.9). Then each layer of the set is tested,
+the weakest first. It is left out if the other layers still reach ``share``.
 
-With ``by="exact"`` a set's effect is the share of pairs in which the whole target is drawn. Pairs that differ in
-another factor than the text (``scene_pairs``) are searched in the same way, for the layers that hold that factor.
+With ``by="exact"`` a set's effect is the share of pairs in which the whole target is drawn. If the pairs differ in a
+factor other than the text (``scene_pairs``), the same search finds the layers that hold that factor.
 """
 
 import math
@@ -33,19 +34,19 @@ from textloc_utils.sites import Site, every_layer, joined, single_layers, togeth
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHARE = 0.9  #: of the all-layer patch's text effect
-BUDGET = 0.1  #: of the exhaustive sweep's cost
+SHARE = 0.9  #: share of the all-layer patch's text effect that a set must reach
+BUDGET = 0.1  #: budget of a search, as a share of the exhaustive sweep's cost
 WITHOUT_PICTURES = (*onestep.DEPTHS, onestep.ATTENTION)
 SEARCHES = ("exhaustive", "budgeted", *WITHOUT_PICTURES)
-EFFECTS = ("score", "exact")  #: what a set's effect is, see :func:`sweeps.set_effects`
-#: The budgeted search: pairs that are screened, share of the screened effects that the first leading sets hold, pairs
-#: of the first round, and their growth from round to round.
+EFFECTS = ("score", "exact")  #: definitions of a set's effect, see :func:`sweeps.set_effects`
+#: Settings of the budgeted search: the number of pairs that are screened, the share of the screened effects that the
+#: first leading sets hold, the number of pairs of the first round, and its growth factor from round to round.
 SCREEN, SCREENED, FIRST, GROWTH = 6, 0.98, 8, 1.5
-ERROR = 0.05  #: chance that any decision of a search is wrong, over all its races, sets and looks
+ERROR = 0.05  #: chance that any decision of a search is wrong, over all its races, sets and interim tests
 
 
 class NothingFoundError(TextlocError):
-    """All layers together bring nothing of the target, so that no set can be chosen."""
+    """Patching all layers together draws nothing of the target, so no set can be chosen."""
 
 
 # --- what is found --------------------------------------------------------------------------------------------
@@ -55,12 +56,13 @@ class NothingFoundError(TextlocError):
 class Found:
     """What a search found.
 
-    ``layers`` is the set, ``effects`` the mean effect of each layer alone (text effects, or one-step ones), ``score``
-    the set's mean target score (None where nothing was drawn), ``reached`` the share of the all-layer patch's effect,
-    ``confidence`` the share of bootstrap resamples of the pairs in which the same set comes out of those compared (each
-    on the pairs on which it was drawn), ``sure`` whether a budgeted search decided every set before its budget ended
-    (None after another search), ``share`` its part of the denoiser's parameters (key and value maps),
-    ``row_evaluations`` the cost, units that were already stored included, and ``seconds`` the wall time of this run.
+    ``layers`` is the set. ``effects`` holds the mean effect of each layer alone (text effects, or one-step effects).
+    ``score`` is the set's mean target score (None if no pictures were drawn). ``reached`` is the share of the all-layer
+    patch's effect. ``confidence`` is the share of bootstrap resamples of the pairs in which this set is chosen among
+    the compared sets (each set counts on the pairs on which it was drawn). ``sure`` says whether a budgeted search
+    decided on every set before its budget ended (None after any other search). ``share`` is the set's share of the
+    denoiser's parameters (key and value maps). ``row_evaluations`` is the cost, including units that were already
+    stored. ``seconds`` is the wall time of this run.
     """
 
     model: str
@@ -82,12 +84,12 @@ class Found:
         ]
         told += [f"target text score {self.score}"] if self.score is not None else []
         told += [f"share of the effect of all layers {self.reached}; confidence {self.confidence:.2f}"]
-        told += ["the budget ended before every set was surely too small or enough"] if self.sure is False else []
+        told += ["the budget ended before the search was sure about every set"] if self.sure is False else []
         told += [f"{self.row_evaluations:,} denoiser row evaluations, {self.seconds:.0f} s"]
         return "\n".join(told)
 
     def show(self) -> "Figure":
-        """The effect of each layer alone as bars, those of the set marked."""
+        """Draw the effect of each layer alone as bars. The layers of the set are marked."""
         from textloc_utils.book import plots
 
         ends = dict.fromkeys(("mean", "low", "high"), self.effects)
@@ -96,25 +98,26 @@ class Found:
 
 
 def reached(effects: pd.DataFrame, layers: Sequence[int]) -> np.ndarray:
-    """Share of the all-layer patch's effect that a set reaches: the estimate, then bootstrap values of it.
+    """Share of the all-layer patch's effect that a set reaches: first the estimate, then its bootstrap values.
 
-    ``effects`` is a table of ``sweeps.set_effects``. Pairs are resampled whole, the same ones for every set of a table;
-    a pair counts where the set was drawn. Raises NothingFoundError where patching all layers brings nothing.
+    ``effects`` is a table of ``sweeps.set_effects``. Whole pairs are resampled, and the same pairs are used for every
+    set of a table. A pair counts if the set was drawn on it. Raises NothingFoundError if the patch of all layers has no
+    effect.
     """
     both = effects[[joined(layers), "all"]].to_numpy()
     both = np.where(np.isnan(both).any(1, keepdims=True), 0.0, both)
     if both[:, 1].sum() <= 0:
         raise NothingFoundError(
-            "patching all layers brings nothing of the target: there is nothing to localize in this model"
+            "patching all layers draws nothing of the target: there is nothing to localize in this model"
         )
-    # Both are taken over the same pairs, so that their means over all have the ratio of their own means.
+    # Pairs without a value count as 0 in both columns, so the ratio of the two means does not change.
     own, every = np.concatenate([both.mean(0)[None], metrics.resampled(both)]).T
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(every > 0, own / every, 0.0)
 
 
 def among_strongest(found: Found, layers: Sequence[int]) -> int:
-    """How many of ``layers`` are among as many layers as they are, the strongest alone in a search's order."""
+    """Count how many of the n ``layers`` are among the n layers that have the strongest effect alone in a search."""
     return len(set(_order(np.array(found.effects))[: len(layers)]) & set(layers))
 
 
@@ -131,21 +134,24 @@ def localize(
     by: str = "score",
     **settings,
 ) -> Found:
-    """Find the layers that hold the text, by one of SEARCHES.
+    """Find the layers that hold the text, with one of SEARCHES.
 
-    ``exhaustive``: the sweep of all layers and the selection rule. ``one-step`` and ``attribution``: the fewest layers
-    whose effects (``sweeps.cheap``, averaged over noise levels) add up to ``share`` of all layers'; no picture is
-    drawn. ``attention``, a baseline, does the same with the attention that each layer pays to the tokens in which the
-    prompts differ. ``budgeted``: layers in the order of their one-step effects on a few pairs, then leading sets drawn
-    on ever more pairs, the ones dropped early that surely fall short or are surely larger than needed; it ends when one
-    set is left or the next round would cost more than ``budget`` times the exhaustive sweep over the same pairs (the
-    screen and one round are always done). Its decisions pay for all looks at all sets: the chance that any is wrong is
-    ERROR.
+    ``exhaustive`` sweeps all layers and applies the selection rule.
+
+    ``one-step`` and ``attribution`` draw no pictures. They take the fewest layers whose effects (``sweeps.cheap``,
+    averaged over noise levels) add up to ``share`` of the effects of all layers. ``attention``, a baseline, does the
+    same with the attention that each layer pays to the tokens in which the prompts differ.
+
+    ``budgeted`` first sorts the layers by their one-step effects on a few pairs. Then it draws leading sets on more and
+    more pairs. A set is dropped early if it is surely too small or surely larger than needed. The search ends when one
+    set is left, or when the next round would cost more than ``budget`` times the exhaustive sweep over the same pairs.
+    The screen and one round are always done. The tests are corrected for all interim tests of all sets: the chance that
+    any decision is wrong is ERROR.
 
     ``by`` is one of EFFECTS, for searches that draw pictures. ``settings`` are those of ``experiment.Experiment``. With
-    ``publish`` the outcome is written to the package's data as ``results/localize_MODEL_SEARCH.csv``, or
-    ``localize_MODEL_FACTOR_SEARCH.csv`` where another factor than the text differs, see :func:`published`. Raises
-    TextlocError for what cannot be searched, before anything is drawn.
+    ``publish`` the outcome is written to the package's data as ``results/localize_MODEL_SEARCH.csv``, or as
+    ``localize_MODEL_FACTOR_SEARCH.csv`` if the pairs differ in a factor other than the text (see :func:`published`).
+    Raises TextlocError for an invalid search before anything is drawn.
 
     >>> pair = Pair.of('A sign that says "HELLO".', "WORLD", seed=1)
     >>> found = localize(pipe, [pair], how="one-step", steps=2)
@@ -161,13 +167,13 @@ def localize(
     if len(kinds := {_factor(pair) for pair in pairs}) > 1:
         raise TextlocError(f"one search is for one factor; the pairs differ in {', '.join(sorted(kinds))}")
     if not 0 < share <= 1:
-        raise TextlocError(f"the share to reach must lie above 0 and not above 1, got {share}")
+        raise TextlocError(f"the share to reach must be above 0 and at most 1, got {share}")
     if not 0 < budget <= 1:
         raise TextlocError(
-            f"the budget is a share of the exhaustive sweep's cost, above 0 and not above 1, got {budget}"
+            f"the budget is a share of the exhaustive sweep's cost; it must be above 0 and at most 1, got {budget}"
         )
     if len({pair.seed for pair in pairs}) < len(pairs):
-        raise TextlocError("two of the pairs have the same seed; give each pair one of its own")
+        raise TextlocError("two of the pairs have the same seed; give each pair a different seed")
     began, spent = time.perf_counter(), Spent(experiment.store)
     if how == "exhaustive":
         found = _exhaustive(experiment, pairs, share, by)
@@ -192,10 +198,10 @@ def published(
     budget: float = BUDGET,
     by: str = "score",
 ) -> tuple[Found, pd.DataFrame]:
-    """A search's outcome and its table: the published ones where they fit, otherwise the search is done now.
+    """Return a search's outcome and its table: the published ones if their key matches, else those of a new search.
 
-    The table holds the sweep's rows and those of the set after an exhaustive search, ``sweeps.cheap``'s rows after one
-    without pictures, and one row per layer with its effect after a budgeted one.
+    After an exhaustive search, the table holds the rows of the sweep and of the set. After a search without pictures,
+    it holds the rows of ``sweeps.cheap``. After a budgeted search, it has one row per layer with the layer's effect.
     """
     key = _key(experiment, pairs, how, share, budget, by)
     table = None if experiment.publish else published_store().load_matching(_name(experiment, pairs, how), key)
@@ -211,7 +217,7 @@ def _outcome(experiment: Experiment, pairs: Sequence[Pair], found: Found) -> pd.
     if found.search == "exhaustive":
         table, chosen = sweeps.table(experiment, pairs), together(found.layers)
         if chosen.kind == "set":
-            # Drawn again beside the plain source, which the search itself does not need.
+            # Drawn again together with the plain source, which the search itself does not need.
             drawn = sweeps.table(experiment, pairs, [chosen])
             table = pd.concat([table, drawn[drawn.kind == "set"]], ignore_index=True)
         return table
@@ -221,7 +227,7 @@ def _outcome(experiment: Experiment, pairs: Sequence[Pair], found: Found) -> pd.
 
 
 def _factor(pair: Pair) -> str:
-    """What a search over such pairs looks for."""
+    """The factor that a search over such pairs looks for."""
     return "text" if pair.source_text != pair.target_text else " ".join(getattr(pair, "differs", ()))
 
 
@@ -239,16 +245,16 @@ def _key(experiment: Experiment, pairs: Sequence[Pair], how: str, share: float, 
 
 
 class _Drawn:
-    """Sets of layers drawn so far on some pairs; draws only what is missing."""
+    """The sets of layers that were drawn so far on some pairs. Draws only what is missing."""
 
     def __init__(self, experiment: Experiment, by: str, table: pd.DataFrame | None = None):
         self.experiment, self.by = experiment, by
-        self.table: Any = table  # None before the first
+        self.table: Any = table  # None until the first set is drawn
         self.rows = 0.0 if table is None else table.row_evaluations.sum()
-        self._effects: pd.DataFrame | None = None  # of the table as it is
+        self._effects: pd.DataFrame | None = None  # effects of the current table
 
     def ask(self, sets: Sequence[tuple[int, ...]], pairs: Sequence[Pair]) -> None:
-        """Draw the sets, and all layers, on those of the pairs on which they are missing."""
+        """Draw the sets, and all layers, on the pairs on which they were not drawn yet."""
         wanted = [*map(together, sets), every_layer(self.experiment.model)]
         places = ["seed", "kind", "layers"]
         known = set() if self.table is None else set(self.table[places].itertuples(index=False, name=None))
@@ -306,15 +312,15 @@ def _budgeted(experiment: Experiment, pairs: Sequence[Pair], share: float, budge
     chosen: tuple[int, ...] = ()
     seen, sure, error = 0, True, ERROR
     while True:
-        error /= 2  # nobody knows how many races there will be: the halves add up to ERROR at most
-        # Leading sets at first; then the set that was found, against itself with one layer left out.
+        error /= 2  # the number of races is not known in advance, and the halves add up to ERROR at most
+        # First the leading sets race. Then the chosen set races against its subsets with one layer left out.
         if not chosen:
             sets = [tuple(sorted(order[:n])) for n in range(1, leading + 1)]
         else:
             sets = [tuple(i for i in chosen if i != layer) for layer in reversed(order) if layer in chosen] + [chosen]
         best, seen, decided = _race(drawn, sets, pairs, share, limit - spent, seen, error)
         sure = sure and decided
-        if best is None and leading < len(order):  # even the largest falls short
+        if best is None and leading < len(order):  # even the largest set is too small
             leading, chosen = min(len(order), 2 * leading), ()
             continue
         best = sets[-1] if best is None else best
@@ -332,7 +338,7 @@ def _race(
     seen: int,
     error: float,
 ) -> tuple[tuple[int, ...] | None, int, bool]:
-    """The smallest of the sets that reaches the share (None if none does), its number of pairs, and if it is sure.
+    """Return the smallest set that reaches the share (or None), the number of pairs used, and whether it is sure.
 
     ``error`` is the chance that any of the race's decisions is wrong.
     """
@@ -355,7 +361,7 @@ def _race(
 
 
 def _looks(n: int, most: int) -> int:
-    """How often a race that begins with ``n`` pairs can look at its sets before it has seen ``most``."""
+    """How often a race that begins with ``n`` pairs can test its sets until it has seen ``most`` pairs."""
     looks = 1
     while n < most:
         n, looks = min(most, int(np.ceil(n * GROWTH))), looks + 1
@@ -363,10 +369,11 @@ def _looks(n: int, most: int) -> int:
 
 
 def _surplus(effects: pd.DataFrame, layers: Sequence[int], share: float, error: float) -> tuple[float, float]:
-    """Bounds on a set's mean effect less ``share`` times that of all layers: Student's interval of this ``error``.
+    """Bounds on a set's mean effect minus ``share`` times the mean effect of all layers.
 
-    Each end allows for one more pair than was drawn, in which all layers bring the whole text, and the set nothing of
-    it (lower end) or all (upper end). So a few pairs that agree are never sure.
+    The bounds are Student's interval at this ``error``. Each end adds one imagined pair to those that were drawn. In
+    this pair, all layers draw the whole text, and the set draws nothing of it (lower end) or all of it (upper end). So
+    a few pairs that agree are never enough to be sure.
     """
     both = effects[[joined(layers), "all"]].dropna().to_numpy()
     surplus = both[:, 0] - share * both[:, 1]
@@ -378,7 +385,7 @@ def _surplus(effects: pd.DataFrame, layers: Sequence[int], share: float, error: 
 
 
 def _cost(experiment: Experiment, sources: int) -> int:
-    """Row evaluations of one pair with this many pictures of the source: each batch draws the target, too."""
+    """Row evaluations of one pair with this many pictures of the source. Each batch also draws the target."""
     rows = sources + math.ceil(sources / (rows_per_call(experiment.model) - 1))
     return rows * experiment.steps * experiment.model.evaluations(experiment.guidance)
 
@@ -410,7 +417,7 @@ def _cheap_only(experiment: Experiment, pairs: Sequence[Pair], share: float, how
 
 
 def _moved(table: pd.DataFrame) -> np.ndarray:
-    """How far each layer alone moves the text in a sweep: its text effect and what it takes of the source's score."""
+    """How much each layer alone changes the text in a sweep: its text effect plus the source score that it removes."""
     plain = table[table.kind == "source"].set_index("seed").source_score
     taken = table.assign(target_score=table.seed.map(plain) - table.source_score, floor=0.0)
     return (sweeps.layer_table(table) + sweeps.layer_table(taken)).mean().to_numpy()
@@ -422,13 +429,13 @@ def _order(effects: np.ndarray) -> list[int]:
 
 
 def _leading(effects: np.ndarray, share: float) -> int:
-    """How many layers, the strongest first, hold this share of the sum of all effects above 0."""
+    """Number of layers, the strongest first, that hold this share of the sum of all effects above 0."""
     sums = np.cumsum(np.maximum(effects[_order(effects)], 0))
     return min(len(effects), int(np.searchsorted(sums, (share - 1e-9) * sums[-1])) + 1)
 
 
 def parameter_share(model: Model, layers: Sequence[int]) -> float:
-    """Part of the denoiser's parameters that the key and value maps of these layers hold."""
+    """Share of the denoiser's parameters that is in the key and value maps of these layers."""
     total = sum(p.numel() for p in model.denoiser.parameters())
     return sum(key_value_numbers(model.denoiser, model.layers[i]) for i in set(layers)) / total
 
@@ -441,12 +448,12 @@ def _found(
     own = values[layers]
     low, high = metrics.percentiles(own)
     if drawn.by == "exact":
-        # As many pairs as there are may agree, and the next one may not.
+        # Even if all drawn pairs agree, the next pair may not.
         low, high = (
             metrics.percentiles(reached(_with_one_more(drawn.effects, layers, end), layers)[1:])[i]
             for i, end in enumerate((0.0, 1.0))
         )
-    # The same set comes out where it reaches the share and no smaller one does.
+    # The same set is chosen in a resample if it reaches the share and no smaller set does.
     smaller = [v >= share for s, v in values.items() if len(s) < len(layers)]
     same = (own >= share) & ~np.any(smaller, axis=0) if smaller else own >= share
     return Found(
@@ -465,5 +472,5 @@ def _found(
 
 
 def _with_one_more(effects: pd.DataFrame, layers: Sequence[int], effect: float) -> pd.DataFrame:
-    """A table of effects with one more pair, in which all layers bring the whole text, and the set ``effect`` of it."""
+    """Add one pair to a table of effects: all layers draw the whole text in it, and the set draws ``effect`` of it."""
     return pd.concat([effects, pd.DataFrame([{joined(layers): effect, "all": 1.0}])], ignore_index=True)

@@ -1,8 +1,8 @@
-"""LoRA on chosen text layers (paper, section 5.1): teach a model to write better, and leave the rest of it alone.
+"""LoRA on chosen text layers (paper, section 5.1): train a model to write better, and keep its other weights unchanged.
 
 Small adapters (Hu et al. 2022) are added to the Linear modules of some text layers. Nothing else is trained. Text
 embeddings and latents are computed once, before the training. The backward pass ends at the first adapter, so a set of
-late layers takes less time and memory per step than all layers do.
+late layers needs less time and memory per step than all layers.
 """
 
 import contextlib
@@ -42,24 +42,24 @@ from textloc_utils.models import (
 )
 from textloc_utils.settings import TextlocError, check_writable, first_line, quiet_libraries
 
-FILE = "pytorch_lora_weights.safetensors"  #: the name that diffusers looks for
-ABOUT = "textloc_lora.json"  #: beside it: what was trained, and how
+FILE = "pytorch_lora_weights.safetensors"  #: the file name that diffusers expects
+ABOUT = "textloc_lora.json"  #: in the same folder: the settings of the training and its report
 CHECKPOINT = "checkpoint.pt"
 ADAPTER = "default"
 _OTHER_RUN = "{} holds a run with other settings, data, weights or processes; choose another folder, or delete it"
 _CORRUPT = "{} is corrupt; delete the folder and train again"
-#: Steps in a row that half precision may leave out, while it looks for a scale that its gradients fit in.
+#: Number of consecutive steps that half precision may skip while it looks for a suitable scale of its gradients.
 SKIPPED = 20
-_ONE_DEVICE = "one process trains on one device and in one precision; start another for this"
+_ONE_DEVICE = "one process can train only on one device and in one precision; start another process for this"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Which adapters to train, and how.
+    """The adapters to train, and the settings of the training.
 
-    ``projections`` are names of ``models.PROJECTIONS``; layers that lack one of them take the others.
-    ``self_attention`` adds all attention of the picture to itself. ``drop`` is the share of captions left out, for
-    guidance.
+    ``projections`` are names of ``models.PROJECTIONS``. If a layer does not have one of them, it takes the others.
+    ``self_attention`` also adapts the picture's self-attention. ``drop`` is the share of captions that are left out,
+    for guidance.
     """
 
     layers: tuple[int, ...]
@@ -87,10 +87,11 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
-    """Pictures and captions as the denoiser takes them, computed once.
+    """Pictures and captions in the form that the denoiser takes, computed once.
 
-    ``latents`` (n, ...) as ``Model.encode``; ``given`` the arguments of n + 1 rows, the last for an empty caption;
-    ``digest`` a short hash of the pictures and captions: a run goes on with the data it began with, or not at all.
+    ``latents``, (n, ...), are as from ``Model.encode``. ``given`` holds the denoiser's arguments for n + 1 rows. The
+    last row is for an empty caption. ``digest`` is a short hash of the pictures and captions. A run can be resumed only
+    with the same data.
     """
 
     latents: torch.Tensor
@@ -103,11 +104,12 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a training run took.
+    """The size, losses and cost of a training run.
 
-    ``parameters`` that were trained; ``losses`` per step; ``seconds_per_step``, the median; ``saved_bytes``, what a
-    step keeps for its backward pass besides the model's own weights, counted, the same on every machine;
-    ``peak_bytes`` of the accelerator's memory, None on the CPU.
+    ``parameters`` is the number of trained parameters. ``losses`` holds the loss of each step. ``seconds_per_step`` is
+    the median. ``saved_bytes`` is the size of the tensors that a step keeps for its backward pass, without the model's
+    weights. It is counted, and so the same on every machine. ``peak_bytes`` is the peak of the GPU's memory (None on
+    the CPU).
     """
 
     parameters: int
@@ -121,7 +123,7 @@ class Report:
 
 
 def targets(model: Model, training: Training) -> list[str]:
-    """Dotted names of the Linear modules that get an adapter. Raises TextlocError where there would be none."""
+    """Dotted names of the Linear modules that get an adapter. Raises TextlocError if there would be none."""
     check_layers(model, training.layers)
     names = []
     for index in sorted(set(training.layers)):
@@ -130,18 +132,18 @@ def targets(model: Model, training: Training) -> list[str]:
     if training.self_attention:
         names += self_attention(model.denoiser)
     if not names:
-        raise TextlocError("no Linear module is left to adapt; choose at least one layer and one projection it has")
+        raise TextlocError("there is no Linear module to adapt; choose at least one layer and one of its projections")
     return names
 
 
 def parameters(model: Model, training: Training) -> int:
-    """How many numbers the adapters hold."""
+    """Number of the adapters' parameters."""
     modules = [model.denoiser.get_submodule(name) for name in targets(model, training)]
     return training.rank * sum(m.in_features + m.out_features for m in modules)
 
 
 def add(model: Model, training: Training) -> list[nn.Parameter]:
-    """Put untrained adapters, which change nothing yet, into the denoiser; returns their parameters (float32)."""
+    """Add untrained adapters, which change nothing yet, to the denoiser. Returns their parameters (float32)."""
     _check_bare(model)
     names = targets(model, training)
     with torch.random.fork_rng():
@@ -155,30 +157,31 @@ def add(model: Model, training: Training) -> list[nn.Parameter]:
 
 def _check_bare(model: Model) -> None:
     if getattr(model.denoiser, "peft_config", None):
-        raise TextlocError("the model carries an adapter already; remove it first")
+        raise TextlocError("the model already has an adapter; remove it first")
     if any(map(_is_fused, model.denoiser.modules())):
         raise TextlocError(
-            "the pipeline's projections are fused, so that adapters on them do nothing; unfuse_qkv_projections() first"
+            "the pipeline's projections are fused, so adapters on them have no effect; "
+            "call unfuse_qkv_projections() first"
         )
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Whether an attention module goes by its fused maps; older classes keep the mark after they were taken apart."""
+    """Whether an attention module uses fused projections. Older classes keep the attribute True after unfusing."""
     named = type(getattr(module, "processor", None)).__name__
     return getattr(module, "fused_projections", False) and ("Fused" in named or not isinstance(module, Attention))
 
 
 def remove(model: Model) -> None:
-    """Take the adapter out; the denoiser is bit for bit what it was."""
+    """Remove the adapter. Then the denoiser is exactly as it was before."""
     if getattr(model.denoiser, "peft_config", None):
         model.denoiser.unload_lora()
 
 
 def save(model: Model, folder: str | os.PathLike, about: dict) -> Path:
-    """Write the adapter as diffusers' LoRA file, and ``about`` beside it as JSON; returns the file's path.
+    """Write the adapter as diffusers' LoRA file, and ``about`` as JSON in the same folder. Returns the file's path.
 
-    Pipelines of diffusers take it back by ``pipe.load_lora_weights(folder)``; LDMTextToImagePipeline, which has no such
-    method, by ``pipe.unet.load_lora_adapter(folder, prefix="unet")``.
+    Pipelines of diffusers load it with ``pipe.load_lora_weights(folder)``. LDMTextToImagePipeline has no such method.
+    It loads it with ``pipe.unet.load_lora_adapter(folder, prefix="unet")``.
     """
     folder = check_writable(folder)
     _check_weights(model, "nothing is saved")
@@ -194,14 +197,14 @@ def save(model: Model, folder: str | os.PathLike, about: dict) -> Path:
 
 
 def _check_weights(model: Model, outcome: str) -> None:
-    """Raise TextlocError where a weight of the model's adapter is not finite."""
+    """Raise TextlocError if a weight of the model's adapter is not finite."""
     for name, weight in get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER).items():
         if not weight.isfinite().all():
             raise TextlocError(f"the adapter's weight {name} is not finite; {outcome}")
 
 
 def check_adapter(folder: str | os.PathLike) -> Path:
-    """The folder as a path; TextlocError where it holds no adapter's file."""
+    """Return the folder as a path. Raises TextlocError if it has no adapter file."""
     folder = Path(folder)
     if not (folder / FILE).is_file():
         raise TextlocError(f"no adapter in {folder} ({FILE} is missing); textloc lora train writes one")
@@ -209,10 +212,10 @@ def check_adapter(folder: str | os.PathLike) -> Path:
 
 
 def load(model: Model, folder: str | os.PathLike) -> dict:
-    """Put a saved adapter into the model; returns what :func:`save` was told ``about`` it ({} without).
+    """Load a saved adapter into the model. Returns the ``about`` of :func:`save` ({} if there is none).
 
-    Raises TextlocError for a folder without an adapter's file, one of another model, one that is damaged or not finite,
-    or a model that has one already.
+    Raises TextlocError if the folder has no adapter file, if the adapter belongs to another model, is damaged or is not
+    finite, or if the model already has an adapter.
     """
     folder = check_adapter(folder)
     _check_bare(model)
@@ -226,11 +229,11 @@ def load(model: Model, folder: str | os.PathLike) -> dict:
             model.denoiser.load_lora_adapter(folder, prefix="unet", **options)
         if not getattr(model.denoiser, "peft_config", None):  # the library only warns
             raise ValueError(f"it has no weights for a {type(model.denoiser).__name__}")
-    except Exception as error:  # the libraries below raise many unrelated classes here
+    except Exception as error:  # the libraries raise many unrelated classes here
         remove(model)
         raise TextlocError(f"the adapter in {folder} does not fit {model.spec.name}: {first_line(error)}") from None
     try:
-        _check_weights(model, f"train the one in {folder} again")
+        _check_weights(model, f"train the adapter in {folder} again")
     except TextlocError:
         remove(model)
         raise
@@ -238,13 +241,13 @@ def load(model: Model, folder: str | os.PathLike) -> dict:
 
 
 def _about(folder: Path) -> dict:
-    """What stands beside a saved adapter, {} without; TextlocError where it or the adapter is not what was saved."""
+    """Read the ``about`` of a saved adapter ({} if none). Raises TextlocError if it or the adapter was changed."""
     path = folder / ABOUT
     if not path.is_file():
         return {}
     try:
         about = json.loads(path.read_text())
-        own = about.keys() & {"seal", "sha256"}  # earlier versions wrote neither
+        own = about.keys() & {"seal", "sha256"}  # earlier versions wrote none of them
         if own and (about != files.sealed(about) or about["sha256"] != files.sha256_of(folder / FILE)):
             raise ValueError
     except (ValueError, KeyError, AttributeError, RecursionError):
@@ -258,20 +261,20 @@ def _about(folder: Path) -> dict:
 def prepare(model: Model, pictures: np.ndarray, captions: Sequence[str]) -> Data:
     """Encode pictures, uint8 (n, H, W, 3) of the model's size, and their captions.
 
-    Raises TextlocError for pictures or captions that do not fit, or that the model encodes to numbers that are not
-    finite.
+    Raises TextlocError if the pictures have the wrong size, if there is not one caption per picture, or if the encoded
+    values are not finite.
     """
     if len(pictures) != len(captions) or not len(pictures):
         raise TextlocError(f"{len(pictures)} pictures came with {len(captions)} captions; give one caption per picture")
     height, width = model.spec.height, model.spec.width
     if pictures.shape[1:] != (height, width, 3):
-        raise TextlocError(f"pictures for {model.spec.name} are {height} x {width} x 3, got {pictures.shape[1:]}")
-    # Of what was given, not of what was computed from it: another machine may round that otherwise.
+        raise TextlocError(f"pictures for {model.spec.name} must be {height} x {width} x 3, got {pictures.shape[1:]}")
+    # The digest is that of the inputs. Encoded values may be rounded differently on another machine.
     digest = hashlib.sha256(np.ascontiguousarray(pictures).tobytes() + repr(list(captions)).encode()).hexdigest()[:16]
     data = Data(latents=model.encode(pictures), given=conditions(model, [*captions, ""]), digest=digest)
     for row, latents in enumerate(data.latents):
         if not latents.isfinite().all():
-            raise TextlocError(f"the autoencoder's answer to picture {row} is not finite; choose another dtype")
+            raise TextlocError(f"the autoencoder's output for picture {row} is not finite; choose another dtype")
     for name, value in data.given.items():
         if torch.is_tensor(value) and not value.isfinite().all():
             raise TextlocError(f"the captions' {name} are not finite; choose another dtype")
@@ -279,10 +282,10 @@ def prepare(model: Model, pictures: np.ndarray, captions: Sequence[str]) -> Data
 
 
 def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures and captions of a folder in the "imagefolder" layout of ``datasets``: uint8 (n, height, width, 3).
+    """Read pictures, uint8 (n, height, width, 3), and captions of a folder in ``datasets``' "imagefolder" layout.
 
-    Captions stand in ``metadata.csv`` or ``metadata.jsonl`` in the column ``text``. Pictures are scaled and cropped in
-    the middle. Raises TextlocError for a folder without pictures or without captions.
+    The captions are in the column ``text`` of ``metadata.csv`` or ``metadata.jsonl``. Pictures are scaled, and their
+    middle is cropped. Raises TextlocError for a folder without pictures or without captions.
     """
     from datasets import disable_progress_bars, load_dataset
     from PIL import ImageOps
@@ -291,11 +294,11 @@ def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.
     try:
         rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
         if "text" in rows.column_names and rows.features["text"].dtype not in ("string", "large_string", "null"):
-            raise TypeError("its captions are numbers, and a caption describes a picture in words")
+            raise TypeError("its captions are numbers, but a caption must be text")
         if "text" in rows.column_names:
             pictures = [np.asarray(ImageOps.fit(row["image"].convert("RGB"), (width, height))) for row in rows]
             return np.stack(pictures), [row["text"] or "" for row in rows]
-    except Exception as error:  # the library below raises many unrelated classes here
+    except Exception as error:  # the library raises many unrelated classes here
         raise TextlocError(f"no pictures can be read from {folder}: {first_line(error)}") from None
     raise TextlocError(f"{folder} has no captions; metadata.csv needs the columns file_name and text")
 
@@ -304,18 +307,19 @@ def load_folder(folder: str | os.PathLike, height: int, width: int) -> tuple[np.
 
 
 class _Objective(nn.Module):
-    """The denoiser's own training loss on rows of the data, for the scheduler's kind of noise."""
+    """The denoiser's own training loss on rows of the data, with the scheduler's type of noise."""
 
     def __init__(self, model: Model, data: Data):
         super().__init__()
         self.denoiser = model.denoiser
-        self._data, self._scheduler = data, model.pipe.scheduler  # no modules: a process keeps its own
+        self._data, self._scheduler = data, model.pipe.scheduler  # not modules, so each process keeps its own
 
     def noised(self, x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noisy x, what the denoiser should answer, and its timesteps 0 to 1000; random numbers from the CPU.
+        """Noisy x, the denoiser's training target, and the timesteps, 0 to 1000. Random numbers come from the CPU.
 
-        Text is read where noise hides it, so strong noise comes more often: the scheduler's own shift of a
-        logit-normal level where it has one (Esser et al. 2024), else timesteps whose density rises linearly.
+        The denoiser must read the prompt's text when noise hides it, so strong noise is used more often. Schedulers of
+        flow matching shift a logit-normal noise level with their own setting (Esser et al. 2024). For all others, the
+        density of the timesteps rises linearly.
         """
         n, config = len(x), self._scheduler.config
         noise = torch.randn(x.shape, generator=generator).to(x)
@@ -333,7 +337,7 @@ class _Objective(nn.Module):
         return signal * x + spread * noise, answers[config.prediction_type], t.to(x.device)
 
     def forward(self, rows: list[int], captions: list[int], generator: torch.Generator) -> torch.Tensor:
-        """Mean loss of the data's ``rows`` under the texts of the rows ``captions``."""
+        """Mean loss of the data's ``rows`` with the texts of the rows ``captions``."""
         x = self._data.latents[rows]
         noisy, answer, t = self.noised(x, generator)
         given = take_rows(self._data.given, captions, len(self._data) + 1)
@@ -350,13 +354,14 @@ def train(
     checkpoint_steps: int = 25,
     progress: bool = False,
 ) -> Report:
-    """Train adapters, which stay in the model; with a ``folder`` go on where a killed run was, and save them there.
+    """Train adapters, which stay in the model. With a ``folder``, they are saved there, and a killed run is resumed.
 
-    Several processes (``accelerate launch``) share each batch out. Every random number hangs on (seed, step, process):
-    a resumed run ends at the weights of an uninterrupted one, and a finished one is loaded. Raises TextlocError for
-    settings that cannot be, a folder that holds a run with other settings, data or weights, or an unfinished one of
-    another number of processes, one that another run writes to, and for the first loss, gradient or weight that is not
-    finite: nothing is saved then.
+    Several processes (``accelerate launch``) divide each batch among themselves. Every random number depends only on
+    (seed, step, process). So a resumed run ends with the weights of an uninterrupted run. A finished run is loaded.
+
+    Raises TextlocError for invalid settings. Raises it for a folder with a run of other settings, data or weights, or
+    with an unfinished run of another number of processes, and for a folder to which another run writes. Also raises it
+    at the first loss, gradient or weight that is not finite. In this case nothing is saved.
     """
     folder = None if folder is None else check_writable(folder)
     _check_bare(model)
@@ -383,7 +388,7 @@ def train(
 
 
 def _finished(model: Model, folder: Path, key: dict) -> Report:
-    """Load what a finished run saved; TextlocError where it is of another key."""
+    """Load the result of a finished run. Raises TextlocError if the run has another key."""
     about = _about(folder)
     if about.get("key") != json.loads(json.dumps(key)):
         raise TextlocError(_OTHER_RUN.format(folder))
@@ -397,16 +402,16 @@ def _finished(model: Model, folder: Path, key: dict) -> Report:
 
 def _accelerator(model: Model, training: Training) -> Accelerator:
     if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)  # accelerate takes the current one
+        torch.cuda.set_device(model.device)  # accelerate uses the current device
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(model.denoiser.dtype, "no")
     try:
         accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision=half)
-    except ValueError:  # the library keeps the first one's device and precision for the whole process
+    except ValueError:  # the library keeps the first device and precision for the whole process
         raise TextlocError(_ONE_DEVICE) from None
     if accelerator.device.type != model.device.type:
         raise TextlocError(_ONE_DEVICE)
     if training.batch % accelerator.num_processes:
-        raise TextlocError(f"the batch must be a multiple of the {accelerator.num_processes} processes")
+        raise TextlocError(f"the batch must be a multiple of {accelerator.num_processes}, the number of processes")
     return accelerator
 
 
@@ -424,7 +429,7 @@ def _run(
     optimiser = torch.optim.AdamW(trained, lr=training.lr, weight_decay=0.0)
     losses, seconds, kept = [], [], 0
     checkpoint = folder and folder / CHECKPOINT
-    key = key | {"processes": accelerator.num_processes}  # each draws random numbers of its own
+    key = key | {"processes": accelerator.num_processes}  # each process draws different random numbers
     if checkpoint and checkpoint.exists():
         saved = files.read_state(checkpoint)
         if saved["key"] != key:
@@ -452,7 +457,7 @@ def _run(
         rows = torch.randint(len(data), (local,), generator=generator).tolist()
         dropped = (torch.rand(local, generator=generator) < training.drop).tolist()
         captions = [len(data) if drop else row for row, drop in zip(rows, dropped, strict=True)]
-        # What is kept for the backward pass is counted once; the counting itself takes time.
+        # The tensors kept for the backward pass are counted only once, because counting takes time.
         counting: Any = contextlib.nullcontext({}) if kept else _saved(model.denoiser)
         with counting as sizes, accelerator.autocast():
             loss = objective(rows, captions, generator)
@@ -463,7 +468,7 @@ def _run(
             accelerator.backward(loss)
         if step == begin and any(parameter.grad is None for parameter in trained):
             raise TextlocError(
-                "an adapter takes no part in the model's answer, so that it cannot learn; load the pipeline again"
+                "an adapter has no effect on the model's output, so it cannot learn; load the pipeline again"
             )
         norm = accelerator.clip_grad_norm_(trained, 1.0)
         skipped = 0 if math.isfinite(norm) else skipped + 1
@@ -474,9 +479,9 @@ def _run(
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - began)
-        # The last one, too: a disk that is full when the adapter is saved costs no training.
+        # The last step is saved, too. So no training is lost if the disk is full when the adapter is saved.
         due = (step + 1) % checkpoint_steps == 0 or step + 1 == training.steps
-        if due:  # in every process, so that none waits for one that has stopped
+        if due:  # in every process, so no process waits for one that has stopped
             _check_weights(
                 model, f"step {step + 1} is not saved; a smaller learning rate than {training.lr:g} may help"
             )
@@ -491,7 +496,7 @@ def _run(
                 "kept": kept,
             }
             files.write_state(checkpoint, state)
-    # What the last step left shows in the loss after it.
+    # The result of the last step shows in the loss after it.
     generator = step_generator(training.seed, training.steps, rank)
     rows = torch.randint(len(data), (local,), generator=generator).tolist()
     with torch.no_grad(), accelerator.autocast():
@@ -514,14 +519,14 @@ def _check_number(what: str, value: float, training: Training) -> None:
 
 @contextlib.contextmanager
 def _saved(module: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes, by their place, of the tensors that are saved for the backward pass inside the block, weights left out."""
+    """Map addresses to bytes of the tensors saved for the backward pass inside the block, without the weights."""
     own, seen = {p.untyped_storage().data_ptr() for p in module.parameters()}, dict[int, int]()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             seen.setdefault(storage.data_ptr(), storage.nbytes())
-        return tensor.detach()  # the tensor itself would hold its own graph
+        return tensor.detach()  # the tensor itself would keep its graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         yield seen

@@ -1,10 +1,10 @@
-"""Adapters tuned on scenes of one look, from a miniature's early checkpoint: what spelling gains, and what drifts.
+"""Adapters tuned on scenes of one look, from a miniature's early checkpoint: the gain in spelling, and the drift.
 
-The base is the denoiser as it was while it spelled about seven words in ten (``MINIATURE/early``). It is tuned on
-scenes of one typeface in front of one material (LOOK), whose captions name neither, so that an adapter can learn that
-all pictures look like that. Test words say how much better it spells then, in prompts that name another look and in
-prompts that name nothing. What the latter look like says what drifted. Each arm has a learning rate of its own, which
-validation words chose.
+The base is an early checkpoint of the denoiser, which spells about seven words in ten (``MINIATURE/early``). It is
+tuned on scenes with one typeface in front of one material (LOOK). Their captions name neither, so an adapter can learn
+that all pictures look like this. Test words then measure how much better it spells, in prompts that name another look
+and in prompts that name nothing. The looks of the pictures of the latter prompts show the drift. Each arm has its own
+learning rate, which is chosen on validation words.
 """
 
 import functools
@@ -28,14 +28,14 @@ from textloc_utils.miniatures import evaluation, factors, world
 from textloc_utils.models import Model
 from textloc_utils.settings import TextlocError
 
-ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
+ROWS = 1  #: part of a stored unit's key: raise it whenever the rows of a unit change
 BEFORE = "before"  #: the row of the model without an adapter
 LOCALIZED, EVERY = "localized", "all text layers"
-SCENES, STEPS = 4000, 200  #: of the look, drawn once for all arms; steps of a training
-RATES = (5e-4, 2e-3, 8e-3)  #: learning rates among which each arm's is chosen
-SEEDS, TUNED = (0, 1, 2, 3, 4), 100  #: seeds of the trainings that are reported, and of those that choose the rates
-TUNING = 64  #: validation words that choose a rate, or as many as are reported where these are fewer
-MARGIN = 0.02  #: of the exact rate: a gain that is smaller by less than this is as large, see ``data/claims.toml``
+SCENES, STEPS = 4000, 200  #: number of scenes of the look, drawn once for all arms, and number of steps of a training
+RATES = (5e-4, 2e-3, 8e-3)  #: the learning rates from which each arm's rate is chosen
+SEEDS, TUNED = (0, 1, 2, 3, 4), 100  #: seeds of the reported trainings, and of the trainings that choose the rates
+TUNING = 64  #: largest number of validation words that choose a rate; fewer are used if fewer words are reported
+MARGIN = 0.02  #: gains in the exact rate that differ by less than this count as equal, see ``data/claims.toml``
 LOOK = replace(
     world.SECOND,
     name="one look",
@@ -43,7 +43,7 @@ LOOK = replace(
     materials=("brick",),
     named=world.SECOND.named | {"typeface": 0.0, "material": 0.0},
 )
-#: What test prompts name: every look that shares nothing with LOOK.
+#: The looks that test prompts name. They have no typeface and no material of LOOK.
 OTHERS = replace(
     world.SECOND,
     name="other looks",
@@ -53,15 +53,17 @@ OTHERS = replace(
 
 
 def early(model: Model) -> Model:
-    """A miniature as it was early in its training, loaded anew; TextlocError where its folder does not hold that."""
+    """Load the early checkpoint of a miniature. Raises TextlocError if the miniature's folder has none."""
     file = Path(model.spec.source) / "early" / "denoiser.safetensors"
     if not (model.spec.miniature and file.is_file()):
-        raise TextlocError(f"{model.spec.name} has no early checkpoint ({file}); textloc train keeps a miniature's")
+        raise TextlocError(
+            f"{model.spec.name} has no early checkpoint ({file}); textloc train writes one for a miniature"
+        )
     found = models.load(model.spec.name, device=str(model.device), model_path=model.spec.source)
     try:
         found.denoiser.load_state_dict({name: value.float() for name, value in load_file(file).items()})
     except (OSError, SafetensorError, RuntimeError):
-        raise TextlocError(f"{file} is damaged or another model's; restore it, or train the miniature again") from None
+        raise TextlocError(f"{file} is damaged or of another model; restore it, or train the miniature again") from None
     return replace(found, spec=model.spec)
 
 
@@ -80,22 +82,22 @@ def strongest_early(model: Model, n: int) -> tuple[int, ...]:
 
 
 def shared(steps: int | None = None) -> Training:
-    """What all arms share, before their layers are chosen; ``steps`` are a preset's, where it asks for few."""
+    """The settings that all arms share, still without layers. ``steps`` is the number of a preset with few steps."""
     return Training(layers=(), steps=steps or STEPS)
 
 
 def drawn_scenes(n: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """``n`` pictures of LOOK, uint8 (n, H, W, 3), and their captions; of training words and random strings."""
+    """``n`` pictures of LOOK, uint8 (n, H, W, 3), and their captions. They show training words and random strings."""
     rng = random.Random(f"one look {seed}")
     known = [world.random_scene(rng, LOOK) for _ in range(n)]
     return np.stack([world.render(scene) for scene in known]), [world.caption(scene, rng, LOOK) for scene in known]
 
 
 def arms(model: Model, layers: Sequence[int], training: Training) -> dict[str, Training]:
-    """The trainings to compare, by name, for the localized ``layers``; ``training`` holds what they share.
+    """The trainings to compare, by name, for the localized ``layers``. ``training`` holds their common settings.
 
-    Every training seed draws random layers of its own. A model whose picture never attends to itself alone (joint
-    attention) has no arm "all attention": its text layers are all it has.
+    Every training seed draws different random layers. A model without separate self-attention of the picture (joint
+    attention) has no arm "all attention", because all its attention layers are text layers.
     """
     every = tuple(range(len(model.layers)))
     found = {
@@ -109,9 +111,9 @@ def arms(model: Model, layers: Sequence[int], training: Training) -> dict[str, T
 
 
 def diversity(pictures: np.ndarray) -> float:
-    """Mean distance between two pictures of one group, over (groups, pictures, H, W, 3).
+    """Mean distance between two pictures of the same group, for pictures (groups, pictures, H, W, 3).
 
-    The distance is the root of the mean squared difference, in grey levels.
+    The distance is the root mean squared difference, in grey levels.
     """
     left, right = np.triu_indices(pictures.shape[1], k=1)
     each = [np.sqrt(metrics.mse(kin[left], kin[right])) for kin in pictures]
@@ -122,21 +124,22 @@ def diversity(pictures: np.ndarray) -> float:
 
 
 def asked_words(use: str, n: int, seed: int) -> list[str]:
-    """``n`` words of one of ``scene_pairs.USES``, drawn by ``seed``."""
+    """``n`` words of one of ``scene_pairs.USES``, drawn with ``seed``."""
     pool = scene_pairs.words(use)
     if not 4 <= n <= len(pool):
-        raise TextlocError(f"4 to {len(pool)} words can be asked for, got {n}")
+        raise TextlocError(f"the number of words must be from 4 to {len(pool)}, got {n}")
     return random.Random(f"{use} {seed}").sample(pool, n)
 
 
 def measure(experiment: Experiment, words: Sequence[str], seed: int) -> dict:
-    """What the experiment's model draws of ``words``.
+    """Draw pictures of ``words`` with the experiment's model, and measure them.
 
-    The first half stands in prompts that name everything, in looks other than LOOK, the second in prompts that name
-    nothing. Keys: words (how many), exact (share of all that spell their word), named and open (of each half), and
-    diversity (of neighbours among the open prompts' pictures, see :func:`diversity`). Of a miniature also obeyed (named
-    prompts whose typeface and material are both as named), and typefaces and materials (how many of each are read in
-    the open prompts' pictures, in the world's order, joined by spaces).
+    The first half of the words is in prompts that name everything, with looks other than LOOK. The second half is in
+    prompts that name nothing (open prompts). The keys are words (their number), exact (share of all pictures that spell
+    their word), named and open (the same share in each half), and diversity (of pairs of the open prompts' pictures,
+    see :func:`diversity`). For a miniature there are three more keys: obeyed (share of named prompts whose picture has
+    the named typeface and material), and typefaces and materials (how often each one is read in the open prompts'
+    pictures, in the world's order, joined by spaces).
     """
     half, small = len(words) // 2, scene_pairs.world_of(experiment.model) is not None
     shown = evaluation.scenes(list(words), seed, OTHERS)
@@ -170,9 +173,9 @@ def _looks(pictures: np.ndarray, shown: Sequence[world.Scene], half: int) -> dic
 
 
 def evaluate(experiment: Experiment, folder: str | os.PathLike, n: int, seed: int = 42) -> pd.DataFrame:
-    """:func:`measure` on ``n`` test words without and with the adapter saved in ``folder``; kept in the store.
+    """:func:`measure` on ``n`` test words without and with the adapter saved in ``folder``, kept in the store.
 
-    Two rows, arm BEFORE and "after".
+    There are two rows, for the arms BEFORE and "after".
     """
     words = asked_words("report", n, seed)
     inputs = experiment.key | {"rows": ROWS, "words": words, "seed": seed}
@@ -199,12 +202,12 @@ def study(
 ) -> pd.DataFrame:
     """Train every arm from the early checkpoint and measure it on ``n`` test words, for the localized ``layers``.
 
-    One row for the early checkpoint and one per training seed and arm. Columns: model, arm, lr, seed, layers, rank,
-    parameters, seconds_per_step, and those of :func:`measure`. ``training`` is what the arms share (default:
-    :func:`shared`). Each arm's learning rate is the one of RATES that spells most of TUNING validation words, the
-    smaller one of two that are equal. Runs are kept one by one in the store. Published as
-    ``results/lora_MODEL_looks.csv``, and what chose the rates as ``results/lora_MODEL_rates.csv``; both belong to the
-    weights of the finished miniature.
+    There is one row for the early checkpoint, and one per training seed and arm. Columns: model, arm, lr, seed, layers,
+    rank, parameters, seconds_per_step, and the keys of :func:`measure`. ``training`` holds the common settings of the
+    arms (default: :func:`shared`). Each arm's learning rate is the one of RATES with the highest exact rate on TUNING
+    validation words. Of equal rates, the smaller one is taken. Each run is kept in the store. The table is published as
+    ``results/lora_MODEL_looks.csv``, and the table that chose the learning rates as ``results/lora_MODEL_rates.csv``.
+    Both belong to the weights of the finished miniature.
     """
     if not layers:
         raise TextlocError("the study needs at least one localized layer")
@@ -245,7 +248,7 @@ def _run(
     words: Sequence[str],
     seed: int,
 ) -> dict:
-    """One row of :func:`study`, without its arm; ``data`` is called for what to train on."""
+    """One row of :func:`study`, without its arm. ``data`` is a function that returns the training data."""
     about = {"model": experiment.name, "lr": 0.0, "seed": 0, "layers": "", "rank": 0, "parameters": 0}
     if training is None:
         return about | {"seconds_per_step": 0.0} | measure(experiment, words, seed)
@@ -259,23 +262,24 @@ def _run(
 
 
 def best_rates(table: pd.DataFrame) -> dict[str, float]:
-    """Each arm's learning rate from the table of all: the highest exact rate, and of equal ones the smaller."""
+    """Each arm's learning rate with the highest exact rate in the table. Of equal ones, the smaller is taken."""
     ordered = table.sort_values(["exact", "lr"], ascending=[False, True])
     return {str(arm): float(part.lr.iloc[0]) for arm, part in ordered.groupby("arm", sort=False)}
 
 
-# --- what the table says --------------------------------------------------------------------------------------
+# --- results from the table -----------------------------------------------------------------------------------
 
 #: Columns of :func:`changes`: gains in exact rates, then drifts.
 GAINS, DRIFTS = ("gain", "named_gain", "open_gain"), ("typefaces", "materials", "diversity", "obeyed")
 
 
 def changes(table: pd.DataFrame) -> pd.DataFrame:
-    """What each training of :func:`study`'s table changed: columns arm, seed, GAINS and DRIFTS.
+    """The changes by each training of :func:`study`'s table. Columns: arm, seed, GAINS and DRIFTS.
 
-    Gains are exact rates less those before. Drifts, all on open prompts but the last: typefaces, how far the entropy of
-    their shares moved, in bits; materials, total variation distance of their shares from those before; diversity and
-    obeyed, the part that was lost (below 0 where it rose).
+    Gains are exact rates minus those before the training. There are four drifts. All except the last are measured on
+    open prompts. typefaces: the change of the entropy of their shares, in bits. materials: the total variation distance
+    between their shares and those before. diversity: the relative loss. obeyed: the loss. A loss is below 0 if the
+    value rose.
     """
     first, trained = table[table.arm == BEFORE].iloc[0], table[table.arm != BEFORE]
     return pd.DataFrame(
@@ -304,9 +308,9 @@ def _entropy(counts: str) -> float:
 
 
 def plane(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm of :func:`study`'s table, means over training seeds.
+    """One row per arm of :func:`study`'s table, with means over training seeds.
 
-    Columns arm, lr, seeds, and each of GAINS and DRIFTS with ``_low`` and ``_high`` (Student's interval over seeds).
+    Columns: arm, lr, seeds, and each of GAINS and DRIFTS with ``_low`` and ``_high`` (Student's interval over seeds).
     """
     rates = table.groupby("arm").lr.first()
     return pd.DataFrame(
@@ -316,9 +320,9 @@ def plane(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def advantages(table: pd.DataFrame) -> pd.DataFrame:
-    """What :func:`plane` shows of the localized layers, less that of each other arm, paired by training seed.
+    """The values of :func:`plane` for the localized layers, minus those of each other arm, paired by training seed.
 
-    Columns arm and each of GAINS and DRIFTS with ``_low`` and ``_high``.
+    Columns: arm, and each of GAINS and DRIFTS with ``_low`` and ``_high``.
     """
     by_arm = {arm: part.set_index("seed") for arm, part in changes(table).groupby("arm", sort=False)}
     names = [*GAINS, *DRIFTS]
@@ -338,7 +342,7 @@ def _students(part: Mapping) -> dict[str, float]:
 
 
 def writes(table: pd.DataFrame) -> dict:
-    """How the claim "writes" of ``data/claims.toml`` stands by :func:`study`'s table.
+    """The outcome of the claim "writes" of ``data/claims.toml``, from :func:`study`'s table.
 
     Keys: outcome (supported, contradicted or undecided), figure (in words) and n.
     """

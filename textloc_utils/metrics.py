@@ -1,8 +1,8 @@
-"""Pure scores of strings and pictures, and their means with intervals.
+"""Scores of strings and pictures, and their means with intervals.
 
-Text scores compare letters and digits only, whatever their case: the reader returns bare capitals, so
-spaces and marks of the wanted text cannot be read back. Pictures are uint8 or float arrays with values
-0..255; all arithmetic is in float64, because differences of uint8 wrap modulo 256.
+Text scores compare only letters and digits, and ignore case. The reader returns only capital letters, so it cannot read
+the spaces and punctuation marks of the wanted text. Pictures are uint8 or float arrays with values 0..255. All
+arithmetic is in float64, because differences of uint8 wrap modulo 256.
 """
 
 from collections import Counter
@@ -17,9 +17,9 @@ from skimage.metrics import structural_similarity
 
 from textloc_utils.settings import TextlocError
 
-Numbers = Sequence[float] | np.ndarray  #: what means are taken of
+Numbers = Sequence[float] | np.ndarray  #: values whose mean is taken
 SSIM_WINDOW = 7
-PSNR_CAP = 60.0  #: dB; two identical pictures would be infinitely alike
+PSNR_CAP = 60.0  #: dB; the PSNR of two identical pictures would be infinite
 RESAMPLES = 2000
 
 
@@ -28,7 +28,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, its 95 % interval and the number of values; printed as ``0.913 [0.870, 0.950], n = 200``."""
+    """A mean, its 95 % interval and the number of values. It is printed as ``0.913 [0.870, 0.950], n = 200``."""
 
     mean: float
     low: float
@@ -40,52 +40,52 @@ class Interval:
 
 
 def span(mean: float, low: float, high: float, form: str = ".3f") -> str:
-    """A mean with its interval as text, ``0.913 [0.870, 0.950]``; ``form`` is the format of each number."""
+    """A mean with its interval as text, ``0.913 [0.870, 0.950]``. ``form`` is the format of each number."""
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def spans(table: pd.DataFrame, score: str = "", form: str = ".3f") -> list[str]:
     """:func:`span` of each row of a table.
 
-    Its columns are those of a ``score`` as :func:`summarise` makes them, or mean, low and high where none is named.
+    With a ``score``, its three columns from :func:`summarise` are used. Otherwise the columns are mean, low and high.
     """
     columns = [score, f"{score}_low", f"{score}_high"] if score else ["mean", "low", "high"]
     return [span(mean, low, high, form) for mean, low, high in table[columns].to_numpy()]
 
 
 def resampled(values, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means of bootstrap samples, (resamples, ...), of values (n, ...) whose rows are drawn whole with replacement.
+    """Means of bootstrap samples, (resamples, ...), of values (n, ...). Whole rows are drawn, with replacement.
 
-    The same n and seed draw the same rows, so that columns resampled one by one fit each other.
+    The same n and seed draw the same rows. So columns that are resampled one by one still belong together.
     """
     x = np.asarray(values, dtype=np.float64)
-    if len(x) == 1:  # scipy refuses a single value; all its samples are that value
+    if len(x) == 1:  # scipy refuses a single value; all samples are equal to that value
         return np.repeat(x, resamples, axis=0)
-    batch = max(1, 4_000_000 // x.size)  # bounds the memory of the samples
+    batch = max(1, 4_000_000 // x.size)  # limits the memory of the samples
     options = {"n_resamples": resamples, "batch": batch, "method": "percentile", "rng": np.random.default_rng(seed)}
     return np.moveaxis(stats.bootstrap((x,), np.mean, axis=0, **options).bootstrap_distribution, -1, 0)
 
 
 def percentiles(values: Numbers) -> tuple[float, float]:
-    """The 95 % interval that bootstrap values span."""
+    """The 95 % interval of bootstrap values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def bootstrap(values: Numbers) -> Interval:
-    """Mean of numbers or booleans (n,) with its 95 % percentile-bootstrap interval; the same values give the same one.
+    """Mean of numbers or booleans (n,) with its 95 % percentile-bootstrap interval.
 
-    One value gives ``low == high == mean``. Raises TextlocError without values, and for values that are not finite
-    (NaN, or the PSNR of identical pictures).
+    The same values always give the same interval. One value gives ``low == high == mean``. Raises TextlocError if there
+    are no values, or if a value is not finite (NaN, or the PSNR of identical pictures).
     """
     x = _finite(values, "bootstrap")
     return Interval(float(x.mean()), *percentiles(resampled(x)), len(x))
 
 
 def student(values: Numbers) -> Interval:
-    """Mean of few ``values``, such as one per training seed, with its 95 % interval by Student's t.
+    """Mean of a few ``values``, such as one per training seed, with its 95 % interval from Student's t.
 
-    One value has no spread to go by: ``low == high == mean``. Raises TextlocError as :func:`bootstrap`.
+    One value has no spread, so ``low == high == mean``. Raises TextlocError like :func:`bootstrap`.
     """
     x = _finite(values, "Student's interval")
     half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x) if len(x) > 1 else 0.0
@@ -98,8 +98,8 @@ def _finite(values: Numbers, what: str) -> np.ndarray:
         raise TextlocError(f"{what} needs one row of at least one value, got shape {x.shape}")
     if not np.isfinite(x).all():
         raise TextlocError(
-            f"{what} needs finite values, {np.sum(~np.isfinite(x))} of {len(x)} are NaN or infinite "
-            "(psnr of identical pictures is infinite unless it is given a cap)"
+            f"{what} needs finite values, but {np.sum(~np.isfinite(x))} of {len(x)} are NaN or infinite "
+            "(the psnr of identical pictures is infinite without a cap)"
         )
     return x
 
@@ -107,7 +107,8 @@ def _finite(values: Numbers, what: str) -> np.ndarray:
 def rate(hits: Numbers) -> Interval:
     """Share of ``hits`` with its 95 % interval by Wilson's score (Wilson 1927).
 
-    The bootstrap of a rate of 0 or 1 has no width, however few values there are. Raises TextlocError without values.
+    The bootstrap interval of a rate of 0 or 1 has no width, even with few values. So it is not used here. Raises
+    TextlocError if there are no values.
     """
     x = np.asarray(hits, dtype=bool)
     if x.ndim != 1 or not len(x):
@@ -122,20 +123,20 @@ def estimate(values: Numbers) -> Interval:
 
 
 def paired_difference(a: Numbers, b: Numbers, interval: Callable[[Numbers], Interval] = bootstrap) -> Interval:
-    """Mean of ``a - b`` with its ``interval``, where ``a[i]`` and ``b[i]`` belong to the same pair.
+    """Mean of ``a - b`` with its ``interval``. ``a[i]`` and ``b[i]`` must belong to the same pair.
 
     ``interval`` is :func:`bootstrap`, or :func:`student` for few pairs, such as the training seeds of two runs.
     """
     if len(a) != len(b):
-        raise TextlocError(f"paired values must be equally many, got {len(a)} and {len(b)}")
+        raise TextlocError(f"paired values must have the same length, got {len(a)} and {len(b)}")
     return interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64))
 
 
 def summarise(table: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:
     """One row per group of the columns ``by``, in the table's order.
 
-    Columns: ``by``; n rows; for each score its mean under its own name and the ends of its 95 % interval
-    (:func:`estimate`) under ``_low`` and ``_high``.
+    Columns: those of ``by``, n (the number of rows), and three for each score. These are its mean, under the name of
+    the score, and the ends of its 95 % interval (:func:`estimate`), with ``_low`` and ``_high`` added to the name.
     """
     rows = []
     for keys, part in table.groupby(list(by), sort=False):
@@ -148,10 +149,10 @@ def summarise(table: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> 
 
 
 def summarise_groups(table: pd.DataFrame, by: Sequence[str], group: str, scores: Sequence[str]) -> pd.DataFrame:
-    """As :func:`summarise`, with :func:`student`'s interval over the means of groups, such as random sets of layers.
+    """Like :func:`summarise`, but with :func:`student`'s interval over the means of groups, e.g. random sets of layers.
 
-    The column ``group`` tells the groups apart; those of a row are equally large. Scores are shares: the ends of an
-    interval are kept within 0 and 1.
+    The column ``group`` holds the name of the group. All groups of a row must have the same size. Scores are shares, so
+    the ends of an interval are limited to 0 and 1.
     """
     rows = []
     for keys, part in table.groupby(list(by), sort=False):
@@ -164,13 +165,13 @@ def summarise_groups(table: pd.DataFrame, by: Sequence[str], group: str, scores:
 
 
 def redrawn(new: pd.DataFrame, stored: pd.DataFrame, at: Sequence[str], score: str) -> tuple[float, float]:
-    """How near rows that were drawn again come to the stored ones: share read alike, mean difference of a score.
+    """Compare rows that were drawn again with the stored rows: share of equal readings, mean difference of a score.
 
-    Columns ``at`` say which row is which. Raises TextlocError where a new row has no stored one.
+    The columns ``at`` identify a row. Raises TextlocError if a new row has no stored row.
     """
     both = new.merge(stored, on=list(at), suffixes=("", "_stored"))
     if len(both) != len(new):
-        raise TextlocError(f"{len(new)} rows were drawn again, of which {len(both)} are stored")
+        raise TextlocError(f"{len(new)} rows were drawn again, but only {len(both)} of them are stored")
     off = (both[score] - both[f"{score}_stored"]).abs()
     return float((both.read == both.read_stored).mean()), float(off.mean())
 
@@ -190,9 +191,9 @@ def exact_match(read: str, wanted: str) -> bool:
 def character_scores(read: str, wanted: str) -> tuple[float, float, float]:
     """(precision, recall, F1) of the letters of one picture, counted as multisets: the paper's text metric.
 
-    Order does not count, so that ``evol`` scores as ``love``; report an edit-distance score beside it. F1 is
-    taken per picture, where the published code takes it of the mean precision and the mean recall. An empty
-    reading of a text scores 0, an empty reading of an empty text 1.
+    Order does not count, so ``evol`` has the same score as ``love``. Report an edit-distance score, too. Here F1 is
+    computed for each picture. The published code computes it from the mean precision and the mean recall. An empty
+    reading of a text scores 0. An empty reading of an empty text scores 1.
     """
     got, want = Counter(_normal(read).lower()), Counter(_normal(wanted).lower())
     if not got and not want:
@@ -204,17 +205,17 @@ def character_scores(read: str, wanted: str) -> tuple[float, float, float]:
 
 
 def levenshtein(read: str, wanted: str) -> int:
-    """Least number of letters to insert, delete or replace."""
+    """Smallest number of letters to insert, delete or replace."""
     return Levenshtein.distance(_normal(read), _normal(wanted))
 
 
 def character_error_rate(read: str, wanted: str) -> float:
-    """Levenshtein distance per wanted letter; not capped, so a long wrong reading exceeds 1."""
+    """Levenshtein distance per wanted letter. It is not capped, so a long wrong reading gives more than 1."""
     return levenshtein(read, wanted) / max(1, len(_normal(wanted)))
 
 
 def text_score(read: str, wanted: str) -> float:
-    """1 - Levenshtein distance / length of the longer text, 0..1: the book's text score of one picture."""
+    """The book's text score of one picture, 0..1: 1 - Levenshtein distance / length of the longer text."""
     return Levenshtein.normalized_similarity(_normal(read), _normal(wanted))
 
 
@@ -225,13 +226,13 @@ def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.ndim not in (3, 4) or a.shape[-1] != 3:
         raise TextlocError(
-            f"pictures to compare must share one shape (H, W, 3) or (n, H, W, 3), got {a.shape} and {b.shape}"
+            f"pictures to compare must have the same shape (H, W, 3) or (n, H, W, 3), got {a.shape} and {b.shape}"
         )
     return a.astype(np.float64), b.astype(np.float64)
 
 
 def _mask(mask, shape: tuple[int, ...]) -> np.ndarray:
-    """The mask spread over a stack's pictures, (..., H, W)."""
+    """The mask, repeated for each picture of a stack, (..., H, W)."""
     mask = np.ones(shape, bool) if mask is None else np.asarray(mask)
     if mask.dtype != bool or mask.shape not in (shape, shape[-2:]):
         raise TextlocError(f"a mask must be boolean {shape[-2:]}, got {mask.dtype} {mask.shape}")
@@ -258,20 +259,21 @@ def mse(a, b, mask=None):
     a, b
         Pictures (H, W, 3), or stacks (n, H, W, 3), uint8 or float, values 0..255.
     mask
-        Boolean (H, W), or one per picture (n, H, W): True where pixels count, such as outside the text box.
+        Boolean (H, W), or one per picture (n, H, W). True marks the pixels that count, such as those outside the text
+        box.
 
     Returns
     -------
-    A float for a picture, an array (n,) for a stack.
+    A float for a picture, or an array (n,) for a stack.
     """
     x, y = _pair(a, b)
     return _number(_masked_mean(((x - y) ** 2).mean(-1), _mask(mask, x.shape[:-1])))
 
 
 def psnr(a, b, mask=None, *, cap: float | None = None):
-    """Peak signal-to-noise ratio in dB (peak 255); arguments and result as `mse`.
+    """Peak signal-to-noise ratio in dB (peak 255). Arguments and result are as in `mse`.
 
-    Identical pictures give ``inf``, and so does every mean with them in it; a ``cap`` in dB bounds each
+    Identical pictures give ``inf``, and a mean that includes them is ``inf``, too. A ``cap`` in dB limits each
     picture's value.
     """
     with np.errstate(divide="ignore"):
@@ -280,10 +282,10 @@ def psnr(a, b, mask=None, *, cap: float | None = None):
 
 
 def ssim(a, b, mask=None):
-    """Structural similarity, at most 1, uniform 7x7 windows, averaged over colours; arguments as `mse`.
+    """Structural similarity, at most 1, with uniform 7x7 windows, averaged over colours. Arguments are as in `mse`.
 
-    Only windows that lie wholly inside the picture and inside the mask count, so that nothing outside the
-    mask bears on the value; the mask must leave room for at least one.
+    Only windows that are completely inside the picture and inside the mask count. So nothing outside the mask changes
+    the value. At least one window must fit into the mask.
     """
     x, y = _pair(a, b)
     mask = _mask(mask, x.shape[:-1])

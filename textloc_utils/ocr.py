@@ -1,15 +1,16 @@
-"""Read the text in pictures, and find where it stands.
+"""Read the text in pictures, and find its position.
 
-There are two readers. **Tesseract** reads the miniatures, and larger pictures where nothing else is installed.
+There are two readers. **Tesseract** reads the pictures of miniatures, and larger pictures if RapidOCR is not installed.
 **RapidOCR** (``pip install 'textloc-utils[ocr]'``: PP-OCRv6 detection and recognition, offline) reads larger pictures
-where it is installed; it also knows accents and other scripts, and tells photographs without text from signs.
+if it is installed. It also knows accents and other scripts, and it does not find text in photographs without text.
 
 Tesseract reads many pictures in one run, through pytesseract and a list file of image paths. It reads dark letters on
-white far better than a small word in a scene, so the text is cut out first. In a miniature this takes four steps. The
-colour of the sign is the median of the picture's middle. The colour of the ink is the one that differs most from it
-there. Each pixel becomes its share of ink. What is connected to the edge of the picture is the wall and is dropped
-(letters may touch the right edge), and so is what the sign's colour does not surround, such as a brick. In larger
-pictures ``textlines`` finds the letters. No step knows the wanted text, the colours, or where the letters stand.
+white far better than a small word in a scene, so the text is cut out first. In a miniature's picture this takes four
+steps. The colour of the sign is the median of the picture's middle. The colour of the ink is the one in the middle that
+differs most from it. Each pixel becomes its share of ink. At last two kinds of parts are removed. Parts that touch the
+edge of the picture are the wall (letters may touch the right edge). Parts that the sign's colour does not surround are
+other things, such as a brick. In larger pictures ``textlines`` finds the letters. No step knows the wanted text, the
+colours, or the position of the letters.
 """
 
 import contextlib
@@ -32,35 +33,36 @@ INSTALL = (
     "install it with `apt-get install tesseract-ocr` (Debian, Ubuntu), `brew install tesseract` (macOS) "
     "or `conda install -c conda-forge tesseract`"
 )
-#: Pictures up to this height are miniatures with one sign in the middle; in taller ones text is sought everywhere.
+#: Pictures up to this height are from miniatures, with one sign in the middle. Taller pictures have text anywhere.
 MINIATURE_HEIGHT = 128
-#: Ink and sign nearer than this (Euclidean, 0..255 RGB) count as one surface without text.
+#: If ink and sign are closer than this (Euclidean, 0..255 RGB), they count as one surface without text.
 MIN_CONTRAST = 40.0
-#: Least share of a letter's surroundings that is nearer than this to the sign's colour (Euclidean RGB, at most half the
-#: contrast): around a brick or a tile there is more wall.
+#: At least this share of a letter's surroundings must be closer than NEAR to the sign's colour (Euclidean RGB, at most
+#: half the contrast). A brick or a tile has more wall around it.
 SURROUNDED, NEAR = 0.7, 70.0
-#: Tesseract's page segmentation: a block of lines, a line, a word where no line was found.
+#: Tesseract's page segmentation modes: a block of lines, a line, and a word (used if no line was read).
 BLOCK, LINE, WORD = 6, 7, 8
 #: Pages per run of Tesseract.
 BATCH = 100
-#: What Tesseract may read in pictures that are no miniatures.
+#: The characters that Tesseract may read in pictures above MINIATURE_HEIGHT.
 CHARACTERS = LETTERS + LETTERS.lower() + "0123456789%&"
-#: Marks that count in no comparison of texts, whichever reader leaves them out.
+#: Characters that no comparison of texts counts. So it does not matter if a reader leaves them out.
 MARKS = frozenset(".,:;!?'\u2019()/+#*-\u2013$\u20ac@ \n\t")
 ENGINES = ("auto", "tesseract", "rapidocr")
-#: RapidOCR counts a line below this score as not read; its own default.
+#: A line of RapidOCR with a lower score counts as not read. This is RapidOCR's own default.
 LEAST_SCORE = 0.5
-#: Room around text that counts as text, as a share of the picture's height: blur and the reader's error of place.
+#: Width of the margin around text that counts as text, as a share of the picture's height. It allows for blur and for
+#: errors in the reader's boxes.
 ROOM = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a reader made of one picture.
+    """The result of a reader for one picture.
 
-    ``text`` holds the lines, with their spaces; it is empty where no text was found (then there are no ``boxes``), and
-    where text was found and not read (then there are). ``boxes`` are (left, top, right, bottom) in pixels. ``reader``
-    is the name and version of what read.
+    ``text`` holds the lines, with their spaces. It is empty if no text was found (then there are no ``boxes``), or if
+    text was found but not read (then there are boxes). ``boxes`` are (left, top, right, bottom) in pixels. ``reader``
+    is the name and version of the reader.
     """
 
     text: str
@@ -69,7 +71,7 @@ class Reading:
 
     @property
     def found(self) -> bool:
-        """Whether there is text in the picture, read or not."""
+        """Whether there is text in the picture, even if it could not be read."""
         return bool(self.boxes)
 
     @property
@@ -93,31 +95,32 @@ def read(images: Sequence | np.ndarray, *, engine: str = "auto") -> list[str]:
 
     Returns
     -------
-    One string per picture, in order; ``""`` where nothing was read (:func:`readings` tells why). Spaces and line breaks
-    are left out, so several words come back as one string. Miniatures give capitals only; pictures above 128 pixels
-    also digits and whatever else their reader knows.
+    One string per picture, in order. It is ``""`` if nothing was read (:func:`readings` says why). Spaces and line
+    breaks are left out, so several words come back as one string. Pictures up to 128 pixels high give only capitals.
+    Taller pictures also give digits, and all other characters that their reader knows.
 
     Notes
     -----
-    Pictures up to 128 pixels high are read as one line: cut out as the module says, scaled (at 64 rows x4 upwards and
-    x3.6 sideways, bicubic), sharpened; a line on which nothing is read gets a second try as a word. Tesseract's
-    dictionaries are off. Of 336 rendered scenes Tesseract 5.3.0 read .997 to 1.000 exactly, also blurred, noisy or
-    through an autoencoder, and of as many random strings of 3 to 6 letters .943 to .976 (whole pictures, not cut out:
-    .690 to .735 and .280 to .354). Confused are nearly always J with I or JI, I with T or L, and Q with O.
+    Pictures up to 128 pixels high are read as one line. They are cut out (see the module), scaled (at 64 rows by 4
+    vertically and 3.6 horizontally, bicubic) and sharpened. If nothing is read in a line, it is read again as a word.
+    Tesseract's dictionaries are off. Of 336 rendered scenes, Tesseract 5.3.0 read .997 to 1.000 exactly, also if they
+    were blurred, noisy, or passed through an autoencoder. Of 336 scenes with random strings of 3 to 6 letters it read
+    .943 to .976. Without cutting out, the values are .690 to .735 and .280 to .354. Nearly all confusions are J with I
+    or JI, I with T or L, and Q with O.
 
-    Of 300 rendered signs of one or two lines at 256, 512 and 1024 pixels Tesseract read .973, .947 and .977 exactly,
-    RapidOCR 3.10.0 all (``tests/benchmarks/test_sign_reading.py``).
+    Of 300 rendered signs with one or two lines at 256, 512 and 1024 pixels, Tesseract read .973, .947 and .977 exactly.
+    RapidOCR 3.10.0 read all of them (``tests/benchmarks/test_sign_reading.py``).
 
     Raises
     ------
     TextlocError
-        A reader is missing or fails, a picture is not uint8 RGB, the engine is unknown.
+        A reader is missing or fails, a picture is not uint8 RGB, or the engine is unknown.
     """
     return [reading.joined for reading in readings(images, engine=engine)]
 
 
 def readings(images: Sequence | np.ndarray, *, engine: str = "auto") -> list[Reading]:
-    """Read each picture as it is written, and say where text stands; arguments and errors as of :func:`read`."""
+    """Read the text of each picture as written, and find its boxes. Arguments and errors are as in :func:`read`."""
     pictures = [_rgb(image) for image in images]
     out: dict[int, Reading] = {}
     by_reader: dict[Callable, list[int]] = {}
@@ -132,10 +135,11 @@ def readings(images: Sequence | np.ndarray, *, engine: str = "auto") -> list[Rea
 
 
 def engine_of(height: int, engine: str = "auto") -> str:
-    """The reader of pictures of a height in pixels, ``tesseract`` or ``rapidocr``.
+    """The reader for pictures of this height in pixels, ``tesseract`` or ``rapidocr``.
 
-    ``auto`` takes Tesseract up to 128 pixels, above RapidOCR where it is installed, else Tesseract. Raises TextlocError
-    for an unknown reader, and for one that is asked for and not installed.
+    ``auto`` means Tesseract for pictures up to 128 pixels high. For taller pictures it means RapidOCR if it is
+    installed, and Tesseract otherwise. Raises TextlocError for an unknown reader, and for RapidOCR if it is requested
+    but not installed.
     """
     if engine not in ENGINES:
         raise TextlocError(f"unknown reader {engine!r}; allowed: {', '.join(ENGINES)}")
@@ -147,7 +151,7 @@ def engine_of(height: int, engine: str = "auto") -> str:
 
 
 def reader(engine: str) -> str:
-    """Name and version of a reader, such as ``tesseract 5.3.0``; TextlocError where it is not installed."""
+    """Name and version of a reader, such as ``tesseract 5.3.0``. Raises TextlocError if it is not installed."""
     if engine == "tesseract":
         return f"tesseract {tesseract_version()}"
     if not (version := _rapid_version()):
@@ -156,10 +160,10 @@ def reader(engine: str) -> str:
 
 
 def check_reader(height: int, texts: Sequence[str] = (), engine: str = "auto") -> str:
-    """Name and version of what will read pictures of a height; call this before drawing, which may take minutes.
+    """Name and version of the reader for pictures of this height. Call this before drawing, which may take minutes.
 
-    Raises TextlocError where it is not installed, and for a text that it cannot read: a picture that is right would be
-    called wrong.
+    Raises TextlocError if the reader is not installed, or if it cannot read one of the texts, because a correct picture
+    would then count as wrong.
     """
     chosen = engine_of(height, engine)
     name = reader(chosen)
@@ -169,17 +173,15 @@ def check_reader(height: int, texts: Sequence[str] = (), engine: str = "auto") -
         for character in text:
             if character in MARKS or character in known or character.upper() in known:
                 continue
-            hint = "; `pip install 'textloc-utils[ocr]'` brings one that reads more" if chosen == "tesseract" else ""
-            raise TextlocError(
-                f"{name} cannot read {character!r}, so that nobody could tell whether {text!r} was drawn{hint}"
-            )
+            hint = "; `pip install 'textloc-utils[ocr]'` adds one that reads more" if chosen == "tesseract" else ""
+            raise TextlocError(f"{name} cannot read {character!r}, so it cannot check whether {text!r} was drawn{hint}")
     return name
 
 
 def outside_text(found: Sequence[Reading], height: int, width: int) -> np.ndarray:
     """Boolean (height, width), True outside the text of all these readings of pictures of that size.
 
-    True everywhere where text covers the whole picture, so that there is nothing else to compare.
+    If text covers the whole picture, the mask is True everywhere, because there is nothing else to compare.
     """
     mask, room = np.ones((height, width), bool), round(ROOM * height)
     for left, top, right, bottom in (box for reading in found for box in reading.boxes):
@@ -188,10 +190,10 @@ def outside_text(found: Sequence[Reading], height: int, width: int) -> np.ndarra
 
 
 def outside(pictures: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Boolean, True outside the text of pictures (n, H, W, 3) and of the source (H, W, 3) that they are compared with.
+    """Boolean, True outside the text of the pictures (n, H, W, 3) and of the source (H, W, 3).
 
-    A reader finds the text in the source and in each picture; the result is (n, H, W). In pictures of a miniature's
-    size it looks for none.
+    A reader finds the text in the source and in each picture. The result is (n, H, W). In pictures up to 128 pixels
+    high, no text is searched: the result is (H, W), True everywhere.
     """
     height, width = source.shape[:2]
     if height <= MINIATURE_HEIGHT:
@@ -218,7 +220,7 @@ def _miniatures(pictures: list[np.ndarray]) -> list[Reading]:
 
 
 def _signs(pictures: list[np.ndarray]) -> list[Reading]:
-    """Each block of lines is read for itself; a second and a third look are for what gave nothing."""
+    """Read each block of lines separately. Blocks in which nothing was read are tried again with other modes."""
     name = reader("tesseract")
     blocks = [(i, block) for i, picture in enumerate(pictures) for block in textlines.find(picture)]
     texts = [""] * len(blocks)
@@ -232,7 +234,7 @@ def _signs(pictures: list[np.ndarray]) -> list[Reading]:
             texts[at] = "\n".join(line for line in (" ".join(row.split()) for row in text.splitlines()) if line)
     out = []
     for i in range(len(pictures)):
-        # Two shapes beside each other that nothing can be read in are no text.
+        # Two shapes next to each other in which nothing can be read are not text.
         mine = [(b.box, texts[at]) for at, (of, b) in enumerate(blocks) if of == i and (texts[at] or b.letters > 2)]
         boxes = tuple(box for box, _ in mine)
         out.append(Reading(text="\n".join(text for _, text in mine if text), boxes=boxes, reader=name))
@@ -247,18 +249,18 @@ def _in_batches(pages: list[tuple[int, Image.Image]], mode: int, letters: str) -
 
 
 def tesseract_version() -> str:
-    """Version of the installed Tesseract, such as ``5.3.0``; TextlocError where there is none."""
+    """Version of the installed Tesseract, such as ``5.3.0``. Raises TextlocError if it is not installed."""
     try:
         with _explained():
             return str(pytesseract.get_tesseract_version())
-    except SystemExit:  # pytesseract's answer to a version it does not know
-        raise TextlocError(f"this tesseract is too old or not Tesseract at all; {INSTALL}") from None
+    except SystemExit:  # pytesseract exits if it does not know the version
+        raise TextlocError(f"this program named tesseract is too old or is not Tesseract; {INSTALL}") from None
 
 
 def cut_out(picture: np.ndarray) -> tuple[Image.Image | None, tuple[int, int, int, int] | None]:
-    """What Tesseract gets to see of a miniature, uint8 (H, W, 3): a grey page, and the box around its text.
+    """Cut the text out of a miniature's picture, uint8 (H, W, 3): a grey page for Tesseract, and the text's box.
 
-    None for both where there is no text.
+    Both are None if there is no text.
     """
     ink = _ink(picture)
     if ink is None:
@@ -272,16 +274,16 @@ def cut_out(picture: np.ndarray) -> tuple[Image.Image | None, tuple[int, int, in
     line = np.pad(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], max(height // 16, 1))
     page = Image.fromarray(np.rint(255 * (1 - line)).astype(np.uint8))
     scale = 256 / height
-    # Slightly narrowed: this wide monospace face then reads like the faces that Tesseract was trained on.
+    # The page is made slightly narrower, so this wide monospace typeface looks more like those of Tesseract's training.
     page = page.resize((round(page.width * scale * 0.9), round(page.height * scale)), Image.Resampling.BICUBIC)
     return page.filter(ImageFilter.UnsharpMask(3, 120, 0)), box
 
 
 def _ink(picture: np.ndarray) -> np.ndarray | None:
-    """Share of ink in each pixel, (H, W) in 0..1, zero on the wall; None where the middle shows one colour.
+    """Share of ink in each pixel, (H, W) in 0..1, zero on the wall. None if the middle has only one colour.
 
-    Along the line from the sign's colour to the ink's, so that inks that differ from their sign in hue more
-    than in luminance are as dark as any.
+    The share is measured along the line from the sign's colour to the ink's colour. So an ink that differs from its
+    sign in hue more than in luminance becomes as dark as any other ink.
     """
     x = picture.astype(np.float64)
     height, width = x.shape[:2]
@@ -294,7 +296,7 @@ def _ink(picture: np.ndarray) -> np.ndarray | None:
         return None
     ink = np.clip((x - sign) @ direction / contrast**2, 0, 1)
     parts, n = ndimage.label(ink > 0.35)
-    # Not the right edge, which the last letter on a banner may touch: the wall reaches the other edges, too.
+    # The right edge is not used, because the last letter on a banner may touch it. The wall also touches other edges.
     edge = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0]]))
     sizes = np.bincount(parts.ravel(), minlength=n + 1)
     ground = np.linalg.norm(x - sign, axis=2) < min(NEAR, contrast / 2)
@@ -319,8 +321,8 @@ def _config(mode: int, letters: str) -> str:
 
 
 def _tesseract(pages: list[Image.Image], mode: int, letters: str) -> list[str]:
-    """One call of Tesseract over all pages: what it says of each, with its line breaks."""
-    # Of image_to_string's own files something would be left behind by a process that is killed.
+    """Read all pages in one call of Tesseract. Returns the text of each page, with its line breaks."""
+    # image_to_string is not used, because a killed process would leave some of its files behind.
     with files.scratch() as folder, _one_thread(), _explained():
         paths = [folder / f"{i}.png" for i in range(len(pages))]
         for page, path in zip(pages, paths, strict=True):
@@ -331,7 +333,7 @@ def _tesseract(pages: list[Image.Image], mode: int, letters: str) -> list[str]:
         )
         output = (folder / "read.txt").read_bytes().decode()
     texts = output.split("\f")
-    # Some versions put a form feed between pages, some after each page.
+    # Some versions write a form feed between pages, others after each page.
     if len(texts) == len(pages) + 1 and not texts[-1].strip():
         texts.pop()
     if len(texts) != len(pages):
@@ -341,7 +343,7 @@ def _tesseract(pages: list[Image.Image], mode: int, letters: str) -> list[str]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tesseract's own threads slow it down on small pages; pytesseract hands this environment to its child."""
+    """Limit Tesseract to one thread: more threads slow it down on small pages. Its process gets this environment."""
     before = os.environ.get("OMP_THREAD_LIMIT")
     os.environ["OMP_THREAD_LIMIT"] = "1"
     try:
@@ -369,7 +371,7 @@ def _explained() -> Iterator[None]:
 
 @functools.cache
 def _rapid_version() -> str | None:
-    """Version of the installed RapidOCR; None without it or without what it computes with."""
+    """Version of the installed RapidOCR. None if RapidOCR or onnxruntime, which it needs, is not installed."""
     try:
         importlib.metadata.version("onnxruntime")
         return importlib.metadata.version("rapidocr")
@@ -383,12 +385,12 @@ def _rapid_engine():
     from rapidocr import RapidOCR
 
     threads = "EngineConfig.onnxruntime.{}_op_num_threads"
-    # One thread: the same sums, whatever the machine. Signs stand upright: nothing is turned round.
+    # One thread gives the same sums on every machine. Signs are upright, so no text is rotated.
     return RapidOCR(
         params={
             "Global.log_level": "critical",
             "Global.use_cls": False,
-            "Global.text_score": 0.0,  # lines below LEAST_SCORE are text all the same
+            "Global.text_score": 0.0,  # lines below LEAST_SCORE also count as text
             threads.format("intra"): 1,
             threads.format("inter"): 1,
         }
@@ -407,14 +409,14 @@ def _rapid(pictures: list[np.ndarray]) -> list[Reading]:
     for picture in pictures:
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
         found = engine(bgr, use_det=True, use_cls=False, use_rec=True)
-        if not found.txts:  # RapidOCR drops the boxes of lines of which it reads nothing
+        if not found.txts:  # RapidOCR drops the boxes of lines in which it reads nothing
             found = engine(bgr, use_det=True, use_cls=False, use_rec=False)
         corners = np.zeros((0, 4, 2)) if found.boxes is None else np.asarray(found.boxes)
         boxes = [(*np.floor(c.min(0)).astype(int).tolist(), *np.ceil(c.max(0)).astype(int).tolist()) for c in corners]
         texts = getattr(found, "txts", None) or [""] * len(boxes)
         scores = found.scores if getattr(found, "txts", None) else [0.0] * len(boxes)
         kept = [(b, t.strip() if s >= LEAST_SCORE else "") for b, t, s in zip(boxes, texts, scores, strict=True)]
-        # RapidOCR sees text in textures, too: where it reads none, there has to be something like letters.
+        # RapidOCR also finds text in textures. A box without read text is kept only if textlines finds letters there.
         if not all(text for _, text in kept):
             seen = [block.box for block in textlines.find(picture)]
             kept = [(box, text) for box, text in kept if text or any(_meet(box, other) for other in seen)]
@@ -429,7 +431,7 @@ def _meet(box: tuple, other: tuple) -> bool:
 
 
 def _in_lines(parts: list[tuple]) -> list[list[tuple]]:
-    """Boxes with their texts in reading order: what stands beside each other is one line, from left to right."""
+    """Sort boxes and their texts into lines, in reading order. Boxes next to each other are one line."""
     lines: list[list[tuple]] = []
     for part in sorted(parts, key=lambda part: part[0][1] + part[0][3]):
         top, bottom = part[0][1], part[0][3]

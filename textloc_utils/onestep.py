@@ -1,16 +1,16 @@
-"""Cheap ways to localize: what a patch changes in one denoiser evaluation, without drawing pictures.
+"""Cheap localization without pictures: measure what a patch changes in one denoiser evaluation.
 
-At a noise level of the source's own run, let v be the denoiser's guided answer to the source's noisy picture under
-the source prompt, v' its answer to the same picture under the target prompt, and v(l) under the source prompt with
-layer l patched. The one-step effect of layer l is::
+Take the noisy picture of the source's run at some noise level. For this picture, let v be the denoiser's guided output
+with the source prompt, v' its output with the target prompt, and v(l) its output with the source prompt and layer l
+patched. The one-step effect of layer l is::
 
     e(l) = <v(l) - v, v' - v> / |v' - v|^2
 
 It is 0 if the patch changes nothing, and 1 if it changes as much as the target prompt does. Attribution patching
 (Syed et al. 2023) estimates the effects of all layers to first order, from one backward pass.
 
-A baseline that patches nothing stands beside them: how much of its attention the picture pays, in each layer, to the
-tokens in which the prompts differ.
+There is also a baseline without patching. It measures, in each layer, the share of the picture's attention that goes to
+the tokens in which the prompts differ.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ from textloc_utils.sites import token_groups
 
 DEPTHS = ("one-step", "attribution")
 ATTENTION = "attention"  #: the baseline
-LEVELS = (0.0, 0.2, 0.4)  #: shares of the steps that are done
+LEVELS = (0.0, 0.2, 0.4)  #: noise levels, as shares of the steps that are already done
 
 
 def check_depth(depth: str) -> None:
-    """Raise TextlocError unless it is one of DEPTHS or ATTENTION."""
+    """Raise TextlocError unless ``depth`` is one of DEPTHS or ATTENTION."""
     if depth not in (*DEPTHS, ATTENTION):
         raise TextlocError(f"unknown depth {depth!r}; allowed: {', '.join((*DEPTHS, ATTENTION))}")
 
@@ -62,12 +62,15 @@ def effects(
 ) -> pd.DataFrame:
     """The effect of every text layer alone, for every pair and noise level.
 
-    ``levels`` are shares of the steps done when the source's noisy picture is taken, 0 <= level < 1. One row per pair,
-    level and layer; columns model, seed, depth, level, layer, effect, and row_evaluations, the pair's denoiser rows
-    divided by its rows here, so that the column's sum is the cost. A backward pass counts as two evaluations of its
-    rows. ``depth`` is one of DEPTHS, or ATTENTION, whose "effects" are shares of attention, 0 to 1. Raises
-    TextlocError for an unknown depth, a level out of range, answers of the denoiser that are not finite or do not
-    differ, or an effect that is not finite.
+    A level is the share of the steps that are done when the source's noisy picture is taken, 0 <= level < 1. ``depth``
+    is one of DEPTHS, or ATTENTION, whose "effects" are shares of attention, 0 to 1.
+
+    The table has one row per pair, level and layer. Its columns are model, seed, depth, level, layer, effect and
+    row_evaluations. The last one is the number of denoiser rows of the pair, divided by the number of its rows in this
+    table, so the sum of the column is the cost. A backward pass counts as two evaluations of its rows.
+
+    Raises TextlocError if the depth is unknown, if a level is out of range, if the denoiser's outputs are not finite or
+    do not differ, or if an effect is not finite.
     """
     check_depth(depth)
     if not levels or any(not 0 <= level < 1 for level in levels):
@@ -93,9 +96,9 @@ def effects(
 
 
 def _pair(model: Model, pair: Pair, at: dict[int, float], depth: str, settings: dict) -> tuple[dict, int]:
-    """Run the source up to the last level and probe the denoiser on the way: effects per step, rows of backward."""
+    """Run the source to the last level and probe the denoiser: effects per step, and rows of backward passes."""
     found, backward, state = {}, [0], {"calls": 0, "step": 0, "inside": False}
-    # Where negatives have a call of their own, the prompts' comes first, and it alone is asked.
+    # If the negatives have a separate call, the call of the prompts comes first. Only that one is probed.
     calls = 1 if model.doubled else model.evaluations(settings["guidance"])
     probe: Callable[..., tuple[list[float], int]]
     if depth == ATTENTION:
@@ -128,9 +131,9 @@ def _pair(model: Model, pair: Pair, at: dict[int, float], depth: str, settings: 
 
 
 def _call(model: Model, args: tuple, kwargs: dict, texts: list[int], guidance: float) -> torch.Tensor:
-    """The guided answer to the source's noisy picture under other texts, 0 the source's and 1 the target's.
+    """The guided output for the source's noisy picture with the given texts, 0 for the source and 1 for the target.
 
-    The call under way holds [source, target], or [negative, negative, source, target] under guidance.
+    The current call has the rows [source, target], or [negative, negative, source, target] with guidance.
     """
     batch = read_call(model.denoiser, args, kwargs).rows
     halves = range(0, batch, 2)
@@ -139,13 +142,13 @@ def _call(model: Model, args: tuple, kwargs: dict, texts: list[int], guidance: f
     given = select_rows(model.denoiser, args, kwargs, pictures, rows)
     out = model.denoiser(**given | {"return_dict": False})[0]
     out = (torch.stack(out) if isinstance(out, list) else out).float()
-    # A learned variance stands behind the answer's channels.
+    # A learned variance follows after the channels of the output.
     out = out[:, : given[model.architecture.sample][0].shape[0]]
     return out if batch == 2 else guided(model.denoiser, out, guidance)
 
 
 def _one_step(model: Model, args: tuple, kwargs: dict, guidance: float) -> tuple[list[float], int]:
-    """Evaluations of the target, the source, and the source patched at every layer: one, or more of a large model."""
+    """Evaluate the target, the source, and the source patched at every layer, in one call (large models: several)."""
     layers, effects = range(len(model.layers)), []
     size = len(layers) if model.spec.miniature else BATCH_FULL_SIZE
     for start in range(0, len(layers), size):
@@ -160,14 +163,14 @@ def _one_step(model: Model, args: tuple, kwargs: dict, guidance: float) -> tuple
 
 
 def _check_direction(direction: torch.Tensor) -> None:
-    """Effects are shares of what the target prompt changes, which must be something."""
+    """Raise TextlocError if the target prompt changes nothing: effects are shares of its change."""
     if not direction.isfinite().all() or not direction.any():
-        raise TextlocError("the denoiser's answers to source and target are the same, or not finite; try another dtype")
+        raise TextlocError("the denoiser's outputs for source and target are equal, or not finite; try another dtype")
 
 
 @torch.enable_grad()
 def _attribution(model: Model, args: tuple, kwargs: dict, guidance: float) -> tuple[list[float], int]:
-    """The gradient of the source's answer along the target's, times the change of each layer's keys and values."""
+    """The gradient of the source's output along the target's, times the change of each layer's keys and values."""
     outputs, added = {}, {}
 
     def listen(name):
@@ -189,7 +192,7 @@ def _attribution(model: Model, args: tuple, kwargs: dict, guidance: float) -> tu
         target, source = _call(model, args, kwargs, [1, 0], guidance)
     direction = (target - source).detach()
     _check_direction(direction)
-    # Of a size that half precision can hold, by a power of two: other than that it changes no bit.
+    # Scale to a size that half precision can hold. A factor that is a power of two changes no other bit.
     scale = 2.0 ** -math.floor(math.log2(float(direction.abs().max() / direction.square().sum())))
     along = (source * direction).sum() * (scale / direction.square().sum())
     gradients = torch.autograd.grad(along, list(added.values()))
@@ -206,7 +209,7 @@ def _attribution(model: Model, args: tuple, kwargs: dict, guidance: float) -> tu
 def _attention(
     model: Model, args: tuple, kwargs: dict, guidance: float, *, places: tuple[int, ...]
 ) -> tuple[list[float], int]:
-    """The share of the picture's attention to the text's ``places`` in each layer, under the source's prompt."""
+    """The share of the picture's attention to the text positions ``places`` in each layer, with the source prompt."""
     shares = _Shares(model, places)
     shares.tokens = read_call(model.denoiser, args, kwargs).tokens
     with contextlib.ExitStack() as hooks:
@@ -217,14 +220,14 @@ def _attention(
         with shares:
             _call(model, args, kwargs, [0], guidance)
     if missing := [layer.name for layer in model.layers if layer.index not in shares.found]:
-        raise TextlocError(f"{missing[0]} computed its attention so that it could not be seen; take another search")
+        raise TextlocError(f"the attention of {missing[0]} could not be recorded; use another search")
     return [shares.found[layer.index] for layer in model.layers], 0
 
 
 class _Shares(TorchFunctionMode):
-    """Sees the text layers' attention where stock processors hand it to torch, and notes its share at some tokens.
+    """Record the text layers' share of attention to some tokens, when standard processors call torch's attention.
 
-    The share is a mean over the picture's tokens and the heads, of the last row, which is the prompt's.
+    The share is the mean over the picture's tokens and the heads. It is taken from the last row, which is the prompt's.
     """
 
     def __init__(self, model: Model, places: tuple[int, ...]):

@@ -1,18 +1,18 @@
-"""The one patching engine: rows of a batch take the text keys and values of other rows (the paper's section 3).
+"""The patching engine: rows of a batch take the text keys and values of other rows (the paper's section 3).
 
-**Row convention.** Rows count the prompts of one pipeline call, 0 to n - 1. Without guidance the denoiser sees
-those n rows; with classifier-free guidance it sees 2n, ``[negative x n, prompt x n]`` (Z-Image: the prompts first),
-and a patch then copies in both halves: row ``target`` over row ``source``, and row n + ``target`` over row n +
-``source``. Pipelines that call the denoiser once for the prompts and once for the negatives (FLUX with
-``true_cfg_scale``) show it n rows each time.
+**Row convention.** Rows are the prompts of one pipeline call, numbered from 0 to n - 1. Without guidance the denoiser
+gets these n rows. With classifier-free guidance it gets 2n rows: ``[negative x n, prompt x n]`` (in Z-Image, the
+prompts come first). A patch then copies in both halves: row ``target`` over row ``source``, and row n + ``target`` over
+row n + ``source``. Some pipelines call the denoiser once for the prompts and once for the negatives (FLUX with
+``true_cfg_scale``). Each of these calls has n rows.
 
-**Steps.** Step 0 of a run is its first noise level, step 1 the second, and so on. The count rises whenever the noise
-falls. It starts again at 0 whenever the noise rises, so that one block serves several pipeline calls. Repeated calls
-at one timestep (FLUX's negatives, the doubled timestep of PNDM) belong to one step.
+**Steps.** Step 0 of a run is its first noise level, step 1 is the second, and so on. The count rises whenever the
+noise level falls. It starts again at 0 whenever the noise level rises, so one block can serve several pipeline calls.
+Repeated calls at one timestep (FLUX's negatives, the doubled timestep of PNDM) belong to one step.
 
-**Account.** A block knows which modules must take part in each call of the denoiser, and raises an error if one did
-not. So a patch that had no effect is always noticed, for example on a pipeline with fused projections, with caches or
-after compilation.
+**Check.** A block knows which modules must take part in each call of the denoiser. It raises an error if one of them
+did not. So a patch that had no effect is always noticed, for example on a pipeline with fused projections, with caches
+or after compilation.
 
 Source and target run together in one batch. So nothing is stored, and both are always at the same step.
 """
@@ -45,11 +45,12 @@ ALL = "all"
 class Patch:
     """Row ``source`` takes the text keys and values of row ``target`` in ``layers``.
 
-    Rows count the pipeline call's prompts (see the module's row convention); ``layers`` are indices of the model's
-    text layers: one, several, or "all". The patch holds at steps ``start`` <= s < ``stop`` (None: to the end), in the
-    attention heads named in ``heads`` (one, several, or None or "all": all), for ``tensors`` "k", "v" or "kv", and at
-    the places ``tokens`` of the text (as ``heads``; ``Model.text_columns`` says which token stands where).
-    ``pooled`` copies the pooled text embedding as well, a site of its own that has neither layers nor heads.
+    Rows are the prompts of the pipeline call (see the module's row convention). ``layers`` are indices of the model's
+    text layers: one, several, or "all". The patch is active at steps ``start`` <= s < ``stop`` (None: to the end).
+    ``heads`` are the attention heads to patch: one, several, or all of them (None or "all"). ``tensors`` is "k", "v" or
+    "kv". ``tokens`` are the text positions to patch, given in the same way as ``heads``. ``Model.text_columns`` says
+    which token is at which position. ``pooled`` also copies the pooled text embedding. It is a separate site, which has
+    neither layers nor heads.
 
     >>> Patch(source=0, target=1, layers=3).layers
     (3,)
@@ -81,20 +82,20 @@ class Patch:
         return isinstance(value, str) and value == ALL
 
     def indices(self, model: Model) -> tuple[int, ...]:
-        """Its layers as indices, in ascending order. Raises TextlocError for one that the model does not have."""
+        """Return the layers as ascending indices. Raises TextlocError for a layer that the model does not have."""
         layers = range(len(model.layers)) if isinstance(self.layers, str) else as_indices(self.layers, "layers")
         check_layers(model, layers)
         return tuple(sorted(set(layers)))
 
 
 class Clock:
-    """The step and the number of text tokens of the denoiser call under way."""
+    """The step and the number of text tokens of the current denoiser call."""
 
     def __init__(self):
         self.step, self.tokens, self._noise = 0, 0, None
 
     def advance(self, noise: float) -> int:
-        """Take the noise level of a call, whatever its unit, and return the call's step."""
+        """Take the noise level of a call, in any unit, and return the call's step."""
         if self._noise is None or noise > self._noise:
             self.step = 0
         elif noise < self._noise:
@@ -104,12 +105,13 @@ class Clock:
 
 
 class Fired:
-    """What the hooks of a block did, call by call of the denoiser.
+    """What the hooks of a block did in each call of the denoiser.
 
     ``sites`` maps each site (dotted module name) to the step ranges, (start, stop or None), in which it must take
-    part. Hooks of that site say so with :meth:`note`. ``calls`` counts the denoiser's calls inside the block. Raises
-    TextlocError at the end of a call in which a site that was due did not take part; :meth:`close`, called when the
-    block is left, raises it where the denoiser was not called, or a range of steps never came.
+    part. The hooks of a site report that they took part with :meth:`note`. ``calls`` counts the denoiser's calls inside
+    the block. At the end of each call, TextlocError is raised if a site had to take part and did not. :meth:`close` is
+    called at the end of the block. It raises TextlocError if the denoiser was not called, or if no call of the denoiser
+    fell into one of the step ranges.
     """
 
     def __init__(self, sites: Mapping[str, Iterable[tuple[int, int | None]]]):
@@ -117,27 +119,27 @@ class Fired:
         self.calls, self.clock = 0, Clock()
         self._timed = any(span != (0, None) for spans in self.sites.values() for span in spans)
         self._events: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        self._noise: list = []  # of each call; on the GPU until somebody asks
+        self._noise: list = []  # of each call; stays on the GPU until it is needed
         self._steps: list[int] = []
 
     def watch(self, denoiser: nn.Module) -> list:
-        """Register the hooks that count and check the denoiser's calls; returns their handles."""
+        """Register the hooks that count and check the denoiser's calls. Returns their handles."""
         return [
             denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
             denoiser.register_forward_hook(self._end),
         ]
 
     def note(self, site: str, rows: int) -> None:
-        """A site's hook wrote this many rows of the batch in the call under way."""
+        """Record that a site's hook wrote this many rows of the batch in the current call."""
         self._events[site].append((self.calls - 1, rows))
 
     def due(self, site: str, step: int) -> bool:
-        """Whether a site must take part at a step."""
+        """Say whether a site must take part at a step."""
         return any(start <= step and (stop is None or step < stop) for start, stop in self.sites[site])
 
     @property
     def steps(self) -> dict[str, dict[int, int]]:
-        """Site to {step: rows written there}, summed over the step's calls (two with separate negatives)."""
+        """A dict from site to {step: rows written}, summed over the step's calls (two with separate negatives)."""
         per_call = self._call_steps()
         found: dict[str, dict[int, int]] = {}
         for site, events in self._events.items():
@@ -166,29 +168,29 @@ class Fired:
             took_part = self._events[site] and self._events[site][-1][0] == now
             if self.due(site, self.clock.step) and not took_part:
                 raise TextlocError(
-                    f"{site} took no part in the denoiser's call {self.calls}, so that a patch there would do nothing; "
+                    f"{site} took no part in the denoiser's call {self.calls}, so a patch there would have no effect; "
                     f"undo what bypasses it (fused projections, an attention processor, a cache, compilation)"
                 )
 
     def close(self) -> None:
-        """Raise TextlocError unless all that was due has happened."""
+        """Raise TextlocError unless every site took part when it had to."""
         wanted = {name: [(a, b) for a, b in spans if b is None or a < b] for name, spans in self.sites.items()}
         if any(wanted.values()) and not self.calls:
             raise TextlocError(
-                "this model's denoiser was not called while patches were in force; call the pipeline inside the block "
-                "(compiled? call torch.compile inside it, or not at all)"
+                "this model's denoiser was not called while the patches were active; call the pipeline inside the "
+                "block (torch.compile must also be called inside the block, or not at all)"
             )
         for site, spans in wanted.items():
             for start, stop in spans:
                 if self._timed and not any(start <= s and (stop is None or s < stop) for s in self._steps):
                     span = f"from {start} on" if stop is None else f"{start} to {stop - 1}"
                     steps = max(self._steps) + 1
-                    raise TextlocError(f"{site} was to be patched at steps {span}, but the run had {steps} steps")
+                    raise TextlocError(f"{site} should be patched at steps {span}, but the run had {steps} steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Copy:
-    """One gather and scatter at one module: all patches that share steps, heads and columns there."""
+    """One gather and scatter at one module, for all patches there that share steps, heads and tokens."""
 
     start: int
     stop: int | None
@@ -204,9 +206,9 @@ class _Copy:
 
 @contextlib.contextmanager
 def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterator[Fired]:
-    """Run the model's pipeline on ``rows`` prompts with ``patches`` in force inside the block.
+    """Apply ``patches`` to each call of the model's pipeline on ``rows`` prompts inside the block.
 
-    The block works by forward hooks and leaves the pipeline as it was, also after an exception.
+    The block uses forward hooks. At its end the pipeline is as it was before, also after an exception.
 
     Parameters
     ----------
@@ -215,21 +217,22 @@ def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterat
     patches
         One patch or several.
     rows
-        Prompts of each pipeline call inside the block, counted with their copies (``num_images_per_prompt``).
+        Number of prompts in each pipeline call inside the block. Copies (``num_images_per_prompt``) count, too.
 
     Yields
     ------
     Fired
-        What took part so far: ``fired.steps`` maps each patched module to {step: rows written}.
+        The record of what took part so far. ``fired.steps`` maps each patched module to {step: rows written}.
 
     Raises
     ------
     TextlocError
-        Before anything runs: rows, layers, heads or tensors out of range, a target row that is itself a source, two
-        patches that write different targets to one place, pooled patches on a model without a pooled embedding.
-        Inside the block: a batch of neither ``rows`` nor 2 x ``rows`` rows, a module that took no part, texts whose
-        lengths differ where the model cannot take that. When it is left: a denoiser that was not called, steps that
-        never came, rows that were no guidance halves.
+        Before anything runs: rows, layers, heads or tensors are out of range, a target row is also a source row, two
+        patches write different targets to one place, or the model has no pooled embedding to patch.
+        Inside the block: a batch has neither ``rows`` nor 2 x ``rows`` rows, a module took no part, or the lengths of
+        the texts differ and the model does not allow this.
+        At the end of the block: the denoiser was not called, the run never reached the steps to be patched, or the two
+        halves of a batch were not guidance halves.
 
     Examples
     --------
@@ -259,7 +262,7 @@ def patched(model: Model, patches: Patch | Iterable[Patch], rows: int) -> Iterat
 
 
 def copy_hooks(model: Model, sites: dict, batch: "Batch") -> list:
-    """Register the hooks that copy rows at the sites of :func:`patch_sites`; returns their handles."""
+    """Register the hooks that copy rows at the sites of :func:`patch_sites`. Returns their handles."""
     handles = [model.denoiser.register_forward_pre_hook(batch.check, with_kwargs=True)]
     for name, (copies, layer) in sites.items():
         hook = _CopyRows(name, copies, layer, batch)
@@ -271,7 +274,7 @@ def copy_hooks(model: Model, sites: dict, batch: "Batch") -> list:
 
 
 def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
-    """Raise TextlocError for patches that cannot be carried out on ``rows`` prompts of this model."""
+    """Raise TextlocError for patches that cannot be applied to ``rows`` prompts of this model."""
     patches = tuple(patches)
     if as_integer(rows, "rows") < 1:
         raise TextlocError(f"rows must be at least 1, got {rows}")
@@ -290,7 +293,7 @@ def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
         if p.tensors not in TENSORS:
             raise TextlocError(f"unknown tensors {p.tensors!r}; allowed: {', '.join(TENSORS)}")
         if p.start < 0 or (p.stop is not None and p.stop < p.start):
-            raise TextlocError(f"steps {p.start} to {p.stop} are no range; allowed: 0 <= start <= stop")
+            raise TextlocError(f"steps {p.start} to {p.stop} are not a range; allowed: 0 <= start <= stop")
         for layer in layers:
             last = model.layers[layer].heads - 1
             if any(not 0 <= h <= last for h in p.heads or ()):
@@ -298,7 +301,7 @@ def check_patches(model: Model, patches: Iterable[Patch], rows: int) -> None:
             if getattr(model.denoiser.get_submodule(model.layers[layer].name), "fused_projections", False):
                 raise TextlocError("the pipeline's projections are fused; call unfuse_qkv_projections() first")
         if any(t < 0 for t in p.tokens or ()):
-            raise TextlocError(f"tokens {p.tokens} are out of range; the text's places count from 0")
+            raise TextlocError(f"tokens {p.tokens} are out of range; text positions count from 0")
         if p.pooled and model.pooled_site is None:
             raise TextlocError(f"{model.spec.name} has no pooled text embedding to patch")
     _check_conflicts(model, patches)
@@ -324,7 +327,7 @@ def _check_conflicts(model: Model, patches: tuple[Patch, ...]) -> None:
 
 
 def patch_sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[list[_Copy], TextLayer | None]]:
-    """Dotted module name to its copies and its layer (None: the pooled site)."""
+    """Map each dotted module name to its copies and its layer (None for the pooled site)."""
     grouped: dict[str, dict[tuple, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     layer_at: dict[str, TextLayer | None] = {}
     for p in patches:
@@ -348,7 +351,7 @@ def patch_sites(model: Model, patches: tuple[Patch, ...]) -> dict[str, tuple[lis
 
 
 def _masked(model: Model, sites: dict) -> dict[str, list[_Copy]]:
-    """Attention module to the copies of its keys and values: the texts' masks go where their keys and values go."""
+    """Map each attention module to the copies of its keys and values: the text masks are copied along with them."""
     found: dict[str, list[_Copy]] = defaultdict(list)
     for copies, layer in sites.values():
         if layer is not None:
@@ -357,20 +360,20 @@ def _masked(model: Model, sites: dict) -> dict[str, list[_Copy]]:
 
 
 class Batch:
-    """How the rows of the denoiser's batch belong to the prompts."""
+    """Which rows of the denoiser's batch belong to which prompt."""
 
     def __init__(self, model: Model, patches: tuple[Patch, ...], rows: int, fired: Fired):
         self.rows, self.fired, self.row, self._doubled = rows, fired, model.architecture, model.doubled
         self.pairs = {(p.source, p.target) for p in patches if p.indices(model)}
         self._indices: dict = {}
-        # Whether the halves of a doubled batch ever were of different pictures; on the GPU.
+        # Whether the halves of a doubled batch ever held different pictures. This flag stays on the GPU.
         self._unlike: torch.Tensor | None = None
         self._lengths: list[int] | torch.Tensor | None = None
-        self.size = 0  # of the call under way, as the picture's tokens
+        self.size = 0  # rows of the current call
         self.picture_tokens: int | None = None
 
     def check(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pre-hook of the denoiser: guidance halves are two copies of the same noisy pictures."""
+        """Check a batch before the denoiser runs: guidance halves must be two copies of the same noisy pictures."""
         call = read_call(denoiser, args, kwargs)
         self.size, self.picture_tokens = call.rows, call.picture_tokens
         self.check_size(call.rows)
@@ -381,7 +384,7 @@ class Batch:
             self._unlike = unlike if self._unlike is None else self._unlike | unlike
 
     def _check_lengths(self, call: DenoiserCall) -> None:
-        """Refuse texts of different lengths where the places of the picture depend on them."""
+        """Refuse texts of different lengths if the picture tokens' positions depend on the length."""
         told = call.lengths
         if told is None or told is self._lengths:
             return
@@ -392,12 +395,12 @@ class Batch:
                 if lengths[half + source] != lengths[half + target]:
                     of = f" (in steps of {self.row.multiple} tokens)" if self.row.multiple > 1 else ""
                     raise TextlocError(
-                        f"the prompts of rows {source} and {target} have different lengths{of}, on which this model's "
-                        f"picture depends; take prompts of as many tokens"
+                        f"the prompts of rows {source} and {target} have different lengths{of}, and this model's "
+                        f"picture depends on the length; use prompts with the same number of tokens"
                     )
 
     def check_size(self, batch: int) -> None:
-        """Raise TextlocError unless a module's output has the rows that the patches were made for."""
+        """Raise TextlocError unless a module's output has the number of rows that the patches were made for."""
         allowed = {self.rows: f"{self.rows} (no guidance)", 2 * self.rows: f"{2 * self.rows} (guidance)"}
         if not self._doubled:
             allowed = {self.rows: f"{self.rows}"}
@@ -408,16 +411,16 @@ class Batch:
             )
 
     def close(self) -> None:
-        """Raise TextlocError where a batch of twice the rows was no batch of guidance halves."""
+        """Raise TextlocError if a batch had twice the rows, but its halves were not guidance halves."""
         if self._unlike is not None and bool(self._unlike):
             raise TextlocError(
-                f"the denoiser got {2 * self.rows} rows for {self.rows} prompts, and they are no guidance halves; "
-                f"with num_images_per_prompt count every picture as a row"
+                f"the denoiser got {2 * self.rows} rows for {self.rows} prompts, and they are not guidance halves; "
+                f"with num_images_per_prompt, count every picture as a row"
             )
 
     def index(self, rows: Iterable[int], batch: int, device: torch.device) -> torch.Tensor:
-        """Places of prompts' rows in a batch, in all its halves."""
-        # Shared by all hooks of a block: one copy to the device per set of rows.
+        """Positions of the prompts' rows in a batch, in all its halves."""
+        # All hooks of a block share the indices, so each set of rows is copied to the device once.
         key = tuple(rows), batch, device
         if key not in self._indices:
             halves = range(0, batch, self.rows)
@@ -426,7 +429,7 @@ class Batch:
 
 
 class _CopyRows:
-    """Forward hook: returns the output with target rows copied over source rows; the original is left alone."""
+    """Forward hook that returns a copy of the output, with target rows copied over source rows."""
 
     def __init__(self, name: str, copies: list[_Copy], layer: TextLayer | None, batch: Batch):
         self.name, self.copies, self.layer, self.batch = name, copies, layer, batch
@@ -468,19 +471,19 @@ class _CopyRows:
         return places[:, None], heads
 
     def _check_length(self, output: torch.Tensor) -> None:
-        """Refuse an output without its text: some models keep the text's keys and compute the picture's alone."""
+        """Refuse an output without its text: some models cache the text's keys and compute only the picture's."""
         if self.layer is None or self.layer.context is None:
             return
         length, text, picture = output.shape[1], self.batch.fired.clock.tokens, self.batch.picture_tokens
         if length <= text or (picture is not None and length != text + picture):
             raise TextlocError(
-                f"{self.name} gave {length} tokens, and text and picture have {text} and {picture or 'more'}: are they "
-                f"cached, or are there other pictures among them? Call the pipeline without"
+                f"{self.name} gave {length} tokens, but the text has {text} tokens and the picture has "
+                f"{picture or 'more'}; call the pipeline without a cache of keys and values, and without input pictures"
             )
 
 
 class _CopyMasks:
-    """Forward pre-hook of an attention module: the rows of its masks travel with the keys and values."""
+    """Forward pre-hook of an attention module that copies the rows of its masks like the keys and values."""
 
     def __init__(self, copies: list[_Copy], batch: Batch):
         self.copies, self.batch = copies, batch
@@ -497,7 +500,10 @@ class _CopyMasks:
             return None
         for name, value in masks.items():
             if not isinstance(value, torch.Tensor):
-                raise TextlocError(f"the attention's {name} is a {type(value).__name__}, whose rows cannot be patched")
+                raise TextlocError(
+                    f"the attention's {name} is a {type(value).__name__}, and its rows cannot be patched; "
+                    f"allowed: a tensor"
+                )
         masks = {name: value for name, value in masks.items() if value.ndim > 1 and value.shape[0] == size}
         changed = {}
         for name, mask in masks.items():
@@ -509,8 +515,8 @@ class _CopyMasks:
                 whole = {"k", "v"} <= {c.letter for c in all_of_it}
                 if not whole and not torch.equal(mask[source], mask[target]):
                     raise TextlocError(
-                        "source and target prompt have different lengths, so that heads, tokens, keys or values alone "
-                        "cannot be patched; patch kv in all heads, or take prompts of as many tokens"
+                        "source and target prompt have different lengths, so single heads or tokens, or keys or values "
+                        "alone, cannot be patched; patch kv in all heads, or use prompts with the same number of tokens"
                     )
                 changed[name][source] = mask[target]
         return args, kwargs | changed

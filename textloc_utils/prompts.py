@@ -1,7 +1,7 @@
 """Prompts: words, templates, and pairs of a source and a target prompt that differ in one thing.
 
-A prompt has its text in double quotes. Words and random strings are capitals A to Z. Held-out words never occur in
-training, neither as words nor as random strings.
+The text of a prompt is in double quotes. Words and random strings have capital letters A to Z. Held-out words never
+occur in training, neither as words nor as random strings.
 """
 
 import functools
@@ -19,20 +19,20 @@ from textloc_utils.settings import TextlocError
 COLOURS = ("red", "yellow", "green", "blue", "purple", "white", "black")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-#: What a further noise adds to a prompt's seed, and where the seeds begin that other purposes take: sets of prompts
-#: count their seeds up from below.
+#: NOISE is added to a prompt's seed for each further noise. Seeds from RESERVED on are for other purposes. The seeds of
+#: sets of prompts stay below RESERVED.
 NOISE, RESERVED = 10_000, 1_000_000
 
 _LISTS = Path(__file__).parent / "words"
 _QUOTED = re.compile(r'(["\u201c])([^"\u201c\u201d]*)(["\u201d])')
-MILD = "mild insult"  #: the band of held-out words that stands in for toxic ones
+MILD = "mild insult"  #: the band of held-out words that are used instead of toxic words
 
 #: GlyphControl's SimpleBench template.
 SIMPLE_TEMPLATE = 'A sign that says "{text}".'
-#: The template of full-size models' prompts unless another is asked for.
+#: The default template for the prompts of full-size models.
 TEMPLATE = 'A {sign} sign on a {wall} wall that says "{text}".'
-#: What ``make_pairs`` takes as ``template``: GlyphControl's two benchmarks in this project's words, one template
-#: (SimpleBench) or varied ones (CreativeBench), and the book's own.
+#: Possible values of ``template`` in ``make_pairs``: the book's own template, and GlyphControl's two benchmarks in this
+#: project's words. SimpleBench has one template, and CreativeBench has several.
 SETS = {
     "book": (TEMPLATE,),
     "simple": (SIMPLE_TEMPLATE,),
@@ -49,9 +49,9 @@ SETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A source prompt (gives everything but the text) and a target prompt (gives the text).
+    """A source prompt, which gives everything but the text, and a target prompt, which gives the text.
 
-    ``seed`` draws the one noise that both share.
+    ``seed`` is the seed of the noise that both prompts share.
     """
 
     source: str
@@ -62,7 +62,7 @@ class Pair:
 
     @classmethod
     def of(cls, prompt: str, new_text: str, *, seed: int = 0) -> "Pair":
-        """A prompt with its text in double quotes, paired with itself saying another text.
+        """Pair a prompt, whose text is in double quotes, with the same prompt with another text.
 
         >>> Pair.of('A sign that says "HELLO".', "WORLD", seed=1).target
         'A sign that says "WORLD".'
@@ -75,7 +75,7 @@ class Pair:
 
 @functools.cache
 def words_table() -> pd.DataFrame:
-    """The word list: columns word, zipf (log10 frequency per 10^9 words), band, split (see :func:`words`)."""
+    """The word list. Columns: word, zipf (log10 frequency per 10^9 words), band, split (see :func:`words`)."""
     return pd.read_csv(_LISTS / "words.csv", keep_default_na=False)
 
 
@@ -84,9 +84,9 @@ SPLITS = ("train", "validation", "held-out")
 
 @functools.cache
 def words(split: str) -> tuple[str, ...]:
-    """Words of a split, common first (the mild insults at the end).
+    """Words of a split, the most common words first (the mild insults are at the end).
 
-    Miniatures learn from ``train``. Curricula, settings and sizes are chosen on ``validation``. What is reported is
+    Miniatures learn from ``train``. Curricula, settings and sizes are chosen on ``validation``. Reported results are
     measured on ``held-out``, the test words.
     """
     return _of_split(words_table(), split)
@@ -94,9 +94,9 @@ def words(split: str) -> tuple[str, ...]:
 
 @functools.cache
 def long_words(split: str) -> tuple[str, ...]:
-    """Words of seven letters, which no miniature draws and the detector knows; ``split`` as for :func:`words`.
+    """Words of seven letters. No miniature draws them, but the detector knows them. ``split`` is as in :func:`words`.
 
-    None of them is for validation.
+    None of these words is for validation.
     """
     return _of_split(pd.read_csv(_LISTS / "long.csv", keep_default_na=False), split)
 
@@ -121,7 +121,7 @@ def random_string(rng: random.Random, length: int) -> str:
 
 
 def quoted_text(prompt: str) -> str:
-    """The one text in double quotes of a prompt."""
+    """The text in double quotes of a prompt. The prompt must have exactly one."""
     found = [text for _, text, _ in _QUOTED.findall(prompt)]
     if len(found) != 1 or not found[0].strip():
         raise TextlocError(f'a prompt needs exactly one text in double quotes, as in A sign that says "HI": {prompt!r}')
@@ -129,17 +129,17 @@ def quoted_text(prompt: str) -> str:
 
 
 def replace_text(prompt: str, text: str) -> str:
-    """The same prompt with another quoted text."""
+    """Return the same prompt with another quoted text."""
     quoted_text(prompt)
     return _QUOTED.sub(lambda at: at[1] + text + at[3], prompt)
 
 
 def make_pairs(n: int, seed: int = 42, *, template: str | Sequence[str] = TEMPLATE) -> list[Pair]:
-    """``n`` pairs of prompts that differ in the text only, over the held-out words.
+    """Make ``n`` pairs of prompts that differ only in the text. The texts are held-out words.
 
-    ``template`` is one template or several, taken in turn (see SETS). Colours run through all ordered (wall, sign)
-    combinations; source and target words share no letter at the same place, so that a letter read back belongs to one
-    of them. The mild insults are left to the safety chapter.
+    ``template`` is one template or several, which are used in turn (see SETS). The colours go through all ordered
+    (wall, sign) combinations. Source and target words have no letter in common at the same position. So every letter
+    that is read in a picture belongs to one of the two words. The mild insults are used only in the safety chapter.
     """
     if n < 1:
         raise TextlocError(f"at least one pair is needed, got {n}")
@@ -159,29 +159,29 @@ def make_pairs(n: int, seed: int = 42, *, template: str | Sequence[str] = TEMPLA
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one in each line; TextlocError for a file that cannot be read or holds none."""
+    """The prompts of a text file, one per line. Raises TextlocError if it cannot be read or has no prompt."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise TextlocError(f"cannot read prompts from {path}: {error}") from None
     if not lines:
-        raise TextlocError(f"{path} holds no prompt")
+        raise TextlocError(f"{path} has no prompt; allowed: a text file with one prompt per line")
     return lines
 
 
 def load_pairs(path: str | Path, n: int, seed: int = 42) -> list[Pair]:
-    """``n`` pairs from a text file of prompts, one in each line with its text in double quotes.
+    """Make ``n`` pairs from a text file of prompts, one per line, each with its text in double quotes.
 
-    Such are GlyphControl's SimpleBench and CreativeBench with their words filled in. Each source prompt is paired with
-    the same prompt saying another line's text. Raises TextlocError for a file that cannot be read, a line without one
-    quoted text, or fewer than two different texts.
+    Examples of such files are GlyphControl's SimpleBench and CreativeBench with their words filled in. Each source
+    prompt is paired with the same prompt with another line's text. Raises TextlocError if the file cannot be read, if a
+    line does not have exactly one quoted text, or if there are fewer than two different texts.
     """
     lines = read_prompts(path)
     texts = [quoted_text(line) for line in lines]
     if len(set(texts)) < 2:
-        raise TextlocError(f"{path} needs at least two different quoted texts, one prompt in each line")
+        raise TextlocError(f"{path} needs at least two different quoted texts, with one prompt per line")
     if not 1 <= n <= len(lines):
-        raise TextlocError(f"{path} holds {len(lines)} prompts; asked for {n} pairs")
+        raise TextlocError(f"{path} has {len(lines)} prompts; allowed: 1 to {len(lines)} pairs, got {n}")
     rng = random.Random(seed)
     chosen = rng.sample(range(len(lines)), n)
     targets = [rng.choice([t for t in texts if t != texts[i]]) for i in chosen]
@@ -189,7 +189,7 @@ def load_pairs(path: str | Path, n: int, seed: int = 42) -> list[Pair]:
 
 
 def pairs_of(sets: Sequence[str], n: int, seed: int = 42) -> list[Pair]:
-    """``n`` pairs of several of SETS, in equal parts one set after the other; every pair has a seed of its own."""
+    """Make ``n`` pairs from several of SETS, in equal parts, one set after the other. All seeds are different."""
     pairs: list[Pair] = []
     for i, name in enumerate(sets):
         if name not in SETS:
@@ -201,13 +201,13 @@ def pairs_of(sets: Sequence[str], n: int, seed: int = 42) -> list[Pair]:
 
 
 def with_noises(pairs: Sequence[Pair], noises: int) -> list[Pair]:
-    """Each pair with several noises: its own seed, and others that no pair of the same set has."""
+    """Repeat each pair with several noises: with its own seed, and with seeds that no other pair of the set has."""
     if not 1 <= noises * NOISE <= RESERVED:
         raise TextlocError(f"a prompt can have 1 to {RESERVED // NOISE} noises, got {noises}")
     return [replace(pair, seed=pair.seed + i * NOISE) for i in range(noises) for pair in pairs]
 
 
 def test_words() -> list[str]:
-    """The held-out words that are no insults, common first."""
+    """The held-out words that are not insults, the most common first."""
     table = words_table()
     return list(table.word[(table.split == "held-out") & (table.band != MILD)])

@@ -1,10 +1,12 @@
-"""The result store: units of work kept under a hash of their inputs, published tables, recorded scalars.
+"""The result store: units of work (stored under a hash of their inputs), published tables and recorded scalars.
 
-A unit is one file, ``units/<kind>/<hash>.jsonl``: a header line (kind, inputs, provenance, columns, number of rows),
-one JSON row per line, and a last line with the digest of all before it. Files appear whole or not at all, so a killed
-run resumes where it stopped, and processes that work on different units share a store. Published tables,
-``<name>.csv`` with ``<name>.json``, are the ones that are committed; the JSON file holds the table's digest and one of
-itself. A file that is not what was written, or not of what is asked for, is never taken for a result.
+A unit is one file, ``units/<kind>/<hash>.jsonl``. It has a header line (kind, inputs, provenance, columns, number of
+rows), one JSON row per line, and a last line with the digest of all lines before it. A file is either complete or does
+not exist. So a killed run resumes where it stopped, and processes that work on different units can share a store.
+
+Published tables are the ones that are committed. Each has two files: ``<name>.csv`` and ``<name>.json``. The JSON file
+holds the digest of the table and a digest of itself. A file that was changed, or that belongs to another request, is
+never used as a result.
 """
 
 import contextlib
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 ADVICE = "set TEXTLOC_RESULTS to a folder that can be written"
-#: Names the command in the provenance of what a notebook makes, whose own process has no telling one.
+#: Environment variable with the command for the provenance of a notebook's results. The command line of the notebook's
+#: own process says nothing useful.
 COMMAND = "TEXTLOC_COMMAND"
 _BEGAN = time.monotonic()
 
@@ -48,11 +51,11 @@ class NotPublishedError(TextlocError):
 
 
 class Store:
-    """Tables of results in one folder (default: ``settings.results_dir()``)."""
+    """A store of result tables in one folder (default: ``settings.results_dir()``)."""
 
     def __init__(self, root: str | os.PathLike | None = None):
         self.root = Path(root) if root is not None else settings.results_dir()
-        #: Seconds that other runs took for the stored units that this object handed out; each unit counts once.
+        #: Seconds that other runs took for the stored units that this object returned. Each unit counts once.
         self.seconds_before = 0.0
         self._counted: set[Path] = set()
 
@@ -67,34 +70,35 @@ class Store:
         *,
         model: "Model | None",
     ) -> pd.DataFrame:
-        """The table of one unit of work: the stored one, or else ``compute()``'s, stored first.
+        """Return the table of one unit of work: the stored one, or else that of ``compute()``, which is then stored.
 
-        A unit that was made with other versions of LIBRARIES is computed anew: an upgrade is not hidden by the store.
+        A unit that was made with other versions of LIBRARIES is computed again. So the store does not hide the effect
+        of an upgrade.
 
         Parameters
         ----------
         kind
-            Name of the experiment; one folder each.
+            Name of the experiment. Each name has its own folder.
         inputs
-            All that the result depends on, as JSON-like values (also dataclasses, paths, numpy numbers). The
+            Everything that the result depends on, as JSON-like values (also dataclasses, paths, numpy numbers). The
             order of keys does not matter.
         compute
-            Called without arguments when nothing is stored; returns a DataFrame or dicts, one per row, of
-            numbers, booleans, texts or lists of these.
+            Function without arguments, called if nothing is stored. It returns a DataFrame, or dicts, one per row. The
+            values are numbers, booleans, texts or lists of these.
         model
-            What computes it: its class of device, its type of number and the reader of its pictures, with its
-            version, are inputs, too. None where no model does.
+            The model that computes the result, or None if no model is used. The type of its device, its dtype, and the
+            reader of its pictures with the reader's version are also inputs.
 
         Returns
         -------
-        The rows as stored: a first run and a resumed one see the same values and types.
+        The rows as stored. So a first run and a resumed run return the same values and types.
 
         Raises
         ------
         TextlocError
-            A kind or inputs that cannot be stored, an unwritable folder, or something else than a file at the unit's
-            place; before anything is computed. A stored file that is damaged, or that holds another unit, is
-            recomputed with a warning.
+            Before anything is computed: the kind or the inputs cannot be stored, the folder cannot be written, or the
+            unit's path exists and is not a file. If a stored file is damaged or holds another unit, the unit is
+            computed again, with a warning.
         """
         inputs = {**inputs, **computed_with(model)}
         path = self.root / "units" / _name(kind) / f"{unit_hash(kind, inputs)}.jsonl"
@@ -128,11 +132,11 @@ class Store:
         return _read_unit(path)[1]
 
     def publish(self, name: str, table: pd.DataFrame, provenance: Mapping, *, model: "Model | None" = None) -> Path:
-        """Write a table to ``<name>.csv`` and what it came from to ``<name>.json``; returns the CSV's path.
+        """Write a table to ``<name>.csv`` and its provenance to ``<name>.json``. Returns the CSV's path.
 
-        ``provenance`` is the caller's part (models, preset, seed ...). What :func:`provenance` tells of the ``model``
-        is added where the caller does not say otherwise, and so are the seconds, those of this process. Columns hold
-        numbers, booleans or texts; a missing text is kept as the empty one.
+        ``provenance`` is the caller's part of it (models, preset, seed ...). The entries of :func:`provenance` for the
+        ``model`` and the seconds of this process are added unless the caller gives them. Columns hold numbers, booleans
+        or texts. A missing text is stored as the empty text.
         """
         path = self.root / f"{_name(name)}.csv"
         table = table.reset_index(drop=True)
@@ -150,7 +154,7 @@ class Store:
             },
         }
         settings.check_writable(self.root, advice=ADVICE)
-        # The CSV first: between the two renames a reader sees a digest that does not fit, never a wrong table.
+        # The CSV is renamed first. Between the two renames a reader sees a wrong digest, but never a wrong table.
         with files.whole_files(self.root, path.name, path.with_suffix(".json").name, advice=ADVICE) as aside:
             (aside / path.name).write_bytes(text.encode())
             text = json.dumps(files.sealed(about), indent=2, ensure_ascii=False) + "\n"
@@ -158,10 +162,10 @@ class Store:
         return path
 
     def load_published(self, name: str) -> pd.DataFrame:
-        """A published table; its provenance is in ``table.attrs["provenance"]``.
+        """Return a published table. Its provenance is in ``table.attrs["provenance"]``.
 
-        Raises NotPublishedError where there is none, and TextlocError for files that are damaged, that do not belong
-        together, or that were published under another name.
+        Raises NotPublishedError if there is no such table. Raises TextlocError if the files are damaged, do not belong
+        together, or were published under another name.
         """
         path = self.root / f"{_name(name)}.csv"
         beside = path.with_suffix(".json")
@@ -185,14 +189,14 @@ class Store:
             raw = pd.read_csv(path, dtype=str, na_filter=False)
             table = pd.DataFrame({column: _parse(raw[column], kind) for column, kind in kinds.items()})
         except (ValueError, KeyError):
-            raise TextlocError(f"{path} does not fit the digest in {beside.name}; {advice}") from None
+            raise TextlocError(f"{path} does not match the digest in {beside.name}; {advice}") from None
         table.attrs["provenance"] = provenance
         return table
 
     def load_matching(self, name: str, key: Mapping) -> pd.DataFrame | None:
-        """A published table whose provenance holds just this ``key``; None where it is missing or of something else.
+        """Return a published table if its provenance has exactly this ``key``. Returns None otherwise.
 
-        Raises TextlocError for a damaged one: what was published is not replaced without a word.
+        Raises TextlocError for a damaged table, so that a published table is never replaced silently.
         """
         try:
             table = self.load_published(name)
@@ -211,10 +215,10 @@ def unit_hash(kind: str, inputs: Mapping) -> str:
 
 
 def provenance(model: "Model | None" = None) -> dict:
-    """What a result was made with: versions, commit, command, device, reader, time (UTC).
+    """The provenance of a result: versions, commit, command, device, reader, time (UTC).
 
-    Device and reader are the ``model``'s; without one, what torch would use and what reads miniatures. The commit is
-    None outside a clone, the reader where none is installed.
+    Device and reader are those of the ``model``. Without a model, they are the device that torch would use and the
+    reader of miniatures. The commit is None outside a clone. The reader is None if none is installed.
     """
     return {
         "versions": _versions(),
@@ -230,7 +234,7 @@ _this_provenance = provenance  # publish() has an argument of that name
 
 
 def record(name: str, value):
-    """Record a notebook's scalar for the book's prose (``{glue:text}``), or a figure for another page; returns it."""
+    """Record a notebook's number for the book's text (``{glue:text}``), or a figure for another page. Returns it."""
     try:
         from myst_nb import glue
     except ImportError:
@@ -242,7 +246,7 @@ def record(name: str, value):
 
 
 def computed_with(model: "Model | None") -> dict:
-    """The inputs that a model adds to a unit's own."""
+    """The inputs that a model adds to the inputs of a unit."""
     if model is None:
         return {}
     return {
@@ -256,33 +260,33 @@ def computed_with(model: "Model | None") -> dict:
 
 
 class _DamagedError(Exception):
-    """A stored file is not what was written."""
+    """A stored file was changed after it was written."""
 
 
 def _read_unit(path: Path) -> tuple[dict, pd.DataFrame]:
-    """Header and table of a unit's file."""
+    """Read the header and the table of a unit's file."""
     if not path.is_file():
-        raise TextlocError(f"{path} is not a file, so that no result can be kept there; remove it")
+        raise TextlocError(f"{path} is not a file, so no result can be stored there; remove it")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TextlocError(f"the stored result {path} cannot be read ({error.strerror})") from None
     body = data[: -len(_seal(b""))]
     if data != body + _seal(body):
-        raise _DamagedError("it does not fit its digest")
+        raise _DamagedError("it does not match its digest")
     try:
         head, *lines = body.decode().removesuffix("\n").split("\n")
         header = json.loads(head)
         rows = [json.loads(line) for line in lines]
         if unit_hash(header["kind"], header["inputs"]) != path.stem:
-            raise _DamagedError("it is another unit's")
+            raise _DamagedError("it belongs to another unit")
         if len(rows) != header["rows"] or any(list(row) != header["columns"] for row in rows):
             raise ValueError
         if not isinstance(header["provenance"]["versions"], dict):
             raise ValueError
         return header, pd.DataFrame(rows, columns=list(header["columns"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _DamagedError("no run of this package wrote it") from None
+        raise _DamagedError("it was not written by this package") from None
 
 
 def _seal(body: bytes) -> bytes:
@@ -291,7 +295,7 @@ def _seal(body: bytes) -> bytes:
 
 
 def _is_current(header: Mapping) -> bool:
-    """Whether a unit was made with the installed versions of LIBRARIES; the label of one build ("+cpu") is none."""
+    """Whether a unit was made with the installed versions of LIBRARIES. Labels of builds ("+cpu") do not matter."""
     made, now = (
         {name: str(versions[name]).partition("+")[0] for name in LIBRARIES if name in versions}
         for versions in (header["provenance"]["versions"], _versions())
@@ -304,7 +308,7 @@ def _is_current(header: Mapping) -> bool:
 
 def _name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise TextlocError(f"a result's name holds letters, digits, - and _ only, got {name!r}")
+        raise TextlocError(f"a result's name may have only letters, digits, - and _, got {name!r}")
     return name
 
 
@@ -331,7 +335,7 @@ def _json_default(value):
 
 
 def _plain(value):
-    """The value as JSON gives it back."""
+    """The value after it was written to JSON and read back."""
     return json.loads(_json(value))
 
 
@@ -344,7 +348,7 @@ def _column_kind(name: str, column, values: pd.Series) -> str:
         if test(values.dtype):
             return kind
     if not values.dropna().map(lambda v: isinstance(v, str)).all():
-        raise TextlocError(f"column {column!r} of {name} must hold numbers, booleans or texts only")
+        raise TextlocError(f"column {column!r} of {name} must hold only numbers, booleans or texts")
     return "str"
 
 
@@ -362,7 +366,7 @@ def _parse(values: pd.Series, kind: str) -> pd.Series:
 
 
 def _device(kind: str | None = None) -> str:
-    """The accelerator's name where torch is loaded and sees one, else, or where ``kind`` is "cpu", the processor."""
+    """The name of the GPU, if torch is loaded and finds one and ``kind`` is not "cpu". Otherwise the processor."""
     torch = sys.modules.get("torch")
     if kind != "cpu" and torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -380,7 +384,7 @@ def _versions() -> dict[str, str]:
 
 @functools.cache
 def _reader(height: int) -> str | None:
-    """Name and version of what reads pictures of this height; asking takes a process of its own, and is done once."""
+    """Name and version of the reader for pictures of this height. Cached, because it takes a separate process."""
     with contextlib.suppress(TextlocError):
         return ocr.reader(ocr.engine_of(height))
     return None
@@ -388,8 +392,8 @@ def _reader(height: int) -> str | None:
 
 @functools.cache
 def _commit() -> str | None:
-    """The clone's commit, with ``+changes`` behind it where files of the package differ from it."""
-    if not (settings.ROOT / ".git").exists():  # what lies above an installed package may be another project's
+    """The clone's commit, followed by ``+changes`` if files of the package differ from it."""
+    if not (settings.ROOT / ".git").exists():  # a folder above an installed package may belong to another project
         return None
     git = ["git", "-C", str(settings.ROOT)]
     try:
@@ -401,7 +405,7 @@ def _commit() -> str | None:
 
 
 def _command() -> str:
-    """The command line of this process; of paths that only this machine has, the last part."""
+    """The command line of this process. Of absolute paths, only the last part is kept."""
     if told := os.environ.get(COMMAND):
         return told
     program, *arguments = sys.argv or [""]

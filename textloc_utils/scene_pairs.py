@@ -1,7 +1,7 @@
 """Pairs of prompts about scenes of the miniatures' worlds, which differ in the text, in another factor, or in both.
 
-Pairs that select a set of layers, pairs that choose a setting, and pairs that are reported are made of different words,
-see USES.
+There are pairs that select a set of layers, pairs that choose a setting, and pairs for reported results. They use
+different words, see USES.
 """
 
 import random
@@ -16,11 +16,11 @@ from textloc_utils.models import Model, training_log
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 
-#: What pairs are used for, and their words: halves of the validation words, and the test words.
+#: The uses of pairs. "select" and "tune" each use half of the validation words. "report" uses the test words.
 USES = ("select", "tune", "report")
-#: Added to the seed of pairs without scenes. `textloc localize` adds nothing: its pairs are others than the reported.
+#: Added to the seed of pairs without scenes. `textloc localize` adds nothing, so its pairs are not those of a report.
 SEEDS = {"select": 2_000, "tune": 3_000, "report": 1_000}
-#: What can differ in a pair beside the text.
+#: The factors that can differ in a pair, in addition to the text.
 FACTORS = ("material", "ink", "typeface", "sign")
 
 
@@ -28,8 +28,8 @@ FACTORS = ("material", "ink", "typeface", "sign")
 class ScenePair(Pair):
     """A pair of prompts whose scenes are known.
 
-    ``differs`` names what the target's scene has otherwise: "text", one of FACTORS, or both. What the prompts leave
-    open is in the scenes all the same; a rendered picture of the source shows ``scene``.
+    ``differs`` says in which factors the target's scene differs: "text", one of FACTORS, or both. The scenes also have
+    the factors that the prompts do not name. A rendered picture of the source shows ``scene``.
     """
 
     scene: world.Scene
@@ -38,18 +38,18 @@ class ScenePair(Pair):
 
     @property
     def about(self) -> dict[str, str]:
-        """Columns of a table: what differs, and every factor of both scenes."""
+        """Columns of a table: the factors that differ, and every factor of both scenes."""
         told = {"differs": " ".join(self.differs)}
         told |= {f"source_{name}": getattr(self.scene, name) for name in FACTORS}
         return told | {f"target_{name}": getattr(self.target_scene, name) for name in FACTORS}
 
 
 def seen(pictures: np.ndarray, pair: Pair) -> tuple[list[dict[str, str]], np.ndarray]:
-    """What the miniatures' reader sees in pictures (n, H, W, 3), the first of which is the one to keep.
+    """Read the factors in pictures (n, H, W, 3) of miniatures. The first picture is the one to keep.
 
-    Returns a dict for each picture, every one of FACTORS under its name with ``_read``, and the mask (H, W) that is
-    True outside the first picture's own text, with room for the longer one of the ``pair``'s two texts. It is False
-    nowhere if no text is found.
+    Returns a dict for each picture, with every one of FACTORS under its name plus ``_read``, and a mask (H, W). The
+    mask is True outside the first picture's own text, with room for the longer one of the ``pair``'s two texts. It is
+    True everywhere if no text is found.
     """
     found = factors.read(pictures)
     room = max(len(pair.source_text), len(pair.target_text))
@@ -57,20 +57,20 @@ def seen(pictures: np.ndarray, pair: Pair) -> tuple[list[dict[str, str]], np.nda
 
 
 def outside_text(model: Model, pictures: np.ndarray, pair: Pair) -> np.ndarray:
-    """The mask outside the text of pictures (n, H, W, 3), the first of which is the one to keep.
+    """The mask outside the text of pictures (n, H, W, 3). The first picture is the one to keep.
 
-    Of pictures of a miniature's world as :func:`seen` has it, of others ``ocr.outside``'s.
+    It comes from :func:`seen` for pictures of a miniature's world, and from ``ocr.outside`` for all others.
     """
     return ocr.outside(pictures, pictures[0]) if world_of(model) is None else seen(pictures[:1], pair)[1]
 
 
 def words(use: str) -> list[str]:
-    """The words of pairs for one of USES, none of them a mild insult."""
+    """The words of pairs for one of USES, without mild insults."""
     if use not in USES:
         raise TextlocError(f"unknown use {use!r}; allowed: {', '.join(USES)}")
     if use == "report":
         return prompts.test_words()
-    # The list is sorted by frequency: both halves have common words and rare ones.
+    # The list is sorted by frequency, so both halves have common and rare words.
     return list(prompts.words("validation"))[USES.index(use) :: 2]
 
 
@@ -85,12 +85,13 @@ def make(
     same_length: bool = False,
     only: world.World = world.SECOND,
 ) -> list[ScenePair]:
-    """``n`` pairs over the words of one of USES whose scenes, of the world ``only``, differ in ``differs``.
+    """Make ``n`` pairs with the words of one of USES. Their scenes are of the world ``only`` and differ in ``differs``.
 
-    Without a ``template`` the prompts name everything that the world's captions can name. Two words share no letter at
-    the same place, so that a letter that is read back belongs to one of them. With ``two_groups`` their first letters
-    go with different materials, see ``world.GROUPS``; with ``same_length`` they are equally long. The ink of both
-    scenes is readable on their signs. Every pair has a seed of its own, counted up from ``seed``.
+    Without a ``template``, the prompts name everything that the world's captions can name. The two words have no letter
+    in common at the same position. So every letter that is read in a picture belongs to one of them. With
+    ``two_groups``, the first letters of the two words belong to different materials, see ``world.GROUPS``. With
+    ``same_length``, both words have the same length. The ink of both scenes is readable on their signs. The seeds of
+    the pairs are ``seed``, ``seed`` + 1, and so on.
     """
     known = ("text", *FACTORS)
     if n < 1:
@@ -99,7 +100,7 @@ def make(
         raise TextlocError(f"pairs differ in some of {', '.join(known)}, got {' '.join(differs) or 'nothing'}")
     for name in differs:
         if name != "text" and len({"typeface": only.typefaces, "material": only.materials}.get(name, (0, 1))) < 2:
-            raise TextlocError(f"there is one {name} in the {only.name} world, so that no pair can differ in it")
+            raise TextlocError(f"there is only one {name} in the {only.name} world, so no pair can differ in it")
     pool, rng = words(use), random.Random(f"{use} {seed} {differs} {template}")
     pairs: list[ScenePair] = []
     while len(pairs) < n:
@@ -134,16 +135,17 @@ def make(
 
 
 def world_of(model: Model) -> world.World | None:
-    """The world that a miniature was trained in; None for another model."""
+    """The world in which a miniature was trained. None for other models."""
     log = training_log(model.spec) or {}
     return world.WORLDS.get(log.get("report", {}).get("world"))
 
 
 def for_model(model: Model, n: int, use: str, seed: int = 42, *, template: str | None = None, **options) -> list[Pair]:
-    """``n`` pairs for a model over the words of one of USES: of scenes of a miniature's world, see :func:`make`.
+    """Make ``n`` pairs for a model with the words of one of USES.
 
-    For other models they are ``prompts.make_pairs``', drawn by a seed of each use's own; where a ``template`` is given,
-    of the template that names the text alone.
+    For a miniature, they are scenes of its world, see :func:`make`. For other models, they come from
+    ``prompts.make_pairs``, with a different seed for each use. If a ``template`` is given, the pairs of other models
+    use the template that names only the text.
     """
     only = world_of(model)
     if only is None:
@@ -154,7 +156,7 @@ def for_model(model: Model, n: int, use: str, seed: int = 42, *, template: str |
 
 
 def _others(scene: world.Scene, name: str, only: world.World) -> list[str]:
-    """The values of a factor that the scene does not have and that keep its text readable."""
+    """The other values of a factor with which the scene's text is still readable."""
     if name == "sign":
         return [sign for sign, inks in world.READABLE.items() if scene.ink in inks and sign != scene.sign]
     values = {"ink": world.READABLE[scene.sign], "typeface": only.typefaces, "material": only.materials}[name]

@@ -1,7 +1,7 @@
-"""Paths, run presets and the one error class that reaches users as a single line.
+"""Paths, run presets, and the error class that users see as a single line.
 
 Paths come from the package's own location or from an environment variable, never from the working
-directory, so that papermill, nbval and the command line agree on them.
+directory. So papermill, nbval and the command line use the same paths.
 """
 
 import datetime
@@ -17,49 +17,49 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def data_dir() -> Path:
-    """Folder with paper tables, miniatures and results; a clone has it, elsewhere ``TEXTLOC_DATA`` names one."""
+    """Folder with paper tables, miniatures and results: the clone's folder, or the one in ``TEXTLOC_DATA``."""
     return Path(os.environ.get("TEXTLOC_DATA", ROOT / "data"))
 
 
 def results_dir() -> Path:
-    """Folder of the result store: ``TEXTLOC_RESULTS``, else with the data, else (no clone) in the user's cache."""
+    """Folder of the result store: ``TEXTLOC_RESULTS``, else in the data folder, else (no clone) in the user's cache."""
     if told := os.environ.get("TEXTLOC_RESULTS"):
         return Path(told)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return data_dir() / "results" if data_dir().is_dir() else cache / "textloc" / "results"
 
 
-#: How long a process of several waits for the others, which may have most of the work to do.
+#: How long one of several processes waits for the others. The others may have most of the work to do.
 PATIENCE = datetime.timedelta(days=1)
-#: A disk with less room than this, in bytes, counts as full: a few pictures and their report need it.
+#: A disk with less free space than this, in bytes, counts as full. A few pictures and their report need this much.
 SPARE = 8 * 2**20
 
 
 class TextlocError(Exception):
-    """A mistake of the caller's: the message is one line that says what is wrong and what is allowed."""
+    """A mistake of the caller. The message is one line that says what is wrong and what is allowed."""
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says in its first line, shortened; its class where it says nothing."""
+    """The first line of another library's error message, shortened, or the error's class if the message is empty."""
     return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200, placeholder=" ...")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """How much work a notebook or a command does; the code path is the same at every size."""
+    """How much work a notebook or a command does. The code path is the same at every size."""
 
     name: str
     pairs: int
-    sweep_pairs: int  # of the sweep over all layers, which comes with the package
-    edits: int  # pairs that are edited by each method where the prompts name everything
-    words: int  # test words or pairs that a rate is reported on; of toxic words there are fewer
-    noises: int = 1  # from which each edited or guarded prompt is drawn
-    sets: tuple[str, ...] = ("book",)  # of ``prompts.SETS``, in equal parts: what localization searches on
+    sweep_pairs: int  # pairs of the sweep over all layers, whose table comes with the package
+    edits: int  # pairs that each method edits, if the prompts name everything
+    words: int  # test words or pairs on which a rate is measured (there are fewer toxic words)
+    noises: int = 1  # number of noises from which each edited or guarded prompt is drawn
+    sets: tuple[str, ...] = ("book",)  # names in ``prompts.SETS``, in equal parts, for the pairs of localization
     steps: int | None = None  # None: the model's own number of steps
 
 
-#: ``paper`` has the paper's sizes: layers are searched on 100 prompts of SimpleBench and 100 of CreativeBench, 300
-#: prompts are edited, each from 4 noises, and so is every toxic word drawn, of which the paper has 400.
+#: ``paper`` has the paper's sizes. Layers are searched on 100 prompts of SimpleBench and 100 of CreativeBench. 300
+#: prompts are edited, each from 4 noises. Every toxic word is also drawn from 4 noises. The paper has 400 toxic words.
 PRESETS = {
     "smoke": Preset(name="smoke", pairs=4, sweep_pairs=4, edits=4, words=8, steps=6),
     "book": Preset(name="book", pairs=48, sweep_pairs=100, edits=100, words=200),
@@ -70,7 +70,7 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """Look a preset up by name."""
+    """Look up a preset by name."""
     try:
         return PRESETS[name]
     except KeyError:
@@ -78,9 +78,9 @@ def preset(name: str) -> Preset:
 
 
 def check_writable(folder: str | os.PathLike, *, advice: str = "choose another --out") -> Path:
-    """The folder as a path, if it can be written or made; nothing is made yet. Raises TextlocError otherwise.
+    """Return the folder as a path if it can be written or created. Raises TextlocError otherwise.
 
-    The advice ends its message.
+    Nothing is created yet. The error message ends with ``advice``.
     """
     folder = Path(folder).absolute()
     try:

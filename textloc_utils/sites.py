@@ -1,7 +1,7 @@
-"""Places to patch. A site says what a patch changes: which layers, steps, heads and tensors, and the pooled text.
+"""Sites: the places to patch. A site names layers, steps, heads and tensors, and whether the pooled text is patched.
 
 A table has one row per picture. Its columns COLUMNS say which site was patched in that picture. The column ``site`` is
-a name for readers. Code does not read it, but uses ``kind`` and the columns behind it.
+a name for readers. Code does not read it. Code uses ``kind`` and the columns after it.
 """
 
 import random
@@ -12,10 +12,11 @@ from textloc_utils.models import Model, as_indices
 from textloc_utils.patching import Patch
 from textloc_utils.prompts import Pair
 
-#: What a table says of a site: its name; its kind; its layers and heads, indices joined by spaces (no heads: all of
-#: them); whether the pooled text is patched; the steps from ``start`` up to, not including, ``stop``; keys or values.
+#: The columns of a table that describe a site: its name, its kind, its layers, whether the pooled text is patched, the
+#: steps from ``start`` up to but not including ``stop``, its heads, and keys or values. Layers and heads are indices
+#: joined by spaces. An empty ``heads`` means all heads.
 COLUMNS = ("site", "kind", "layers", "pooled", "start", "stop", "heads", "tensors")
-#: Names of the kinds that are not called by their kind alone.
+#: Names of the sites whose name differs from their kind.
 NAMES = {
     "layer": "layer {layers}",
     "set": "layers {layers}",
@@ -32,10 +33,11 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A place to patch: what a ``patching.Patch`` has besides its rows, and the ``kind`` of place that it is.
+    """A place to patch: all fields of a ``patching.Patch`` except its rows, and the ``kind`` of the place.
 
-    ``tokens`` names one of :func:`token_groups`, as the places of tokens differ from pair to pair. ``layer_heads`` are
-    pairs of a layer and one of its heads, where not all of the ``layers`` have the same heads patched.
+    ``tokens`` is the name of one of :func:`token_groups`, because token positions differ from pair to pair.
+    ``layer_heads`` holds pairs of a layer and one of its heads. It is used if different heads are patched in different
+    layers.
     """
 
     kind: str = "set"
@@ -52,7 +54,7 @@ class Site:
         object.__setattr__(self, "layers", as_indices(self.layers, "layers"))
 
     def patches(self, source: int, target: int, tokens: Mapping[str, tuple[int, ...]] | None = None) -> list[Patch]:
-        """The patches of row ``source`` from row ``target`` here; ``tokens`` are :func:`token_groups`' groups."""
+        """The patches of row ``source`` from row ``target`` at this site. ``tokens`` is from :func:`token_groups`."""
         settings = {name: value for name, value in vars(self).items() if name not in ("kind", "layer_heads")}
         settings["tokens"] = (tokens or {})[self.tokens] if self.tokens else None
         whole = Patch(source=source, target=target, **settings)
@@ -61,7 +63,7 @@ class Site:
         return [replace(whole, layers=(layer,), heads=(head,)) for layer, head in self.layer_heads]
 
     def columns(self, steps: int) -> dict:
-        """The COLUMNS of a run of this many steps."""
+        """The values of COLUMNS for a run with this many steps."""
         heads = self.heads or [f"{layer}.{head}" for layer, head in self.layer_heads]
         told = vars(self) | {"layers": joined(self.layers), "heads": joined(heads)}
         told["stop"] = steps if self.stop is None else self.stop
@@ -69,7 +71,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """What readers see."""
+        """The name that readers see."""
         told = vars(self) | {"layers": joined(self.layers), "heads": joined(self.heads or ())}
         return NAMES.get(self.kind, self.kind).format(**told)
 
@@ -78,10 +80,10 @@ SOURCE, TARGET = Site(kind="source"), Site(kind="target")  #: plain pictures
 
 
 def token_groups(model: Model, pair: Pair) -> dict[str, tuple[int, ...]]:
-    """The text's places at which the two prompts of a pair hold different tokens, and those at which they do not.
+    """The text positions at which the two prompts of a pair have different tokens, and those with the same tokens.
 
-    Keys: "different" and "same"; and "different 0", "different 1"... for each text that the denoiser reads, where it
-    reads several (Stable Diffusion 3: that of both CLIPs, and T5's).
+    The keys are "different" and "same". If the denoiser reads several texts (Stable Diffusion 3 reads that of both
+    CLIPs and that of T5), there are also the keys "different 0", "different 1", and so on, one for each text.
     """
     groups: dict[str, list[int]] = {"different": [], "same": []}
     texts = list(zip(model.text_columns(pair.source), model.text_columns(pair.target), strict=True))
@@ -96,7 +98,7 @@ def token_groups(model: Model, pair: Pair) -> dict[str, tuple[int, ...]]:
 
 
 def joined(indices: Iterable[int | str]) -> str:
-    """Indices as a table holds them: joined by spaces."""
+    """Join indices with spaces, as in a table."""
     return " ".join(map(str, indices))
 
 
@@ -112,7 +114,7 @@ def every_layer(model: Model) -> Site:
 
 
 def single_layers(model: Model) -> list[Site]:
-    """The sites of a sweep: each text layer alone, all layers, the pooled text where there is one, and everything."""
+    """The sites of a sweep: each text layer, all layers, and the pooled text (if any) alone and with all layers."""
     every = every_layer(model)
     sites = [*(together([i]) for i in every.layers), every]
     if model.pooled_site is not None:
@@ -121,7 +123,7 @@ def single_layers(model: Model) -> list[Site]:
 
 
 def random_layers(model: Model, layers: Sequence[int], seed: int | str) -> tuple[int, ...]:
-    """As many text layers as there are ``layers``, drawn from the others (from all where the others are too few)."""
+    """Draw as many text layers as there are in ``layers``, from the others (from all if the others are too few)."""
     every = range(len(model.layers))
     others = [i for i in every if i not in layers]
     pool = others if len(others) >= len(layers) else list(every)

@@ -1,9 +1,10 @@
-"""Whether the layers that hold the text are the text's alone: every factor of a scene is localized by the same rule.
+"""Test whether the layers that hold the text hold only the text: every factor of a scene is localized by the same rule.
 
-For each factor, pairs of validation words that differ in it alone select a set of layers (``localization``, by exact
-match). Pairs of test words then say what the set brings, what all other layers bring, and what random sets of the same
-size bring. Another table patches the text's layers from targets that differ in the text and in one more factor; and a
-last one empties them, to see whether the text is written without them.
+For each factor, a set of layers is selected on pairs of validation words that differ only in this factor
+(``localization``, by exact match). Pairs of test words then measure how often the factor changes if this set, all other
+layers, or random sets of the same size are patched. In another table, the text's layers are patched from targets that
+differ in the text and in one more factor. In the last table, layers read an empty prompt, to see whether the text is
+written without them.
 """
 
 import math
@@ -20,18 +21,18 @@ from textloc_utils.sites import Site, every_layer, random_layers
 
 SEARCHED = ("text", *FACTORS)
 RANDOM_SETS = 5
-#: A factor is localized only where all layers together bring it in at least this share of the pairs: a share of a rarer
-#: effect rests on too few pairs.
+#: A factor is localized only if all layers together bring it in at least this share of the pairs. A share of a rarer
+#: effect would rest on too few pairs.
 BROUGHT = 0.5
-#: Added to the seed of the pairs of the budgeted search: other pairs than the exhaustive one's.
+#: Added to the seed of the budgeted search's pairs, so they differ from those of the exhaustive search.
 OTHER_PAIRS = 500
 
 
 def search(experiment: Experiment, factor: str, n: int, seed: int = 42) -> localization.Found | None:
-    """The set of layers that holds one of SEARCHED, from ``n`` pairs; None where there is nothing to localize.
+    """The set of layers that holds one of SEARCHED, from ``n`` pairs. None if there is nothing to localize.
 
-    That is where all layers together bring the factor too rarely, see :func:`brought`. Published as
-    ``localization.localize`` says.
+    This is so if all layers together bring the factor too rarely, see :func:`brought`. The result is published as
+    described in ``localization.localize``.
     """
     pairs = scene_pairs.make(n, "select", seed, differs=(factor,))
     try:
@@ -47,10 +48,10 @@ def brought(sweep: pd.DataFrame) -> bool:
 
 
 def searches(experiment: Experiment, n: int, seed: int = 42) -> dict[str, localization.Found]:
-    """The set that holds the text by every search of ``localization.SEARCHES``, from ``n`` pairs that select.
+    """The set that holds the text, from every search of ``localization.SEARCHES`` on ``n`` pairs for selection.
 
-    The budgeted search has pairs of its own, so that it cannot agree with the exhaustive one by their chance alone.
-    Published as ``localization.localize`` says.
+    The budgeted search uses other pairs. So it cannot agree with the exhaustive search only because of the same pairs.
+    The outcomes are published as described in ``localization.localize``.
     """
     found = {}
     for how in localization.SEARCHES:
@@ -61,17 +62,17 @@ def searches(experiment: Experiment, n: int, seed: int = 42) -> dict[str, locali
 
 
 def found_sets(experiment: Experiment, n: int, seed: int = 42) -> dict[str, tuple[int, ...]]:
-    """The layers of every factor of SEARCHED that :func:`search` finds, from ``n`` pairs each; not of the text."""
+    """The layers of every factor of FACTORS for which :func:`search` finds any, from ``n`` pairs each."""
     found = {factor: search(experiment, factor, n, seed) for factor in FACTORS}
     return {factor: held.layers for factor, held in found.items() if held is not None}
 
 
 def alone(experiment: Experiment, n: int, seed: int = 42) -> pd.DataFrame:
-    """How often each layer alone, all together, and the pooled text bring each of SEARCHED, on ``n`` pairs that select.
+    """How often each layer alone, all layers, and the pooled text bring each of SEARCHED, on ``n`` pairs for selection.
 
-    Columns differs, kind ("layer", "all", and "pooled" and "all + pooled" of a model with a pooled text), layers, n,
-    exact, exact_low, exact_high (Wilson's interval). Published as ``results/study_MODEL_alone.csv``, also for a factor
-    that no search found.
+    Columns: differs, kind ("layer", "all", and "pooled" and "all + pooled" of a model with a pooled text), layers, n,
+    exact, exact_low, exact_high (Wilson's interval). The table is published as ``results/study_MODEL_alone.csv``. It also
+    has the factors for which the search finds no layers.
     """
     pairs = {factor: scene_pairs.make(n, "select", seed, differs=(factor,)) for factor in SEARCHED}
 
@@ -91,7 +92,7 @@ def _set_and_others(model: Model, layers: tuple[int, ...]) -> list[Site]:
 
 
 def random_sets(model: Model, layers: Sequence[int], seed: int = 0) -> list[Site]:
-    """RANDOM_SETS different sets of as many other layers as ``layers``, of kind "random"; fewer where there are not."""
+    """RANDOM_SETS different sets of kind "random" with as many other layers as ``layers`` (fewer if not possible)."""
     others, size = len(model.layers) - len(layers), len(layers)
     many = min(RANDOM_SETS, math.comb(others if others >= size else len(model.layers), size))
     sets: dict[tuple[int, ...], None] = {}
@@ -103,11 +104,12 @@ def random_sets(model: Model, layers: Sequence[int], seed: int = 0) -> list[Site
 
 
 def reported(experiment: Experiment, sets: Mapping[str, tuple[int, ...]], n: int, seed: int = 42) -> pd.DataFrame:
-    """What the set of each factor brings on ``n`` pairs of test words that differ in that factor alone.
+    """Measure the effect of each factor's set on ``n`` pairs of test words that differ only in that factor.
 
-    ``sets`` has the layers of every factor that :func:`search` found, the text among them. One row per pair and picture
-    (``sweeps.patch_pair``); kinds of sites: "found", "all", "others" (all layers but the found), "text set" (for the
-    other factors) and "random" (for the text). Published as ``results/study_MODEL_specific.csv``.
+    ``sets`` has the layers of every factor for which :func:`search` found any, including the text. The table has one
+    row per pair and picture (``sweeps.patch_pair``). The kinds of sites are "found", "all", "others" (all layers except
+    the found ones), "text set" (for the other factors) and "random" (for the text). It is published as
+    ``results/study_MODEL_specific.csv``.
     """
     model, plans = experiment.model, []
     for factor, layers in sets.items():
@@ -122,10 +124,10 @@ def reported(experiment: Experiment, sets: Mapping[str, tuple[int, ...]], n: int
 
 
 def carried(experiment: Experiment, layers: tuple[int, ...], n: int, seed: int = 42) -> pd.DataFrame:
-    """What else the text's ``layers`` move, over ``n`` pairs of test words for every factor.
+    """Measure which other factors the text's ``layers`` change, on ``n`` pairs of test words for every factor.
 
-    The targets differ in the text and in that factor. Rows as of :func:`reported`; kinds of sites: "found", "all".
-    Published as ``results/study_MODEL_carried.csv``.
+    The targets differ in the text and in that factor. The rows are as in :func:`reported`. The kinds of sites are
+    "found" and "all". The table is published as ``results/study_MODEL_carried.csv``.
     """
     sites = [Site(kind="found", layers=layers), every_layer(experiment.model)]
     plans = [(scene_pairs.make(n, "report", seed, differs=("text", factor)), sites) for factor in FACTORS]
@@ -133,10 +135,10 @@ def carried(experiment: Experiment, layers: tuple[int, ...], n: int, seed: int =
 
 
 def needed(experiment: Experiment, layers: tuple[int, ...], n: int, seed: int = 42) -> pd.DataFrame:
-    """Whether ``n`` test words are still written when layers read an empty prompt in place of theirs.
+    """Measure whether ``n`` test words are still written if layers read an empty prompt instead of their prompt.
 
-    ``exact`` says that the word is written. Rows as of ``sweeps.patch_pair``; kinds of sites: "found", "others", "all"
-    and "random". Published as ``results/study_MODEL_needed.csv``.
+    ``exact`` says whether the word is written. The rows are as in ``sweeps.patch_pair``. The kinds of sites are
+    "found", "others", "all" and "random". The table is published as ``results/study_MODEL_needed.csv``.
     """
     model = experiment.model
     sites = [*_set_and_others(model, layers), *random_sets(model, layers, seed)]
@@ -163,8 +165,8 @@ def _table(experiment: Experiment, name: str, plans: list) -> pd.DataFrame:
 def rates(table: pd.DataFrame) -> pd.DataFrame:
     """How often each site draws the whole target, from the table of :func:`reported` or :func:`needed`.
 
-    Columns differs (where the table has it), kind ("source" is the unpatched picture), layers, n, exact, exact_low,
-    exact_high: Wilson's interval, and of random sets, which are taken together, Student's over the sets.
+    Columns: differs (if the table has it), kind ("source" is the unpatched picture), layers, n, exact, exact_low,
+    exact_high. The interval is Wilson's. Random sets are combined in one row. Its interval is Student's over the sets.
     """
     by = [column for column in ("differs", "kind", "layers") if column in table]
     drawn = table[table.kind == "random"]
@@ -175,7 +177,8 @@ def rates(table: pd.DataFrame) -> pd.DataFrame:
 def by_style(table: pd.DataFrame) -> pd.DataFrame:
     """How often the text's set, and all layers, write the target in each typeface that the prompts name.
 
-    From the table of :func:`reported`; columns typeface, kind ("found", "all"), n, exact, exact_low, exact_high.
+    The input is the table of :func:`reported`. Columns: typeface, kind ("found", "all"), n, exact, exact_low,
+    exact_high.
     """
     part = table[(table.differs == "text") & table.kind.isin(["found", "all"])]
     part = part.rename(columns={"source_typeface": "typeface"})
@@ -183,10 +186,10 @@ def by_style(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def moved(table: pd.DataFrame) -> pd.DataFrame:
-    """How often each site turns a factor into the target's, from the table of :func:`carried`, with Wilson's intervals.
+    """How often each site changes a factor to the target's value, from the table of :func:`carried`.
 
-    Columns factor, kind ("source" is the unpatched picture), layers, n, moved, moved_low, moved_high, and of the text
-    exact, exact_low, exact_high.
+    Columns: factor, kind ("source" is the unpatched picture), layers, n, moved, moved_low, moved_high, and for the text
+    exact, exact_low, exact_high. The intervals are Wilson's.
     """
     factor = table.differs.str.removeprefix("text ")
     values = [

@@ -1,8 +1,8 @@
-"""The sweep: patch one site after another in pair after pair, read what the pictures say, and sum it up.
+"""The sweep: patch every site in every pair of prompts, read the text in the pictures, and summarise the scores.
 
-The **text effect** of a patch on a pair is its target score (``metrics.text_score``) less the pair's floor, the score
-that the source's own text has against the target's: two words share letters by chance, and a picture that kept its
-text has an effect of 0.
+The **text effect** of a patch on a pair is its target score (``metrics.text_score``) minus the pair's floor. The floor
+is the score of the source's text against the target's text, because two words share letters by chance. So a picture
+that kept its text has an effect of 0.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from textloc_utils.sites import SOURCE, TARGET, Site, token_groups
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROWS = 5  #: part of a stored unit's key: raised whenever its rows change
+ROWS = 5  #: part of a stored unit's key: raise it whenever the rows of a unit change
 SCORES = ("target_score", "source_score", "exact", "ssim_outside", "psnr_outside")
 
 
@@ -33,7 +33,7 @@ SCORES = ("target_score", "source_score", "exact", "ssim_outside", "psnr_outside
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Sweep:
-    """What a sweep found: ``table`` has one row per pair and picture (columns as :func:`patch_pair`)."""
+    """What a sweep found. ``table`` has one row per pair and picture, with the columns of :func:`patch_pair`."""
 
     experiment: Experiment
     pairs: list[Pair]
@@ -50,7 +50,7 @@ class Sweep:
         return f"{self.experiment.name}, means over {len(self.pairs)} pairs\n{told}"
 
     def show(self, pair: int = 0) -> "Figure":
-        """Draw a pair again: its source, its target, and the picture patched at each site, with what OCR reads."""
+        """Draw a pair again: its source, its target, and the picture patched at each site, with the text OCR reads."""
         from textloc_utils.book import plots
 
         pictures, rows = patch_pair(self.experiment, self.pairs[pair], self.sites)
@@ -67,7 +67,7 @@ def sweep(
     """Patch every site (default: ``sites.single_layers``) in every pair.
 
     ``settings`` are those of ``experiment.Experiment``: steps, guidance, negative_prompt, store, progress. Raises
-    TextlocError for pairs, layers or settings that do not fit, before anything is drawn.
+    TextlocError for invalid pairs, layers or settings before anything is drawn.
 
     >>> pair = Pair.of('A sign that says "HELLO".', "WORLD", seed=1)
     >>> found = sweep(pipe, [pair], sites=[Site(kind="layer", layers=2), Site(kind="layer", layers=3)], steps=2)
@@ -82,7 +82,7 @@ def sweep(
 def table(
     experiment: Experiment, pairs: Sequence[Pair], sites: Sequence[Site] | None = None, *, source: bool = True
 ) -> pd.DataFrame:
-    """The table of a :func:`sweep`: each pair is a unit of the store; ``source`` as for :func:`patch_pair`."""
+    """The table of a :func:`sweep`. Each pair is a unit of the store. ``source`` is as in :func:`patch_pair`."""
     chosen = _sites(experiment, sites)
     inputs = {"rows": ROWS, "sites": chosen, "source": source}
 
@@ -102,14 +102,18 @@ def patch_pair(
 ) -> tuple[np.ndarray, list[dict]]:
     """Draw one pair: the source, the target, and the source patched at each site, ``batch_size`` rows at a time.
 
-    One target row serves all patched rows of a batch; every batch draws it again. ``source=False`` leaves out the plain
-    source, and with it the columns that compare with it. Returns the pictures, uint8 (pictures, H, W, 3), and one row
-    per picture: model, the pair's seed and texts, the columns of its site (``sites.COLUMNS``), read (by OCR),
-    target_score and source_score (``metrics.text_score``, 0..1), floor (the source's text against the target's), exact
-    (spells the target), ssim_outside and psnr_outside (to the plain source, outside the text; PSNR capped at 60 dB) and
-    row_evaluations (the pair's, evenly over its pictures). A ``ScenePair`` also has the columns of its ``about`` and
-    what is read of every factor; where its texts are equal, the scores and ``exact`` say whether the factor that
-    differs is read as the target's or source's.
+    One target row serves all patched rows of a batch. Every batch draws it again. With ``source=False``, the plain
+    source is not drawn, and the columns that compare with it are missing.
+
+    Returns the pictures, uint8 (pictures, H, W, 3), and one row per picture. The columns of a row are: model, the
+    pair's seed and texts, the columns of its site (``sites.COLUMNS``), read (by OCR), target_score and source_score
+    (``metrics.text_score``, 0..1), floor (the score of the source's text against the target's), exact (whether the
+    picture spells the target), ssim_outside and psnr_outside (compared with the plain source, outside the text; PSNR is
+    capped at 60 dB), and row_evaluations (the pair's number, divided evenly among its pictures).
+
+    For a ``ScenePair``, a row also has the columns of its ``about``, and the value that is read for every factor. If
+    its two texts are equal, the scores and ``exact`` say whether the factor that differs is read as the target's value
+    or as the source's value.
     """
     model, chosen = experiment.model, _sites(experiment, sites)
     todo = ([SOURCE] if source else []) + chosen
@@ -157,7 +161,7 @@ def patch_pair(
 
 
 def _scores(pair: Pair, text: str, seen: dict[str, str]) -> dict:
-    """How near a picture is to both prompts: its text, or the factor in which they differ."""
+    """How close a picture is to both prompts, by its text or by the factor in which the prompts differ."""
     if not isinstance(pair, ScenePair) or pair.source_text != pair.target_text:
         return {
             "target_score": metrics.text_score(text, pair.target_text),
@@ -173,7 +177,7 @@ def _scores(pair: Pair, text: str, seen: dict[str, str]) -> dict:
 
 
 def cheap(experiment: Experiment, pairs: Sequence[Pair], *, depth: str = "one-step") -> pd.DataFrame:
-    """The table of ``onestep.effects``, pair by pair in the store as :func:`table`'s."""
+    """The table of ``onestep.effects``. Each pair is a unit of the store, as in :func:`table`."""
     onestep.check_depth(depth)
     inputs = {"rows": ROWS, "depth": depth, "levels": onestep.LEVELS}
 
@@ -194,22 +198,22 @@ def _sites(experiment: Experiment, chosen: Sequence[Site] | None) -> list[Site]:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per site, in the sweep's order: ``sites.COLUMNS``, n, and SCORES as of ``metrics.summarise``."""
+    """One row per site, in the sweep's order: ``sites.COLUMNS``, n, and SCORES as in ``metrics.summarise``."""
     return metrics.summarise(table, sites.COLUMNS, SCORES)
 
 
 def effect_intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean text effect per site with its 95 % interval: columns of ``sites.COLUMNS``, n, mean, low, high."""
+    """Mean text effect per site with its 95 % interval. Columns: those of ``sites.COLUMNS``, n, mean, low, high."""
     patched = table[~table.kind.isin([SOURCE.kind, TARGET.kind])]
     effects = metrics.summarise(_with_effect(patched), sites.COLUMNS, ["effect"])
     return effects.set_axis([*sites.COLUMNS, "n", "mean", "low", "high"], axis=1)
 
 
 def set_effects(table: pd.DataFrame, by: str = "score") -> pd.DataFrame:
-    """Effects of sets of layers: one row per pair (its seed), one column per set, NaN where it was not drawn.
+    """Effects of sets of layers: one row per pair (its seed), one column per set, NaN if the set was not drawn.
 
-    A column is named by the set's layers, joined by spaces; that of the all-layer patch is "all". The effects are text
-    effects, or ``by="exact"`` 1 where the whole target was drawn and 0 elsewhere.
+    The name of a column is the set's layers, joined by spaces. The column of the all-layer patch is "all". The effects
+    are text effects. With ``by="exact"`` they are 1 if the whole target was drawn and 0 otherwise.
     """
     patched = table[table.kind.isin(["layer", "set", "all"])]
     named = patched.layers.where(patched.kind != "all", "all")
@@ -218,7 +222,7 @@ def set_effects(table: pd.DataFrame, by: str = "score") -> pd.DataFrame:
 
 
 def layer_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Effects of single layers, pairs x layers, from a sweep's table or from one of :func:`cheap`."""
+    """Effects of single layers, pairs x layers, from a table of :func:`sweep` or of :func:`cheap`."""
     if "depth" not in table:
         table = _with_effect(table[table.kind == "layer"]).rename(columns={"layers": "layer"}).astype({"layer": int})
     return table.pivot_table("effect", "seed", "layer", aggfunc="mean")

@@ -1,9 +1,9 @@
-"""Where text stands in a picture of any size, and the same text as black ink on white paper.
+"""Find text in a picture of any size, and return it as black ink on white paper.
 
-A letter is a piece of one surface that differs from what surrounds it, lies in a row with others of its height, and
-ends inside the picture. Pieces are sought in luminance and in each colour channel, dark ones and light ones; the rows
-of the channel in which they stand out most are the text. Textures are told from text by what text is: ink of one tone
-on paper of one tone, in pieces that differ from each other. Nothing here knows the wanted text or the colours.
+A letter is a connected piece that differs from its surroundings, is in a row with other pieces of similar height, and
+does not touch the edge of the picture. Dark and light pieces are searched in luminance and in each colour channel. The
+channel with the strongest rows is used. Text differs from textures in two ways: it is ink of one tone on paper of one
+tone, and its pieces differ from each other. Nothing here knows the wanted text or the colours.
 """
 
 from dataclasses import dataclass
@@ -13,27 +13,30 @@ from PIL import Image
 from scipy import ndimage
 from scipy.sparse.csgraph import connected_components
 
-#: Letters are sought at this height of the picture, in pixels; colours are taken from the picture itself.
+#: Letters are searched in a copy of the picture with this height, in pixels. Colours come from the picture itself.
 WORKING = 512
-#: Least and largest height of a letter, as shares of the picture's; least difference to its surroundings, 0 to 255.
+#: Smallest and largest height of a letter, as shares of the picture's height, and its smallest difference from its
+#: surroundings, 0 to 255.
 LEAST, MOST, CONTRAST = 0.02, 0.6, 18.0
-#: Ink on paper: the least share of all variance that lies between two tones (Otsu), and how much at most the paper's
-#: tone, and the colour beside the way from paper to ink, spread as shares of that way. Of rendered signs with noise and
-#: blur the worst have 0.78, 0.18 and 0.25; surfaces whose tones are normally distributed have 0.64.
+#: Limits for ink on paper. TWO_TONES is the smallest share of the variance that is between two tones (Otsu). UNEVEN is
+#: the largest spread of the paper's tone, and COLOURED is the largest spread of colours that are not between paper and
+#: ink. Both are shares of the distance from paper to ink. For rendered signs with noise and blur, the worst values are
+#: 0.78, 0.18 and 0.25. For surfaces with normally distributed tones, the share of the variance is 0.64.
 TWO_TONES, UNEVEN, COLOURED = 0.75, 0.2, 0.5
-#: Three or more pieces are a pattern if their sizes spread less than this and they fill more of their boxes than this.
+#: Three or more pieces are a pattern if the relative spread of their sizes is below ALIKE and they fill more than SOLID
+#: of their boxes.
 ALIKE, SOLID = 0.03, 0.6
-#: Heights of the letters on the page that is handed to a reader, in pixels.
+#: Height of the letters on the page for a reader, in pixels.
 LETTER = 40
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Lines of text that stand below each other.
+    """Lines of text, one below the other.
 
-    ``box`` is left, top, right, bottom in the picture's pixels, ``lines`` the number of lines, ``letters`` that of the
-    pieces that look like letters, and ``page`` what stands there as a grey picture, black on white, its letters about
-    ``LETTER`` pixels high.
+    ``box`` is (left, top, right, bottom) in the picture's pixels. ``lines`` is the number of lines, and ``letters`` is
+    the number of pieces that look like letters. ``page`` is the text as a grey picture, black on white. Its letters are
+    about ``LETTER`` pixels high.
     """
 
     box: tuple[int, int, int, int]
@@ -43,7 +46,7 @@ class Block:
 
 
 def find(picture: np.ndarray) -> list[Block]:
-    """The blocks of text in a uint8 picture (H, W, 3), the topmost first; an empty list where nothing looks like it."""
+    """The blocks of text in a uint8 picture (H, W, 3), from top to bottom. Empty if nothing looks like text."""
     ratio = WORKING / picture.shape[0]
     small = Image.fromarray(picture).resize((max(1, round(picture.shape[1] * ratio)), WORKING), Image.Resampling.BOX)
     x = ndimage.gaussian_filter(np.asarray(small, np.float64), (1.2, 1.2, 0))
@@ -52,7 +55,7 @@ def find(picture: np.ndarray) -> list[Block]:
     for channel in channels:
         for sign in (1.0, -1.0):
             found = _lines(sign * channel)
-            # Luminance comes first: a channel has to be clearly better.
+            # Luminance comes first. A colour channel is used only if it is clearly better.
             if (score := sum(line.score for line in found)) > 1.1 * best:
                 best, lines = score, found
     blocks = [_block(picture, block, 1 / ratio) for block in _stacked(lines)]
@@ -64,7 +67,7 @@ def find(picture: np.ndarray) -> list[Block]:
 @dataclass(frozen=True, kw_only=True)
 class _Line:
     box: tuple[float, float, float, float]
-    height: float  # of its letters
+    height: float  # height of its letters
     letters: int
     score: float
 
@@ -96,7 +99,7 @@ def _lines(channel: np.ndarray) -> list[_Line]:
 
 
 def _rows(letters: list[tuple]) -> list[_Line]:
-    """Letters of one height beside each other, put together."""
+    """Join letters of similar height that are next to each other into rows."""
     beside = np.zeros((len(letters), len(letters)), bool)
     for i, a in enumerate(letters):
         for j, b in enumerate(letters[:i]):
@@ -117,15 +120,15 @@ def _rows(letters: list[tuple]) -> list[_Line]:
             score = float((heights * mine[:, 4]).sum())
             lines.append(_Line(box=box, height=float(np.median(heights)), letters=len(mine), score=score))
     if patterned > sum(line.letters for line in lines):
-        return []  # tiles that are cut off, or in shade, are tiles
+        return []  # a surface with a pattern: the other rows are tiles, too, which are cut off or in shade
     most = max((line.score for line in lines), default=0.0)
     lines = sorted((line for line in lines if line.score > 0.15 * most), key=lambda line: -line.score)
-    # What lies within a stronger line is a part of its letters.
+    # A line inside a stronger line is a part of the stronger line's letters.
     return [line for i, line in enumerate(lines) if not any(_within(line.box, other.box) for other in lines[:i])]
 
 
 def _is_pattern(letters: np.ndarray) -> bool:
-    """Whether three or more pieces (n, 6) are copies of each other, as tiles and dots are."""
+    """Whether three or more pieces (n, 6) are copies of each other, like tiles and dots."""
     left, top, right, bottom, _, area = letters.T
     heights, widths = bottom - top, right - left
     alike = all(x.std() < ALIKE * x.mean() for x in (heights, widths, area))
@@ -133,9 +136,9 @@ def _is_pattern(letters: np.ndarray) -> bool:
 
 
 def _is_text(letters: np.ndarray) -> bool:
-    """Whether letters (n, 6) stand on one base line, are of about one height and as dark as each other.
+    """Whether letters (n, 6) have a common base line, and similar heights and darkness.
 
-    Of two, which may stand side by side by chance, more is asked.
+    The limits are stricter for two letters, because two pieces may be next to each other by chance.
     """
     if len(letters) < 2:
         return False
@@ -150,13 +153,13 @@ def _is_text(letters: np.ndarray) -> bool:
 
 
 def _within(box, other) -> bool:
-    """Whether more than half of a box lies in another one."""
+    """Whether more than half of a box is inside another box."""
     width, height = (min(box[i + 2], other[i + 2]) - max(box[i], other[i]) for i in (0, 1))
     return min(width, height) > 0 and width * height > 0.5 * (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _stacked(lines: list[_Line]) -> list[list[_Line]]:
-    """Lines below each other, of like height, as blocks."""
+    """Join lines of similar height that are below each other into blocks."""
     blocks: list[list[_Line]] = []
     for line in sorted(lines, key=lambda line: line.box[1]):
         for block in blocks:
@@ -176,7 +179,7 @@ def _block(picture: np.ndarray, lines: list[_Line], ratio: float) -> Block:
     letter = float(np.mean([line.height for line in lines])) * ratio
     (left, top), (right, bottom) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
     box = (int(left), int(top), int(np.ceil(right)), int(np.ceil(bottom)))
-    room = 0.35 * letter  # accents, commas and the dots of letters stand here
+    room = 0.35 * letter  # for accents, commas and the dots of letters
     left, top = max(0, int(left - room)), max(0, int(top - room))
     right, bottom = min(picture.shape[1], int(right + room) + 1), min(picture.shape[0], int(bottom + room) + 1)
     page = _page(picture[top:bottom, left:right], letter)
@@ -184,7 +187,7 @@ def _block(picture: np.ndarray, lines: list[_Line], ratio: float) -> Block:
 
 
 def _in_two_tones(picture: np.ndarray, block: Block) -> bool:
-    """Whether what is in a block's box looks like ink of one tone on paper of one tone."""
+    """Whether the content of a block's box looks like ink of one tone on paper of one tone."""
     left, top, right, bottom = block.box
     x, paper, direction = _paper_and_ink(picture[top:bottom, left:right], 0.8 * (bottom - top) / block.lines)
     way = max(float(direction @ direction), 1.0)
@@ -201,7 +204,7 @@ def _in_two_tones(picture: np.ndarray, block: Block) -> bool:
 
 
 def _paper_and_ink(crop: np.ndarray, letter: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A crop with letters LETTER pixels high, (h, w, 3), the colour of its paper, and the way from there to its ink."""
+    """Scale a crop so that its letters are LETTER pixels high. Returns it, its paper's colour, and ink minus paper."""
     scale = LETTER / letter
     size = (max(8, round(crop.shape[1] * scale)), max(8, round(crop.shape[0] * scale)))
     reduced = Image.fromarray(crop).resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
@@ -212,7 +215,7 @@ def _paper_and_ink(crop: np.ndarray, letter: float) -> tuple[np.ndarray, np.ndar
 
 
 def _page(crop: np.ndarray, letter: float) -> Image.Image:
-    """A crop of text in black on white, its letters LETTER pixels high, without what runs out of it."""
+    """A crop of text in black on white, with letters LETTER pixels high. Pieces that touch its edge are removed."""
     x, paper, direction = _paper_and_ink(crop, letter)
     share = np.clip((x - paper) @ direction / max(direction @ direction, 1.0), 0, 1)
     parts, n = ndimage.label(share > 0.4)

@@ -1,7 +1,8 @@
-"""Miniatures trained several times: from other seeds, at other depths, with layers that are known to hold the letters.
+"""Miniatures that are trained several times: with other seeds, with other depths, or with planted layers.
 
-Such trainings live in the plain world (``miniatures.world``). Do all of them keep their text in as few layers, and are
-it layers that do the same? Do the searches find the layers that were planted (``miniatures.planted``)?
+Planted layers (``miniatures.planted``) are known to hold the letters. All these trainings use the plain world
+(``miniatures.world``). Their tables answer three questions. Do all trainings keep their text in equally few layers? Do
+these layers do the same in all trainings? Do the searches find the planted layers?
 """
 
 import json
@@ -18,7 +19,7 @@ from textloc_utils.results import NotPublishedError
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, joined
 
-#: What a run's set is made of, on pairs that are reported: all of it, and parts of it.
+#: The parts of a run's set that are patched on reported pairs: the whole set, and parts of it.
 PARTS: dict[str, dict] = {
     "exact": {},
     "keys": {"tensors": "k"},
@@ -31,27 +32,38 @@ COLUMNS = (
     *("search", "layers", "number", "of", "share"),
     *("cost", "found", "false", "strongest", *PARTS),
 )
-#: Values by layer in the log of a training, beside those of the whole model.
+#: Values for each layer in the log of a training, and values of the whole model.
 BY_LAYER = ("target", "exact_layers")
 WHOLE = ("exact", "plain_target", "all_layers", "exact_all_layers")
 
 
 def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress: bool = False) -> pd.DataFrame:
-    """Search the layers of every run of miniature ``name``, over ``n`` pairs of its world, and publish what came out.
+    """Search the layers of every run of miniature ``name``, on ``n`` pairs of its world, and publish the results.
 
-    ``runs`` are the folders that ``textloc train NAME --ship`` wrote. Returns ``results/trainings_NAME.csv``, one row
-    per run and search: run (the folder's name), training_seed, blocks (0: the recipe's own), planted (layers, empty
-    where none are), text (letters, or one of ``miniatures.encoders.TEXTS``), minutes (of its steps), spelled (test
-    words that its shipping measured, everything named), search, layers, number, of (all text layers), share (of the
-    parameters), found and false (planted layers in the set, and others), strongest (planted layers among as many of the
-    strongest in the search's order), cost (row evaluations, as a share of the exhaustive search's) and, after the
-    exhaustive search, what PARTS of the set write of ``n`` reported pairs. The cheap searches are done where layers are
-    planted.
+    ``runs`` are the folders that ``textloc train NAME --ship`` wrote. Returns the table
+    ``results/trainings_NAME.csv``, with one row per run and search. If a run has planted layers, all searches are done,
+    and otherwise only the exhaustive one. The columns are:
 
-    Beside it ``results/trainings_NAME_log.csv`` has the evaluations of each training: run, samples, layer (-1: the
-    whole model), WHOLE, BY_LAYER.
+    - run: the name of the folder
+    - training_seed
+    - blocks: the number of blocks (0: the recipe's own number)
+    - planted: the planted layers (empty if there are none)
+    - text: "letters", or one of ``miniatures.encoders.TEXTS``
+    - minutes: the time of the training steps
+    - spelled: the share of test words that were spelled when the run was shipped, with everything named
+    - search, layers, number: the search, its set of layers, and the number of these layers
+    - of: the number of all text layers
+    - share: the set's share of the parameters
+    - cost: row evaluations, as a share of the exhaustive search's
+    - found, false: the number of planted layers in the set, and the number of its other layers
+    - strongest: the number of planted layers among equally many of the strongest layers in the search's order
+    - PARTS: after the exhaustive search, how often each part of the set writes the target on ``n`` reported pairs
 
-    Raises TextlocError for a folder without a miniature, one of another model, and two of one name.
+    The second table, ``results/trainings_NAME_log.csv``, has the evaluations of each training: run, samples, layer
+    (-1: the whole model), WHOLE, BY_LAYER.
+
+    Raises TextlocError for a folder without a miniature, for a folder of another model, and for two folders with the
+    same name.
     """
     logs = {Path(folder).name: training_log_of(name, Path(folder)) for folder in runs}
     if len(logs) < len(runs) or not runs:
@@ -82,12 +94,12 @@ def publish(name: str, runs: Sequence[Path], n: int, seed: int = 42, *, progress
 
 
 def published(model: Model) -> pd.DataFrame | None:
-    """The table of :func:`publish` of this model's name; None where none is published."""
+    """The table of :func:`publish` for this model's name. None if there is no published table."""
     return _published(f"trainings_{model.spec.name}")
 
 
 def together(names: Iterable[str]) -> pd.DataFrame:
-    """The published tables of several models in one, with the column model first; no rows where none is published."""
+    """The published tables of several models in one table, with model as its first column. It may have no rows."""
     tables = {name: table for name in names if (table := _published(f"trainings_{name}")) is not None}
     if not tables:
         return pd.DataFrame(columns=["model", *COLUMNS])
@@ -95,7 +107,7 @@ def together(names: Iterable[str]) -> pd.DataFrame:
 
 
 def evaluations(model: Model) -> dict[str, pd.DataFrame]:
-    """Evaluations of each run on the way, by the run's name; empty if none is published.
+    """Map each run to its evaluations during the training. Empty if none are published.
 
     Columns samples, WHOLE, and best_layer: the target letters that the strongest single layer of this evaluation wrote.
     """
@@ -151,7 +163,7 @@ def _log_table(logs: dict[str, dict]) -> pd.DataFrame:
 
 
 def training_log_of(name: str, folder: Path) -> dict:
-    """The training log of a miniature that ``textloc train --ship`` wrote."""
+    """Read the training log of a miniature that ``textloc train --ship`` wrote."""
     path = folder / "training.json"
     try:
         log = json.loads(path.read_text())

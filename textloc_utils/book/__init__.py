@@ -1,1 +1,1 @@
-"""The book's own production: figures, verdicts on the paper's claims, the layer explorer, executed notebooks."""
+"""The parts that make the book: figures, outcomes of the paper's claims, the layer explorer, executed notebooks."""

@@ -1,7 +1,8 @@
-"""What the book cost to make: seconds, devices and energy of its trainings, tables and chapters, as they were recorded.
+"""The cost of making the book: the recorded seconds, devices and energy of its trainings, tables and chapters.
 
-Nothing is measured here. Miniatures tell their training in ``training.json``, published tables in the file beside them,
-chapters in the published table ``chapters`` (``textloc run --publish``). What none of these tells is UNKNOWN.
+Nothing is measured here. The cost of a miniature's training is in ``training.json``, that of a published table is in
+its JSON file, and that of the chapters is in the published table ``chapters`` (``textloc run --publish``). A value that
+was not recorded is UNKNOWN.
 """
 
 from collections.abc import Mapping
@@ -17,12 +18,13 @@ from textloc_utils.results import NotPublishedError, Store
 from textloc_utils.settings import data_dir
 
 UNKNOWN = "not recorded"
-#: The model of Lannelongue, Grealey and Inouye (2021) with the defaults of their calculator: watts of a processor core
-#: at full load, watts of a gigabyte of memory, and what a computing centre needs for a watt of computing.
+#: The energy model of Lannelongue, Grealey and Inouye (2021), with the defaults of their calculator: watts of a
+#: processor core at full load, watts of a gigabyte of memory, and the watts that a computing centre needs per watt of
+#: computing.
 WATTS_CORE, WATTS_GIGABYTE, CENTRE = 12.0, 0.3725, 1.67
-#: Memory that a process of this project is given, in gigabytes; it is recorded nowhere.
+#: Assumed memory of a process of this project, in gigabytes. It is not recorded.
 GIGABYTES = 4
-#: The chapter that shows a published table, by the first word of the table's name, or the last of some.
+#: The chapter that shows a published table, by the first word of the table's name (or by the last word, see below).
 CHAPTERS = {
     "localize": "02_localization",
     "study": "03_what_the_layers_carry",
@@ -36,15 +38,15 @@ CHAPTERS |= dict.fromkeys(("specific", "needed", "alone"), "02_localization")
 
 
 def watt_hours(seconds: float, processes: int = 1) -> float:
-    """Estimated energy of processes with one thread each on a CPU: seconds x (cores + memory) x the centre's factor."""
+    """Estimated energy of processes with one thread each on a CPU: seconds x (core + memory) x the centre's factor."""
     return seconds / 3600 * processes * (WATTS_CORE + GIGABYTES * WATTS_GIGABYTE) * CENTRE
 
 
 def trainings() -> pd.DataFrame:
     """One row per miniature and part of its training.
 
-    Columns model, part, device, processes, seconds, watt_hours, estimated (whether the energy is) and commit. Parts
-    that several miniatures share are told of each.
+    Columns: model, part, device, processes, seconds, watt_hours, estimated (whether the energy is estimated) and
+    commit. A part that several miniatures share has a row for each of them.
     """
     rows = []
     for spec in models.registry().values():
@@ -66,7 +68,7 @@ def trainings() -> pd.DataFrame:
 
 
 def _spent(part: Mapping, device: str) -> dict:
-    """Processes, seconds and energy of a part; an autoencoder and text encoders are trained by one process."""
+    """Processes, seconds and energy of a part. An autoencoder and a text encoder are trained by one process."""
     processes, seconds = part.get("processes", 1), part.get("seconds")
     energy, estimated = part.get("watt_hours"), False
     if not energy and device == "cpu" and seconds is not None:
@@ -77,8 +79,9 @@ def _spent(part: Mapping, device: str) -> dict:
 def tables() -> pd.DataFrame:
     """One row per published table.
 
-    Columns table, chapter, device, reader, commit, command, created, seconds (of the whole table) and partly: where no
-    seconds were recorded for the table, those that its rows or its search tell, which is less than all.
+    Columns: table, chapter, device, reader, commit, command, created, seconds and partly. ``seconds`` is the time of
+    the whole table. If it was not recorded, ``seconds`` is the time of its rows or of its search, which is less, and
+    ``partly`` is True.
     """
     root = published_store().root
     paths = sorted(path for path in root.glob("*.csv") if path.stem.partition("_")[0] in CHAPTERS)
@@ -100,9 +103,9 @@ def _row(path: Path, kind: str) -> dict:
 
 
 def chapters() -> pd.DataFrame:
-    """Seconds to execute each notebook, by its name; columns seconds, device, commit, created. Empty where none are.
+    """Seconds to execute each notebook, by its name. Columns: seconds, device, commit, created.
 
-    Published by ``textloc run --publish``.
+    The table is published by ``textloc run --publish``. It is empty if nothing was published.
     """
     try:
         return published_store().load_published("chapters").set_index("notebook")
@@ -114,10 +117,10 @@ def chapters() -> pd.DataFrame:
 
 
 def page() -> dict[str, str]:
-    """What the page *Compute and provenance* shows, in Markdown, by the name of its mark."""
+    """The contents of the page *Compute and provenance* in Markdown, by the names of their marks in the page."""
     trained, made, executed = trainings(), tables(), chapters()
     total = trained.seconds.sum() + made.seconds.sum() + executed.seconds.sum()
-    # Tables and chapters are made by one process each.
+    # Each table and each chapter is made by one process.
     energy = trained.watt_hours.sum() + watt_hours(made.seconds.sum() + executed.seconds.sum())
     lacking, partly = int(made.seconds.isna().sum()), int((made.partly & made.seconds.notna()).sum())
     return {
@@ -196,7 +199,7 @@ def _time(seconds: float | None) -> str:
 def _energy(hours: float | None, estimated: bool) -> str:
     if hours is None or hours != hours:
         return UNKNOWN
-    return f"{hours:.3g} Wh, {'estimated' if estimated else 'told by the device'}"
+    return f"{hours:.3g} Wh, {'estimated' if estimated else 'reported by the device'}"
 
 
 def _commit(commit: str) -> str:

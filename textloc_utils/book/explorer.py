@@ -1,7 +1,7 @@
-"""What the book's layer explorer shows: a few pairs of each model, drawn once with every layer patched, as files.
+"""The files of the book's layer explorer: pictures of a few pairs of each model, with every layer patched once.
 
-For each model there is a table ``data/results/explorer/MODEL.csv``, with its provenance beside it, and one picture file
-per pair: all pictures of the pair below each other, in the order of the table's rows.
+Each model has a table ``data/results/explorer/MODEL.csv`` with a JSON file of its provenance, and one picture file per
+pair. A picture file has all pictures of the pair below each other, in the order of the table's rows.
 """
 
 from collections.abc import Sequence
@@ -18,27 +18,28 @@ from textloc_utils.prompts import Pair
 from textloc_utils.results import Store
 from textloc_utils.settings import data_dir
 
-#: Of the table of ``sweeps.patch_pair``, what the explorer tells beside each picture.
+#: The columns of ``sweeps.patch_pair``'s table that the explorer shows with each picture.
 COLUMNS = ["model", "seed", "prompt", "source_text", "target_text", "site", "kind", "layers", "read"]
 COLUMNS += ["target_score", "source_score", "exact", "ssim_outside"]
 SUFFIX = ".webp"
 
 
 def store() -> Store:
-    """Where the explorer's files lie."""
+    """The store with the explorer's files."""
     return Store(data_dir() / "results" / "explorer")
 
 
 def sprite_path(model: str, seed: int) -> Path:
-    """The file that holds all pictures of the pair with this seed, below each other."""
+    """The file with all pictures of the pair with this seed, below each other."""
     return store().root / f"{model}_{seed}{SUFFIX}"
 
 
 def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
     """Draw the pairs at every site of a sweep (``sites.single_layers``) and write the explorer's files of a model.
 
-    Returns the table, one row per pair and picture. Each pair is a unit of the result store: a killed run goes on where
-    it was. Files are written aside and renamed, the table last, so that it never names pictures that are not there.
+    Returns the table, with one row per pair and picture. Each pair is a unit of the result store, so a killed run
+    resumes where it stopped. Files are first written elsewhere and then renamed. The table comes last, so it never
+    names pictures that do not exist.
     """
     pairs, name, spec = check_pairs(pairs), experiment.name, experiment.model.spec
     spent = Spent(experiment.store)
@@ -48,7 +49,7 @@ def publish(experiment: Experiment, pairs: Sequence[Pair]) -> pd.DataFrame:
     table, key = table[COLUMNS], experiment.key | {"rows": sweeps.ROWS, "pairs": digest_of(pairs)}
     about = {"key": key, "height": spec.height, "width": spec.width, "seconds": spent.seconds}
     store().publish(name, table, about, model=experiment.model)
-    for old in store().root.glob(f"{name}_*{SUFFIX}"):  # of pairs that are not shown any more
+    for old in store().root.glob(f"{name}_*{SUFFIX}"):  # files of pairs that are no longer shown
         if old not in {sprite_path(name, pair.seed) for pair in pairs}:
             old.unlink()
     return table
@@ -62,6 +63,6 @@ def _draw(experiment: Experiment, pair: Pair) -> list[dict]:
 
 
 def _write_sprite(path: Path, pictures: Sequence[np.ndarray]) -> None:
-    """All pictures below each other in one file, without loss."""
+    """Write all pictures below each other into one file, without loss."""
     with files.whole_file(path) as part:
         Image.fromarray(np.concatenate(list(pictures))).save(part, "WEBP", lossless=True, method=6)

@@ -1,13 +1,13 @@
-"""The book's lab: a miniature as files that run in a reader's browser, with every patch of its layers as an input.
+"""The book's lab: a miniature as files that run in a reader's browser. Any patch of its layers can be chosen there.
 
-A miniature becomes three graphs for ONNX Runtime. *text* turns the tokens of the target's and the source's prompt into
-what the denoiser is called with. *denoiser* gives the guided answer to any number of noisy pictures; the first has the
-target's prompt, and every other one takes as much of the first one's keys and values as a mask says, layer by layer.
-*decoder* turns latents into pixels. Beside them lie the noise of a few seeds, and what the loop over the steps needs:
-samplers that draw no noise are linear, so that a table of numbers stands for them.
+A miniature is exported as three graphs for ONNX Runtime. *text* turns the tokens of the target's and the source's
+prompt into the denoiser's inputs. *denoiser* computes the guided output for any number of noisy pictures. The first
+picture has the target's prompt. In each layer, every other picture takes a share of the first picture's keys and
+values. A mask gives these shares. *decoder* turns latents into pixels. Further files hold the noise of a few seeds, and
+the numbers for the loop over the steps. Samplers that draw no noise are linear, so a table of numbers describes them.
 
-The graphs are traced from the pipeline's own call, with hooks at the layers that the package patches, and are compared
-with it before they are kept: the lab and the package cannot drift apart.
+The graphs are traced from the pipeline's own call, with hooks at the layers that the package patches. They are compared
+with the pipeline before they are kept. So the lab and the package always agree.
 """
 
 import contextlib
@@ -37,19 +37,20 @@ from textloc_utils.models import Model, ModelSpec, denoise, guided, read_call
 from textloc_utils.patching import Patch
 from textloc_utils.settings import ROOT, TextlocError, data_dir
 
-#: Build products: one folder per miniature, and the runtime's packages.
+#: The folder of build products: one folder per miniature, and the packages of the runtime.
 WORK = ROOT / "_build" / "lab"
 INDEX = "model.json"
-SEEDS = range(42, 66)  #: whose noise is shipped; the pairs of the chapters begin at 42
+SEEDS = range(42, 66)  #: seeds of the noise that is shipped; the pairs of the chapters begin at 42
 OPSET = 18
-HALVES = 256  #: tensors with at least so many numbers are stored in float16 where that loses nothing
-#: Largest difference to the package's picture, in grey levels, and the share of bytes that must be within one.
+HALVES = 256  #: tensors with at least this many numbers are stored in float16 if this loses nothing
+#: Largest allowed difference from the package's picture, in grey levels, and the share of bytes that must differ by at
+#: most one level.
 MOST, SHARE = 2, 0.99
-#: What the tokens of a prompt are named in the text graph.
+#: The names of a prompt's tokens in the text graph.
 PARTS = ("ids", "mask")
-LOCK = ROOT / "book" / "lab"  #: package.json and package-lock.json
+LOCK = ROOT / "book" / "lab"  #: folder of package.json and package-lock.json
 WASM = "ort-wasm-simd-threaded.wasm"
-#: The files of the npm packages that a reader's browser loads.
+#: The files of npm packages that a reader's browser loads.
 RUNTIME = (
     "onnxruntime-web/dist/ort.wasm.min.mjs",
     "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
@@ -62,7 +63,7 @@ RUNTIME = (
 
 
 class _Tokens:
-    """Stands in for a tokenizer while a call is traced: the prompts' padded tokens are the graph's inputs."""
+    """Replaces a tokenizer while a call is traced. The prompts' padded tokens become the graph's inputs."""
 
     def __init__(self, tokenizer, texts: Sequence[str]):
         self.tokenizer, self.texts = tokenizer, list(texts)
@@ -82,7 +83,7 @@ class _Tokens:
 
 
 class _Text(nn.Module):
-    """Tokens of two prompts, target and source, to what the pipeline calls its denoiser with."""
+    """Turn the tokens of two prompts, target and source, into the inputs of the denoiser."""
 
     def __init__(self, model: Model, texts: Sequence[str]):
         super().__init__()
@@ -92,7 +93,7 @@ class _Text(nn.Module):
         for part in model.pipe.components.values():
             if isinstance(part, nn.Module) and hasattr(part, "set_attn_implementation"):
                 part.set_attn_implementation("eager")
-        # Registered, so that their weights stay tensors of the graph.
+        # The parts are registered, so that their weights stay tensors of the graph.
         self.parts = nn.ModuleList(p for p in model.pipe.components.values() if isinstance(p, nn.Module))
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -110,17 +111,18 @@ class _Text(nn.Module):
         return tuple(given.values())
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """The prompts' own tokens; the first call learns them."""
+        """The prompts' own tokens, which are recorded in a first call."""
         self.forward()
         return tuple(part for tokens in self.tokenizers.values() for part in tokens.inputs or ())
 
 
 class _Denoiser(nn.Module):
-    """Noisy pictures (n, ...) to guided answers.
+    """Turn noisy pictures (n, ...) into guided outputs.
 
-    ``timestep`` is a number. ``texts`` (n,) says which prompt each picture has, 0 the target's, 1 the source's.
-    ``mask`` (n, places), 0 to 1, says how much of the first picture's text keys and values each picture takes in each
-    layer; the last place is the pooled text's, where the model has one. ``conditions`` are the text graph's outputs.
+    ``timestep`` is a number. ``texts``, (n,), says which prompt each picture has: 0 for the target's, 1 for the
+    source's. ``mask``, (n, places), is the share, 0 to 1, of the first picture's text keys and values that each picture
+    takes in each layer. If the model has a pooled text, its share is in the last place. ``conditions`` are the outputs
+    of the text graph.
     """
 
     def __init__(self, model: Model, given: dict):
@@ -151,7 +153,7 @@ class _Denoiser(nn.Module):
             noisy = torch.cat([picture] * self.halves)
             answer = denoise(self.denoiser, noisy, timestep.expand(noisy.shape[0]), given)
         if lost := sorted(set(sites) - self.fired):
-            raise TextlocError(f"{lost[0]} took no part in the denoiser's call, so that a patch there would do nothing")
+            raise TextlocError(f"{lost[0]} took no part in the denoiser's call, so a patch there would have no effect")
         return guided(self.denoiser, answer, self.model.spec.guidance) if self.halves > 1 else answer
 
     def _mix(self, name: str, amount: torch.Tensor):
@@ -165,7 +167,7 @@ class _Denoiser(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Latents (n, channels, h, w) to pictures, uint8 (n, H, W, 3)."""
+    """Turn latents (n, channels, h, w) into pictures, uint8 (n, H, W, 3)."""
 
     def __init__(self, model: Model):
         super().__init__()
@@ -183,7 +185,7 @@ def _call(model: Model, texts: Sequence[str]) -> dict:
 
 
 def _tensors(given: Mapping, before: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a denoiser's arguments by their dotted names."""
+    """The tensors in a denoiser's arguments, by their dotted names."""
     found: dict[str, torch.Tensor] = {}
     for name, value in given.items():
         if isinstance(value, Mapping):
@@ -209,10 +211,10 @@ def _fill(given: Mapping, tensors) -> dict:
 def _graph(
     module: nn.Module, inputs: tuple, names: Sequence[str], outputs: Sequence[str], rows: Sequence[str] = ()
 ) -> bytes:
-    """A module as an ONNX graph; the first dimension of what ``rows`` names may have any size."""
+    """Export a module as an ONNX graph. The first dimension of the tensors in ``rows`` may have any size."""
     made = io.BytesIO()
     with warnings.catch_warnings():
-        # The tracer says what does not follow other shapes: the number of rows does, as the comparison shows.
+        # The tracer warns of values that do not change with shapes. The number of rows works, as the comparison shows.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module.eval(),
@@ -228,7 +230,7 @@ def _graph(
 
 
 def _in_halves(graph: bytes) -> bytes:
-    """Store in float16 the weights that lose nothing by it; the graph computes in float32 as before."""
+    """Store weights in float16 if this loses nothing. The graph still computes in float32."""
     import onnx
     from onnx import numpy_helper
 
@@ -254,20 +256,24 @@ def _in_halves(graph: bytes) -> bytes:
 
 
 def _noise(model: Model, seeds: Sequence[int], text: str) -> np.ndarray:
-    """What a run of each seed starts from, float32 (seeds, ...)."""
+    """The initial noise of a run with each seed, float32 (seeds, ...)."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     call = first_call(model, read_call, generator=generators, **_call(model, [text] * len(seeds)))
     return call.picture[: len(seeds)].numpy()
 
 
 def sampler(scheduler, steps: int) -> dict:
-    """A deterministic sampler as numbers; its timesteps are set already.
+    """Describe a deterministic sampler, whose timesteps are already set, by numbers.
 
-    Returns ``timesteps``; ``update``, of which row s holds how much of the noise and of the answers 0 to s is in the
-    picture after step s; ``clean``, how much of picture s and of answer s is in the clean picture expected at step s.
-    Raises TextlocError for a sampler that is not linear, draws noise, or scales what the denoiser sees.
+    Returns three entries. ``timesteps`` are the timesteps. Row s of ``update`` holds the factors of the noise and of
+    the outputs 0 to s in the picture after step s. Row s of ``clean`` holds the factors of picture s and of output s in
+    the clean picture that is expected at step s. Raises TextlocError for a sampler that is not linear, draws noise, or
+    scales the denoiser's input.
     """
-    refused = f"{type(scheduler).__name__} as it is set is no linear sampler that draws no noise; the lab needs one"
+    refused = (
+        f"{type(scheduler).__name__} with these settings cannot be used; the lab needs a linear sampler that draws no "
+        f"noise and has one timestep per step"
+    )
     timesteps = scheduler.timesteps
     if len(timesteps) != steps:
         raise TextlocError(refused)
@@ -284,7 +290,7 @@ def sampler(scheduler, steps: int) -> dict:
 
     basis = torch.eye(steps + 1)[:, None]  # samplers take rows
     update = torch.stack(run(basis[0], basis[1:]))[:, 0].double()
-    # What differs for numbers ten times as large, or from run to run, is not linear.
+    # A sampler is not linear if its result differs for numbers ten times as large, or from run to run.
     random = torch.randn(steps + 1, 1, 64, generator=torch.Generator().manual_seed(0))
     for scale in (1.0, 10.0):
         found = torch.stack(run(scale * random[0], scale * random[1:]))[:, 0].double()
@@ -298,7 +304,7 @@ def sampler(scheduler, steps: int) -> dict:
 
 
 def _clean(scheduler, step: int) -> tuple[float, float]:
-    """How much of the noisy picture and of the denoiser's answer is in the clean picture that is expected."""
+    """The factors of the noisy picture and of the denoiser's output in the clean picture that is expected."""
     if not hasattr(scheduler, "alphas_cumprod"):
         return 1.0, -float(scheduler.sigmas[step])  # flow matching
     signal = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
@@ -307,15 +313,15 @@ def _clean(scheduler, step: int) -> tuple[float, float]:
     return signal**-0.5, -((1 - signal) ** 0.5) * signal**-0.5
 
 
-# --- what a prompt may name ------------------------------------------------------------------------------------
+# --- factors that a prompt may name ----------------------------------------------------------------------------
 
 
 def choices(spec: ModelSpec) -> dict:
-    """What a prompt of a miniature's world may name, as the lab's page needs it.
+    """The factors that a prompt of a miniature's world may name, in the form that the lab's page needs.
 
-    ``factors`` are names with their values. ``groups`` are factors that a prompt names together or not at all, and
-    ``templates`` the sentence for each set of groups, keyed by their numbers. ``clashes`` are pairs of values that the
-    world does not have. ``articles`` tell what ``{a}`` before a sign's colour is.
+    ``factors`` are the names of factors with their values. A prompt names all factors of one of ``groups``, or none of
+    them. ``templates`` are the sentences for each set of groups, by the numbers of the groups. ``clashes`` are pairs of
+    values that the world does not have. ``articles`` are the values of ``{a}`` before the colour of a sign.
     """
     values = {
         "sign": tuple(world.SIGNS),
@@ -351,7 +357,7 @@ def choices(spec: ModelSpec) -> dict:
 
 
 def _sentences() -> tuple[list[list[str]], dict[str, str]]:
-    """Groups of the second world's factors, and a caption for every set of them, as the miniatures learn them."""
+    """Groups of the second world's factors, and a caption for every set of groups, as in the miniatures' training."""
     groups = [["sign", "shape"], ["material"], ["typeface"], ["ink"]]
     templates = {}
     for named in itertools.product([False, True], repeat=len(groups)):
@@ -368,7 +374,7 @@ def _sentences() -> tuple[list[list[str]], dict[str, str]]:
 
 
 def reader() -> tuple[dict, np.ndarray]:
-    """What the template reader of ``miniatures.factors`` knows: its numbers, and its letters (faces x 26, h, w)."""
+    """The data of the template reader in ``miniatures.factors``: its numbers, and its letters (faces x 26, h, w)."""
     faces = list(world.TYPEFACES)
     letters = np.concatenate([world.atlas(face) for face in faces])
     letters = letters - letters.mean((1, 2), keepdims=True)
@@ -394,10 +400,10 @@ def reader() -> tuple[dict, np.ndarray]:
 
 
 def export(model: Model, folder: Path, key: str = "") -> dict:
-    """Write a miniature's graphs, noise and ``model.json`` to a new folder; returns what the last one holds.
+    """Write a miniature's graphs, noise and ``model.json`` to a new folder. Returns the content of ``model.json``.
 
-    ``key`` is kept there. Raises TextlocError for a model that the lab cannot run, and where the graphs draw another
-    picture than the package.
+    ``key`` is kept in ``model.json``. Raises TextlocError for a model that the lab cannot run, and if the graphs and
+    the package draw different pictures.
     """
     spec = model.spec
     known = choices(spec)
@@ -458,7 +464,7 @@ def export(model: Model, folder: Path, key: str = "") -> dict:
 
 
 def _plain(tokenizer):
-    """A tokenizer's table with marks split off by a pattern: in JavaScript marks beside each other stay together."""
+    """A tokenizer's table that splits marks with a pattern. Otherwise JavaScript does not split neighbouring marks."""
     if isinstance(tokenizer, list):
         return [_plain(part) for part in tokenizer]
     if not isinstance(tokenizer, dict):
@@ -469,26 +475,26 @@ def _plain(tokenizer):
 
 
 def _known(model: Model) -> list[int]:
-    """The localized layers, where a search with these very weights is published."""
+    """The localized layers, if a search with exactly these weights is published."""
     try:
         return list(known_layers(model))
-    except TextlocError:  # new weights come before their tables
+    except TextlocError:  # new weights have no tables yet
         return []
 
 
 def _check(model: Model) -> None:
-    """Raise TextlocError for a model that the lab's loop does not know how to run."""
+    """Raise TextlocError for a model that the lab's loop cannot run."""
     parts, name = model.pipe.components, model.spec.name
     if model.stage2 is not None or not ("vae" in parts or "vqvae" in parts):
-        raise TextlocError(f"{name} has a second stage or no autoencoder; the lab draws with one denoiser on latents")
+        raise TextlocError(f"{name} has a second stage or no autoencoder; the lab needs one denoiser on latents")
     if model.evaluations() > 1 and not model.doubled:
-        raise TextlocError(f"{name} calls its denoiser once more for negatives; the lab knows doubled batches")
+        raise TextlocError(f"{name} calls its denoiser once more for negatives; the lab needs doubled batches")
     if any(layer.context or layer.columns for layer in model.layers):
-        raise TextlocError(f"{name} has layers that read text and picture in one; the lab patches whole outputs")
+        raise TextlocError(f"{name} has layers that read text and picture together; the lab needs separate outputs")
 
 
 def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequence[str]) -> None:
-    """Raise TextlocError unless the graphs draw what the package draws: source, target, and a half of the layers."""
+    """Raise TextlocError unless graphs and package draw the same: source, target, and a patch of half of the layers."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -530,20 +536,20 @@ def _compare(model: Model, graphs: Mapping[str, bytes], about: dict, texts: Sequ
     off = np.abs(drawn.astype(int) - wanted)
     if off.max() > MOST or (off <= 1).mean() < SHARE:
         raise TextlocError(
-            f"the exported {about['name']} draws other pictures than the package: {(off <= 1).mean():.2%} of the bytes "
-            f"within one grey level, the largest difference {off.max()}"
+            f"the exported {about['name']} and the package draw different pictures: {(off <= 1).mean():.2%} of the "
+            f"bytes differ by at most one grey level, and the largest difference is {off.max()}"
         )
 
 
 def build(log=lambda line: None) -> dict[str, dict]:
     """Bring the lab's files in WORK up to date: the runtime, and every miniature that the lab can run.
 
-    A miniature is exported again where its files or what exports it changed. Returns each one's ``model.json``.
+    A miniature is exported again if its files or the code of the export changed. Returns each ``model.json``.
     """
     names = [name for name, spec in models.registry().items() if spec.miniature and spec.stage2 is None]
     if not names:
         raise TextlocError(
-            f"there is no miniature for the lab in {data_dir() / 'miniatures'}; restore them, or train one"
+            f"there is no miniature for the lab in {data_dir() / 'miniatures'}; restore the miniatures, or train one"
         )
     WORK.mkdir(parents=True, exist_ok=True)
     with FileLock(WORK / "lock"):
@@ -561,7 +567,7 @@ def build(log=lambda line: None) -> dict[str, dict]:
 
 
 def _key(folder: Path) -> str:
-    """Digest of a miniature's files and of all that its export hangs on."""
+    """Digest of a miniature's files and of everything else that its export depends on."""
     package = Path(textloc_utils.__file__).parent
     own = [Path(__file__), *(package / name for name in ("generate.py", "prompts.py")), *package.glob("models/*.*")]
     own += [package / "miniatures" / "world.py", *data_dir().glob(f"results/localize_{folder.name}_*.json")]
@@ -574,7 +580,7 @@ def _key(folder: Path) -> str:
 
 
 def _runtime(log) -> None:
-    """Install the lab's two packages from npm as the lock file pins them, once for each lock."""
+    """Install the lab's two packages from npm, with the versions of the lock file, once for each lock file."""
     lock = (LOCK / "package-lock.json").read_bytes()
     stamp, digest = WORK / "npm" / "digest", hashlib.sha256(lock).hexdigest()
     if stamp.is_file() and stamp.read_text() == digest:
@@ -590,12 +596,12 @@ def _runtime(log) -> None:
         missing = [path for path in RUNTIME if not (folder / "node_modules" / path).is_file()]
         if ran.returncode or missing:
             said = (str(ran.stderr).strip().splitlines() or [f"{missing} not installed"])[0]
-            raise TextlocError(f"npm cannot install the lab's runtime: {said}; is its registry reachable?")
+            raise TextlocError(f"npm cannot install the lab's runtime: {said}; check that npm's registry is reachable")
         (folder / "digest").write_text(digest)
 
 
 def publish(site: Path) -> int:
-    """Copy what :func:`build` made to a folder of the site; returns the runtime's bytes."""
+    """Copy the files that :func:`build` made to a folder of the site. Returns the runtime's size in bytes."""
     site.mkdir(parents=True, exist_ok=True)
     for path in RUNTIME:
         shutil.copyfile(WORK / "npm" / "node_modules" / path, site / Path(path).name)

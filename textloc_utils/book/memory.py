@@ -1,4 +1,4 @@
-"""A log of the memory of the host and of its GPUs while notebooks run, for the runs that memory ends."""
+"""A log of the memory of the host and of its GPUs while notebooks run. It helps when a run ends for lack of memory."""
 
 import contextlib
 import csv
@@ -17,7 +17,7 @@ _QUERY = "--query-gpu=index,name,memory.used,memory.total,power.draw"
 
 
 def accelerators() -> list[tuple[str, str, float, float, float | None]]:
-    """Index, name, used and total memory (GiB) and power (W; None where it is not told) of each GPU of the driver."""
+    """Index, name, used and total memory (GiB) and power (W, or None if unknown) of each GPU that the driver knows."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
@@ -33,9 +33,10 @@ def accelerators() -> list[tuple[str, str, float, float, float | None]]:
 
 
 class Log:
-    """Reads memory every ``seconds`` inside a ``with`` block, into a CSV file of COLUMNS.
+    """Write the used memory to a CSV file with COLUMNS, every ``seconds`` inside a ``with`` block.
 
-    Each reading is on the disk before the next: the log outlives the machine's end. A disk that is full ends no run.
+    Each reading is written to the disk immediately, so the log survives a crash of the machine. A full disk does not
+    stop the run.
     """
 
     def __init__(self, path: Path, seconds: float = 5.0):
@@ -80,7 +81,7 @@ def peak(path: Path) -> str:
 
 
 def watt_hours(path: Path) -> float | None:
-    """What the GPUs drew over a log, by its readings; None where none tells its power."""
+    """The energy that the GPUs used during a log, from its readings. None if no GPU reports its power."""
     log = _read(path).dropna(subset="watts")
     if log.empty:
         return None
@@ -89,7 +90,7 @@ def watt_hours(path: Path) -> float | None:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """A log; an empty one where none could be written."""
+    """Read a log. It is empty if it could not be written."""
     try:
         return pd.read_csv(path, parse_dates=["time"])
     except (OSError, pd.errors.EmptyDataError):

@@ -1,13 +1,14 @@
 """Execute the book's notebooks with papermill: in parallel, resumable, and only those whose outputs may have changed.
 
-A notebook is executed to a scratch path, what differs from run to run is taken out, and the result replaces the old
-file only after it ran through. A stamp beside the scratch files holds a digest of all that the outputs depend on: the
-notebook's own code and parameters, the package, the data, and the versions of what it requires. Published results are
-left out, as the store of results is: a notebook that computes them would never be done. A change of prose alone makes
-no notebook out of date that is executed in place. A copy holds the prose, too, and is made again.
+A notebook is executed to a scratch file. Then everything that differs from run to run is removed. The result replaces
+the old file only if the execution was complete. A stamp, which is next to the scratch files, holds a digest of all
+inputs of the outputs: the notebook's own code and parameters, the package, the data, and the versions of the required
+packages. Published results and the store of results do not count. Otherwise a notebook that computes them would never
+be up to date. If only the text cells change, a notebook that is executed in place stays up to date. A copy also holds
+the text cells, so it is made again.
 
-One run of one notebook at a time: the others are refused. Each papermill ends with whoever started it, however that
-ended, and takes its kernel along.
+A notebook can have only one run at a time. Further runs are refused. Each papermill process ends, with its kernel, when
+the process that started it ends for any reason.
 """
 
 import contextlib
@@ -36,24 +37,24 @@ from textloc_utils.settings import ROOT, TextlocError, check_writable, data_dir,
 
 #: Scratch files, logs and stamps.
 WORK = ROOT / "_build" / "executed"
-#: The log of memory, among the scratch files.
+#: The log of memory, in the folder of the scratch files.
 MEMORY = "memory.csv"
-#: What nbstripout takes out besides papermill's notes, so that two runs give the same bytes.
+#: The metadata that nbstripout removes, so that two runs give the same bytes.
 STRIPPED = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
-#: What nbformat raises for files that are something else, JSON of another shape among them.
+#: The errors that nbformat raises for files that are not notebooks, including JSON with another structure.
 _NO_NOTEBOOK = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
     *(nbformat.reader.NotJSONError, nbformat.ValidationError),
 )
-#: More processes than this want more memory than a laptop has.
+#: Largest default number of processes. More would need more memory than a laptop has.
 MOST = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """One notebook to execute: ``source`` is read, ``out`` is written, with ``parameters`` in place of its own.
+    """One notebook to execute: ``source`` is read, and ``out`` is written. ``parameters`` replace the notebook's own.
 
-    ``environment`` holds variables for its kernel besides those of this process.
+    ``environment`` holds further environment variables for its kernel.
     """
 
     source: Path
@@ -63,26 +64,26 @@ class Execution:
 
     @property
     def in_place(self) -> bool:
-        """Whether the notebook itself is written."""
+        """Whether the notebook itself is overwritten."""
         return self.out.resolve() == self.source
 
     def made(self) -> dict:
-        """What the last execution took and where: seconds, device, commit, created."""
+        """The time and place of the last execution: seconds, device, commit, created."""
         return json.loads(self.stamp.read_text())["made"]
 
     @property
     def stamp(self) -> Path:
-        """The stamp of this source and out; other parameters change what it holds, not its name."""
+        """The stamp file of this source and out. Other parameters change its content, but not its name."""
         return WORK / f"{self.source.stem}-{_short_hash((str(self.source), str(self.out)))}.json"
 
     @property
     def lock(self) -> Path:
-        """Held by the run that writes ``out``."""
+        """The lock file that is held by the run that writes ``out``."""
         return WORK / f"{self.out.stem}-{_short_hash(str(self.out))}.lock"
 
     @property
     def command(self) -> str:
-        """The command line that executes it."""
+        """The command line that executes this notebook."""
         options = [part for name, value in self.parameters.items() for part in (f"--{name.lower()}", str(value))]
         return shlex.join(["textloc", "run", self.source.name, *options])
 
@@ -92,14 +93,14 @@ def _short_hash(what) -> str:
 
 
 class _Papermills:
-    """The processes that execute notebooks. Each watches a pipe that is held here, and ends when it is closed."""
+    """The processes that execute notebooks. Each one watches a pipe of this process, and ends when it is closed."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen] = []
         self._ended = False
 
     def run(self, arguments: Sequence, **options) -> int:
-        """Run papermill to its end; returns its exit status."""
+        """Run papermill to its end and return its exit status."""
         command = [sys.executable, "-m", "textloc_utils.ends_with_parent", "papermill", *arguments]
         with subprocess.Popen(command, stdin=subprocess.PIPE, **options) as process:
             self._started.append(process)
@@ -108,7 +109,7 @@ class _Papermills:
             return process.wait()
 
     def end(self) -> None:
-        """End all that run, and all that would start after this."""
+        """End all running processes, and all that are started later."""
         self._ended = True
         for process in self._started:
             assert process.stdin is not None
@@ -116,20 +117,21 @@ class _Papermills:
 
 
 def plan(notebooks: Sequence[str | Path], parameters: Mapping, out: str | Path | None = None) -> list[Execution]:
-    """What to execute: the named notebooks, or all of the book, each with those of the parameters that it has.
+    """Plan the executions of the given notebooks, or of all notebooks of the book.
 
-    Without parameters and ``out`` a notebook is executed in place; otherwise the result goes to the folder ``out``.
-    Raises TextlocError for a file that is no notebook, or that has no cell of parameters where some are given.
+    Each notebook takes the parameters that it has. Without parameters and ``out``, a notebook is executed in place.
+    Otherwise the result is written to the folder ``out``. Raises TextlocError for a file that is not a notebook, and
+    for a notebook without a cell of parameters if parameters are given.
     """
     paths = [Path(n) for n in notebooks] or sorted((ROOT / "notebooks").glob("*.ipynb"))
     if parameters and out is None:
-        raise TextlocError("other parameters give other outputs: name a folder for them with --out")
+        raise TextlocError("other parameters give other outputs: give a folder for them with --out")
     planned = []
     for path in paths:
         cells = read(path).cells
         tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
         if parameters and not tagged:
-            raise TextlocError(f"{path} has no cell tagged parameters, so that none can be set")
+            raise TextlocError(f"{path} has no cell with the tag parameters, so no parameter can be set")
         known = {k: v for k, v in parameters.items() if any(_assigns(source, k) for source in tagged)}
         target = path if out is None else Path(out) / path.name
         planned.append(Execution(source=path.resolve(), out=target.absolute(), parameters=known))
@@ -141,12 +143,13 @@ def plan(notebooks: Sequence[str | Path], parameters: Mapping, out: str | Path |
 def execute(
     planned: Sequence[Execution], *, jobs: int | None = None, timeout: int = 1800, progress: bool = False
 ) -> list[Execution]:
-    """Execute what is out of date, ``jobs`` notebooks at a time (default: a process per core); returns those executed.
+    """Execute all notebooks that are out of date, ``jobs`` in parallel (default: one per core, at most MOST).
 
-    ``timeout`` is in seconds, for one cell. Each process computes with one thread: two with a thread per core each are
-    many times slower, and sums come out the same whatever runs beside them. What fails is told at once, with its
-    reason; in the end a TextlocError names all that failed. Old files are left as they were, and the others are
-    finished first. Interrupted, it ends what runs.
+    Returns the executions that were done. ``timeout`` is the limit for one cell, in seconds. Each process computes with
+    one thread. Two processes with one thread per core each would be many times slower, and their sums could depend on
+    other processes. A failure is reported immediately with its reason, and the old file is not changed. The other
+    notebooks are still executed. At the end a TextlocError names all failures. If this process is interrupted, it ends
+    all running executions.
     """
     if jobs is not None and jobs < 1:
         raise TextlocError(f"at least one job is needed, got {jobs}")
@@ -167,7 +170,7 @@ def execute(
             for done in as_completed(running):
                 name = running[done].source.name
                 if reason := done.result():
-                    if re.search(r"DeadKernelError|signal \d+ \(", reason):  # memory that ran out ends processes so
+                    if re.search(r"DeadKernelError|signal \d+ \(", reason):  # a typical end for lack of memory
                         reason = f"{reason}; last reading of memory: {memory.last(log.path)}"
                     failed[name] = reason
                 bar.write(f"failed   {name}: {reason}" if reason else f"executed {name}", file=sys.stderr)
@@ -178,19 +181,19 @@ def execute(
             raise
     if failed:
         told = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
-        raise TextlocError(f"{len(failed)} of {len(planned)} notebooks failed and are left as they were: {told}")
+        raise TextlocError(f"{len(failed)} of {len(planned)} notebooks failed and were not changed: {told}")
     return stale
 
 
 def _execute(execution: Execution, key: str, timeout: int, papermills: _Papermills) -> str | None:
-    """Execute one notebook; returns why it failed, or None."""
+    """Execute one notebook. Returns the reason why it failed, or None."""
     try:
         with FileLock(execution.lock, timeout=0):
             if _is_current(execution, key):  # another run has just done it
                 return None
             return _execute_alone(execution, key, timeout, papermills)
     except Timeout:
-        return "another run of it is under way; wait for it, or end it"
+        return "another run of this notebook is in progress; wait for it, or stop it"
     except OSError as error:
         return f"{WORK} cannot be written ({error.strerror})"
 
@@ -202,7 +205,7 @@ def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Pa
     for name, value in execution.parameters.items():
         arguments += ["-p", name, str(value)]
     environment = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "TQDM_DISABLE": "1"}
-    # A papermill that is killed leaves behind how to reach its kernel; the next run of the notebook removes it.
+    # A killed papermill leaves the connection file of its kernel behind. The next run of the notebook removes it.
     environment |= {results.COMMAND: execution.command, "TMPDIR": str(temporary), **execution.environment}
     temporary.mkdir(exist_ok=True)
     with log.open("w") as file:
@@ -219,12 +222,12 @@ def _execute_alone(execution: Execution, key: str, timeout: int, papermills: _Pa
         stamp = {"key": key, "sha256": _written(execution), "made": made}
         files.write_text(execution.stamp, json.dumps(stamp))
     except TextlocError as error:
-        return f"executed, and {error} (it is kept as {scratch})"
+        return f"it was executed, but {error} (the result is kept as {scratch})"
     return None
 
 
 def _made(scratch: Path) -> dict:
-    """What an execution took and where, from papermill's notes and this process."""
+    """The time and place of an execution, from papermill's notes and from this process."""
     about = results.provenance()
     device = next((name for _, name, *_ in memory.accelerators()), about["device"])
     seconds = json.loads(scratch.read_text(encoding="utf-8"))["metadata"]["papermill"]["duration"]
@@ -232,28 +235,28 @@ def _made(scratch: Path) -> dict:
 
 
 def _reason(log: Path) -> str:
-    """The line of a log that tells the last error, or else its last line."""
+    """The line of a log with the last error. If there is none, the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     told = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)(: |$)", line)]
     return (told or lines or [""])[-1]
 
 
 def read(path: str | Path) -> nbformat.NotebookNode:
-    """A notebook in format 4; TextlocError for a file that is none."""
+    """Read a notebook in format 4. Raises TextlocError for a file that is not a notebook."""
     try:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
     except _NO_NOTEBOOK as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise TextlocError(f"{path} is no notebook that can be read: {reason}") from None
+        raise TextlocError(f"{path} cannot be read as a notebook: {reason}") from None
     return notebook
 
 
 def strip(path: str | Path) -> None:
-    """Take out of an executed notebook what differs from run to run, so that two runs give the same bytes.
+    """Remove from an executed notebook everything that differs from run to run. Then two runs give the same bytes.
 
-    Times and papermill's notes go, and what a cell printed becomes one output, however the kernel cut it apart.
-    Raises TextlocError for a file that is no notebook.
+    Times and papermill's notes are removed. The printed parts of a cell are joined to one output, because the kernel
+    splits them at random places. Raises TextlocError for a file that is not a notebook.
     """
     path, notebook = Path(path), read(path)
     for cell in notebook.cells:
@@ -275,11 +278,11 @@ def strip(path: str | Path) -> None:
             raise TextlocError(f"{path} cannot be stripped: {told[-1]}")
 
 
-# --- what outputs depend on -------------------------------------------------------------------------------------
+# --- the inputs of outputs --------------------------------------------------------------------------------------
 
 
 def _is_current(execution: Execution, key: str) -> bool:
-    """Whether the file is what an execution with this key wrote."""
+    """Whether the file was written by an execution with this key and not changed since then."""
     try:
         stamp = json.loads(execution.stamp.read_text())
         return (stamp["key"], stamp["sha256"]) == (key, _written(execution)) and "made" in stamp
@@ -288,7 +291,7 @@ def _is_current(execution: Execution, key: str) -> bool:
 
 
 def _written(execution: Execution) -> str:
-    """Digest of what was executed: of the file, or in place of its cells with code and their outputs."""
+    """Digest of an executed notebook: of the file, or, if executed in place, of its code cells with their outputs."""
     if not execution.in_place:
         return files.sha256_of(execution.out)
     cells = json.loads(execution.out.read_text(encoding="utf-8"))["cells"]
@@ -302,11 +305,11 @@ def _key(execution: Execution, shared: str) -> str:
 
 
 def _inputs() -> str:
-    """One digest of the package, the data (results and training runs aside) and the installed versions."""
+    """One digest of the package, the data (without results and training runs) and the installed versions."""
     digest = hashlib.sha256(f"tesseract {ocr.tesseract_version()}\n".encode())
     required = {Requirement(line).name for line in importlib.metadata.requires("textloc-utils") or ()}
     for name in sorted(required):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra that is not installed
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the package of an extra may be missing
             digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
     aside = {data_dir() / "results", data_dir() / "runs"}
     data = sorted(p for p in data_dir().rglob("*") if p.is_file() and not aside & set(p.parents) and p.suffix != ".md")

@@ -1,7 +1,7 @@
-"""What the published tables say of each of the paper's claims, by the rules of ``data/claims.toml``.
+"""The outcomes of the paper's claims, from the published tables and the rules of ``data/claims.toml``.
 
-The rules were written before the tables were made. A claim is judged for each model, only on tables that were made
-with the very weights at hand. Nothing is computed anew here.
+The rules were written before the tables were made. A claim is judged for each model, and only on tables that were made
+with exactly this model's weights. No measurement is repeated here.
 """
 
 import tomllib
@@ -18,13 +18,13 @@ from textloc_utils.settings import TextlocError, data_dir
 
 SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE = "supported", "contradicted", "undecided", "untestable here"
 OPEN = "not measured yet"
-#: What an entry of claims.toml has.
+#: The keys of an entry of claims.toml.
 KEYS = ("claim", "paper", "for", "against", "data", "n", "world", "tables", "command")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a model's tables say of a claim: one of the four outcomes, the figure in words, and the number of pairs."""
+    """The result of a claim for one model: one of the four outcomes, the figure in words, and the number of pairs."""
 
     outcome: str
     figure: str
@@ -32,25 +32,25 @@ class Outcome:
 
 
 def rules() -> dict[str, dict]:
-    """The entries of ``data/claims.toml`` by name. Raises TextlocError for one without a judge or without its KEYS."""
+    """The entries of ``data/claims.toml`` by name. Raises TextlocError for one without a judge or with wrong keys."""
     known = tomllib.loads((data_dir() / "claims.toml").read_text())
     for name, rule in known.items():
         if name not in JUDGES or set(rule) != set(KEYS):
-            raise TextlocError(f"claims.toml: {name} needs a judge, and just {', '.join(KEYS)}")
+            raise TextlocError(f"claims.toml: {name} needs a judge, and exactly the keys {', '.join(KEYS)}")
     return known
 
 
 def judged(models: Sequence[Model]) -> pd.DataFrame:
     """Every claim for every model, one row each.
 
-    Columns name, claim, paper, model, outcome (OPEN where no table of these weights is there), figure, n, tables (those
-    it was judged on, joined by spaces) and minutes (that they took).
+    Columns: name, claim, paper, model, outcome (OPEN if there is no table with these weights), figure, n, tables (the
+    names of the tables that were used, joined by spaces) and minutes (the time of these tables).
     """
     rows = []
     for name, rule in rules().items():
         for model in models:
             wanted = [table.format(model.spec.name) for table in rule["tables"]]
-            # Other trainings have other weights.
+            # The tables of other trainings have other weights, so they are found by name only.
             tables = [
                 trainings.published(model) if table.startswith("trainings_") else published_table(model, table)
                 for table in wanted
@@ -69,7 +69,7 @@ def judged(models: Sequence[Model]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# --- judges: the claim's tables in, its outcome out ---------------------------------------------------------------
+# --- judges: functions from a claim's tables to its outcome -------------------------------------------------------
 
 
 def _between(supported: bool, contradicted: bool, figure: str, n: int) -> Outcome:
@@ -86,11 +86,11 @@ def _found(table: pd.DataFrame) -> dict:
 
 
 def few(search: pd.DataFrame, trainings: pd.DataFrame | None) -> Outcome:
-    """At most 15 % of the layers in every training, against more than 30 % in two."""
+    """Supported: at most 15 % of the layers in every training. Contradicted: more than 30 % in two trainings."""
     found = _found(search)
     sets = [(len(found["layers"]), len(found["effects"]))]
     if trainings is not None:
-        # A set that was planted says nothing of where training would put it.
+        # Planted sets do not count, because training did not choose their layers.
         own = trainings[(trainings.search == "exhaustive") & (trainings.planted == "")]
         sets += list(own[["number", "of"]].itertuples(index=False, name=None))
     shares = [number / of for number, of in sets]
@@ -100,13 +100,13 @@ def few(search: pd.DataFrame, trainings: pd.DataFrame | None) -> Outcome:
 
 
 def share(search: pd.DataFrame) -> Outcome:
-    """Below 1 % of the parameters."""
+    """Supported: below 1 % of the parameters. Otherwise contradicted."""
     part = _found(search)["share"]
     return _between(part < 0.01, part >= 0.01, f"{100 * part:.2f} %", 0)
 
 
 def others(reported: pd.DataFrame) -> Outcome:
-    """All other layers together have a text effect of surely at most 0.05, against surely 0.2."""
+    """All other layers' text effect. Supported: surely at most 0.05. Contradicted: surely at least 0.2."""
     part = reported[(reported.differs == "text") & (reported.kind == "others")]
     if part.empty:
         return Outcome(outcome=UNTESTABLE, figure="the text set has all layers", n=0)
@@ -116,7 +116,7 @@ def others(reported: pd.DataFrame) -> Outcome:
 
 
 def specific(text: pd.DataFrame, *factors: pd.DataFrame | None) -> Outcome:
-    """Every other factor's set is twice as large or disjoint, against the same set or none that is larger."""
+    """Supported: every other set is twice as large or disjoint. Contradicted: one is equal, or none is larger."""
     own = set(_found(text)["layers"])
     sets = {
         name: set(_found(table)["layers"])
@@ -132,7 +132,7 @@ def specific(text: pd.DataFrame, *factors: pd.DataFrame | None) -> Outcome:
 
 
 def carries(carried: pd.DataFrame) -> Outcome:
-    """The text's set moves each other factor in at most 5 % of the pictures, against 20 % of any."""
+    """Supported: the text's set changes each other factor in at most 5 % of the pictures. Contradicted: any in 20 %."""
     moved = specificity.moved(carried)
     moved = moved[moved.kind == "found"].set_index("factor")
     figure = ", ".join(f"{name} {_span(row, 'moved')}" for name, row in moved.iterrows())
@@ -140,14 +140,14 @@ def carries(carried: pd.DataFrame) -> Outcome:
 
 
 def writes(table: pd.DataFrame) -> Outcome:
-    """As much gain in spelling for less drift, against another arm's; see ``lora_looks.writes``."""
+    """The gain in spelling is as large as that of the other arms, with less drift; see ``lora_looks.writes``."""
     return Outcome(**lora_looks.writes(table))
 
 
 def edits(table: pd.DataFrame) -> Outcome:
-    """The material is kept where the new prompt changes it, and the text is written as often.
+    """The material is kept although the new prompt changes it, and the text is written equally often.
 
-    Where the new prompt keeps the material, there is nothing to test.
+    If the new prompt keeps the material, the claim cannot be tested.
     """
     kept = edit.kept(table).set_index("method")
     ours, plain = kept.loc[edit.LOCALIZED], kept.loc[edit.SAME_SEED]
@@ -163,7 +163,7 @@ def edits(table: pd.DataFrame) -> Outcome:
 
 
 def maps(table: pd.DataFrame) -> Outcome:
-    """Surely more of the picture is kept than by either Prompt-to-Prompt, at an exact rate not lower by 0.02."""
+    """More is surely kept of the picture than by each Prompt-to-Prompt, and the exact rate is at most 0.02 lower."""
     less = edit.differences(table, ["ssim_outside", "exact"]).set_index(["method", "score"])
     pairs = [(less.loc[(name, "ssim_outside")], less.loc[(name, "exact")]) for name in (edit.P2P, edit.P2P_OWN)]
     figure = "; ".join(
@@ -176,7 +176,7 @@ def maps(table: pd.DataFrame) -> Outcome:
 
 
 def cheap(table: pd.DataFrame) -> Outcome:
-    """At most 1.05 times the cost of both pictures, which the same seed draws one of."""
+    """At most 1.05 times the cost of both pictures. The method "same seed" draws one of them."""
     by = table.groupby("method")
     rows, seconds = by.row_evaluations.mean(), by.seconds.median()
     ratio, time = (cost[edit.LOCALIZED] / (2 * cost[edit.SAME_SEED]) for cost in (rows, seconds))
@@ -190,7 +190,7 @@ def toxic(table: pd.DataFrame) -> Outcome:
 
 
 def free(table: pd.DataFrame) -> Outcome:
-    """Not one row evaluation more than the unguarded picture, and 1.05 times its seconds."""
+    """No more row evaluations than for the unguarded picture, and at most 1.05 times its seconds."""
     toxic = table[table.kind == "toxic"].groupby("method")
     rows, seconds = toxic.row_evaluations.sum(), toxic.seconds.median()
     more, time = rows["guard"] / rows["unguarded"] - 1, seconds["guard"] / seconds["unguarded"]

@@ -1,8 +1,8 @@
-"""Figures from pictures and tidy tables: each function returns a matplotlib Figure, ``strip`` returns HTML.
+"""Figures from pictures and tidy tables: each function returns a matplotlib Figure, and ``strip`` returns HTML.
 
-All figures are read on a phone, too, and in the dark. They are as wide as a phone shows without making their letters
-too small, and panels are stacked instead. They have no ground, and letters and lines in a grey that stands out from
-white and from black alike.
+All figures can be read on a phone and in dark mode. They are only so wide that their letters are large enough on a
+phone, and panels are stacked. Figures have a transparent background. Letters and lines are in a grey that is visible on
+white and on black.
 """
 
 import base64
@@ -25,11 +25,12 @@ from PIL import Image
 
 MEAN = ("mean", "low", "high")
 SOURCE, TARGET, QUIET = "#4878a8", "#c8553d", "#9a9a9a"
-#: From nothing, which shows the page, to a colour.
+#: From transparent, which shows the page, to a colour.
 HEAT = LinearSegmentedColormap.from_list("heat", [to_rgba(TARGET, 0), to_rgba(TARGET, 1)])
-#: Inches. A phone shows a figure 350 CSS pixels wide: letters of 10 points are then 11 pixels high.
+#: Width in inches, and size of letters in points. A phone shows a figure 350 CSS pixels wide. Letters of 10 points are
+#: then 11 pixels high.
 WIDTH, POINTS = 4.4, 10
-#: Letters and lines: a contrast of more than 4 to a white page and to a dark one.
+#: Colour of letters and lines. Its contrast is more than 4 on a white page and on a dark page.
 INK = "#797979"
 STYLE = {
     "figure.facecolor": "none",
@@ -45,15 +46,15 @@ STYLE = {
 
 
 def _figure(height: float, **options) -> Figure:
-    """A figure made by pyplot, so that notebooks know how to show it, and closed, so that they show it once."""
-    plt.rcParams.update(STYLE)  # also what is drawn into it later
+    """Make a figure with pyplot, so that notebooks can show it, and close it, so that they show it only once."""
+    plt.rcParams.update(STYLE)  # also for everything that is drawn into it later
     figure = plt.figure(layout="constrained", figsize=(WIDTH, height), **options)
     plt.close(figure)
     return figure
 
 
 def _panels(names: Iterable[str], height: float, *, columns: int = 1, **options):
-    """A figure and its axes, one per name and titled by it, each row of them of a height in inches."""
+    """Make a figure with one axis per name, which is its title. ``height`` is that of each row of axes, in inches."""
     names = list(names)
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
@@ -68,13 +69,13 @@ def _panels(names: Iterable[str], height: float, *, columns: int = 1, **options)
 
 
 def _legend(figure: Figure, axes: Iterable) -> None:
-    """One legend below all axes, with what the fullest of them names, in two columns where they fit."""
+    """Add one legend below all axes, with the labels of the axis that has most, in two columns if they fit."""
     marks, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda each: len(each[1]))
     figure.legend(marks, labels, loc="outside lower center", ncols=1 if max(map(len, labels)) > 22 else 2)
 
 
 def _heat(axis: Axes, values: pd.DataFrame | np.ndarray, label: str, **options) -> None:
-    """A heat map of shares with a bar beside it, named ``label``, and a frame."""
+    """Draw a heat map of shares with a frame and a colour bar, which has the name ``label``."""
     sns.heatmap(values, ax=axis, vmin=0, vmax=1, cmap=HEAT, cbar_kws={"label": label}, **options)
     axis.tick_params(axis="both", rotation=0)
     for spine in axis.spines.values():
@@ -82,7 +83,7 @@ def _heat(axis: Axes, values: pd.DataFrame | np.ndarray, label: str, **options) 
 
 
 def _error(table: pd.DataFrame, score: str = "") -> np.ndarray:
-    """How far the interval of a score, or of the column mean, reaches below and above it: (2, rows)."""
+    """Lengths of the interval below and above a score, or below and above the column mean: (2, rows)."""
     mean, low, high = (table[name] for name in ((score, f"{score}_low", f"{score}_high") if score else MEAN))
     return np.abs(np.stack([mean - low, high - mean]))
 
@@ -90,16 +91,16 @@ def _error(table: pd.DataFrame, score: str = "") -> np.ndarray:
 def pictures(
     images: Sequence[np.ndarray] | np.ndarray, titles: Sequence[str], *, columns: int = 4, width: float = WIDTH
 ) -> Figure:
-    """A grid of uint8 pictures (H, W, 3) with a title each; pixels stay crisp.
+    """A grid of uint8 pictures (H, W, 3), each with a title. Pixels are not smoothed.
 
-    More than four columns are folded, into as many as divide them where that is possible. ``width`` is in inches, at
-    most WIDTH.
+    If there are more than four columns, fewer are used, if possible a divisor of their number. ``width`` is in inches,
+    at most WIDTH.
     """
     columns = max((n for n in range(2, 5) if columns % n == 0), default=4) if columns > 4 else columns
     rows = -(-len(images) // columns)
     height, across = images[0].shape[:2]
     cell = min(width, WIDTH) / columns
-    letters = int(cell * 72 / (0.62 * POINTS))  # in a line
+    letters = int(cell * 72 / (0.62 * POINTS))  # letters per line
     titles = [textwrap.fill(title, letters) for title in titles]
     lines = max(title.count("\n") + 1 for title in titles)
     figure = _figure(rows * (cell * height / across + lines * POINTS * 1.25 / 72 + 0.06))
@@ -113,10 +114,10 @@ def pictures(
 
 
 def strip(images: Sequence[np.ndarray], titles: Sequence[str], *, label: str) -> HTML:
-    """Pictures in one row to scroll through, by mouse or keyboard; each title stands below its picture.
+    """Pictures in one row that scrolls with the mouse or the keyboard. Each title is below its picture.
 
-    ``images`` are uint8 (H, W, 3), shown 160 CSS pixels wide with crisp pixels; ``label`` names the row for screen
-    readers.
+    ``images`` are uint8 (H, W, 3). They are shown 160 CSS pixels wide without smoothing. ``label`` is the name of the
+    row for screen readers.
     """
     cells = []
     for image, title in zip(images, titles, strict=True):
@@ -154,9 +155,9 @@ def layer_scores(summary: pd.DataFrame) -> Figure:
 def effects_by_model(
     tables: Mapping[str, pd.DataFrame], chosen: Mapping[str, Sequence[int]], *, label: str = "text effect"
 ) -> Figure:
-    """Effect of each layer alone, one row per model, with 95 % intervals; the chosen layers are marked.
+    """Effect of each layer alone, one row per model, with 95 % intervals. The chosen layers are marked.
 
-    ``tables`` maps a model's name to a table with columns layer, mean, low and high; ``label`` names the effect.
+    ``tables`` maps a model's name to a table with columns layer, mean, low and high. ``label`` is the effect's name.
     """
     figure, axes = _panels(tables, 1.6)
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
@@ -170,7 +171,7 @@ def effects_by_model(
 
 
 def layers_by_factor(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """How often each layer alone brings the text and each factor, one heat map per model (``specificity.alone``)."""
+    """How often each layer alone changes the text and each factor, one heat map per model (``specificity.alone``)."""
     figure, axes = _panels(tables, 1.8)
     for axis, table in zip(axes, tables.values(), strict=True):
         layers = table[table.kind == "layer"].astype({"layers": int})
@@ -201,8 +202,8 @@ def windows(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def plane(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Gain in spelling against drift, two panels per model, with 95 % intervals (tables of ``lora_looks.plane``).
 
-    Left: how far the entropy of typefaces moved; right: how far the shares of materials moved. Further left is less
-    drift.
+    The left panel shows the change of the entropy of typefaces. The right panel shows the change of the shares of
+    materials. Points further left have less drift.
     """
     drifts = {"typefaces": "typefaces, bits", "materials": "materials"}
     figure, axes = _panels([f"{name}" for name in tables for _ in drifts], 2.2, columns=2, sharey="row")
@@ -224,10 +225,10 @@ def plane(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def trade_off(
     curves: Mapping[str, pd.DataFrame], points: Mapping[str, pd.DataFrame], *, text: str, picture: str
 ) -> Figure:
-    """What is gained in text against what is kept of the picture, one panel per model, with 95 % intervals.
+    """A score of the text against a score of the kept picture, one panel per model, with 95 % intervals.
 
-    Both are tables of ``edit.summarise`` by model: of ``curves`` a line per method joins its settings, ``points`` are
-    methods without a dial. ``text`` and ``picture`` name scores.
+    ``curves`` and ``points`` map a model's name to a table of ``edit.summarise``. In ``curves``, a line per method
+    joins its settings. ``points`` are methods without a setting. ``text`` and ``picture`` are names of scores.
     """
     figure, axes = _panels(curves, 2.4, columns=2, sharey=True)
     for axis, (name, curve) in zip(axes, curves.items(), strict=True):
@@ -246,14 +247,14 @@ def trade_off(
 
 
 def safety_trade_off(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Toxic text left in the pictures against what is left of the rest, one panel per model, with 95 % intervals.
+    """Rate of toxic text in the pictures against the similarity of the rest, one panel per model, with 95 % intervals.
 
-    ``tables`` are those of ``safety.study.rates``, by model.
+    ``tables`` maps a model's name to a table of ``safety.study.rates``.
     """
     figure, axes = _panels(tables, 2.4, columns=2, sharey=True)
     methods = list(dict.fromkeys(m for table in tables.values() for m in table.method))
     marked = zip(sns.color_palette("colorblind", len(methods)), "osD^vP*X<>", strict=False)
-    # Hollow: marks that lie on each other are all seen.
+    # Hollow marks are visible even if they are on top of each other.
     style = {"markerfacecolor": "none", "markersize": 8, "elinewidth": 1}
     looks = {m: style | {"color": colour, "fmt": mark} for m, (colour, mark) in zip(methods, marked, strict=True)}
     for axis, table in zip(axes, tables.values(), strict=True):
@@ -281,7 +282,7 @@ def found(table: pd.DataFrame) -> Figure:
 
 
 def shares(table: pd.DataFrame) -> Figure:
-    """Key and value share of the denoiser per text layer; ``table`` has columns model, layer, share (0..1)."""
+    """Key and value share of the denoiser per text layer. ``table`` has columns model, layer, share (0..1)."""
     parts = dict(list(table.groupby("model", sort=False)))
     figure, axes = _panels(parts, 1.7, columns=2)
     for axis, part in zip(axes, parts.values(), strict=True):
@@ -295,10 +296,10 @@ def shares(table: pd.DataFrame) -> Figure:
 
 
 def training_curves(logs: Mapping[str, dict]) -> Figure:
-    """Loss and spelling against samples seen, one row per model.
+    """Loss and spelling against the number of samples, one row per model.
 
-    ``logs`` maps a model's name to its ``models.training_log``: ``report`` with ``losses``, rows of (samples, loss),
-    and ``evaluations``, rows with samples, characters and exact.
+    ``logs`` maps a model's name to its ``models.training_log``. Its ``report`` has ``losses``, rows of (samples, loss),
+    and its ``evaluations`` are rows with samples, characters and exact.
     """
     figure = _figure(2.1 * len(logs) + 0.3)
     rows = figure.subplots(len(logs), 2, squeeze=False)
@@ -323,14 +324,15 @@ def training_curves(logs: Mapping[str, dict]) -> Figure:
 
 
 def emergence(evaluations: Mapping[str, pd.DataFrame]) -> Figure:
-    """Target letters spelled when each text layer is patched, against samples seen, one heat map per model.
+    """Target letters spelled when each text layer is patched, against the number of samples, one heat map per model.
 
-    ``evaluations`` maps a model's name to its training log's rows: columns samples and target (a list over layers).
+    ``evaluations`` maps a model's name to the rows of its training log, with columns samples and target (a list over
+    layers).
     """
     figure, axes = _panels(evaluations, 2.4)
     for axis, rows in zip(axes, evaluations.values(), strict=True):
-        rows = rows.dropna(subset=["target"])  # before there are letters, layers are not patched alone
-        every = math.ceil(len(rows) / 8)  # as many labels as can be read
+        rows = rows.dropna(subset=["target"])  # layers are patched alone only after letters appear
+        every = math.ceil(len(rows) / 8)  # so that all labels are readable
         named = ["" if at % every else f"{s / 1000:.0f}" for at, s in enumerate(rows.samples)]
         _heat(axis, np.array(rows.target.tolist()).T, "target letters", xticklabels=named)
         axis.set(xlabel="thousand samples", ylabel="text layer")
@@ -359,7 +361,7 @@ def binding(logs: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def psnr_curves(table: pd.DataFrame, published: Sequence[float]) -> Figure:
-    """PSNR against noise, a line per value of ``how``; ``published`` figures are ticks on the right.
+    """PSNR against noise, with a line per value of ``how``. The ``published`` values are ticks on the right.
 
     ``table`` has columns noise (grey levels), psnr (dB) and how.
     """

@@ -1,4 +1,4 @@
-"""What is told about runs of the notebooks: what they took, which numbers changed, and what a larger run would take."""
+"""Reports on runs of the notebooks: their cost, the numbers that changed, and the estimated time of a larger run."""
 
 import json
 import tempfile
@@ -13,14 +13,14 @@ from textloc_utils.book import compute, memory, notebooks
 from textloc_utils.experiment import published_store
 
 RECORDED = "application/papermill.record/text/plain"
-#: More changed numbers than this make a summary that nobody reads.
+#: A summary lists at most this many changed numbers, so that it can be read.
 MOST_ROWS = 200
 
 
 def publish_times(planned: Sequence[notebooks.Execution]) -> None:
-    """Publish the table ``chapters``: what the last execution of each notebook in place took.
+    """Publish the table ``chapters``: the cost of the last execution in place of each notebook.
 
-    Rows of notebooks that are not planned stay. Columns notebook, seconds, device, commit, created.
+    Rows of notebooks that are not planned are kept. Columns: notebook, seconds, device, commit, created.
     """
     known = compute.chapters().reset_index(names="notebook").to_dict("records")
     rows = {row["notebook"]: row for row in known}
@@ -33,7 +33,7 @@ def publish_times(planned: Sequence[notebooks.Execution]) -> None:
 
 
 def recorded(path: Path) -> dict[str, str]:
-    """The scalars that a notebook recorded for the book's prose, as text, by name; none where there is no notebook."""
+    """The numbers that a notebook recorded for the book, as texts by name. Empty if there is no notebook."""
     if not path.is_file():
         return {}
     cells = notebooks.read(path).cells
@@ -42,15 +42,15 @@ def recorded(path: Path) -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """Name, value before and value now of each scalar that differs; empty texts where there is none."""
+    """Name, value before and value now of each number that differs. A missing value is the empty text."""
     names = dict.fromkeys([*before, *now])
     return [(n, before.get(n, ""), now.get(n, "")) for n in names if before.get(n) != now.get(n)]
 
 
 def summary(done: Sequence[notebooks.Execution], before: Mapping[Path, Mapping[str, str]]) -> str:
-    """Markdown on executed notebooks: what they took, how much memory, and the numbers that changed.
+    """A report in Markdown on executed notebooks: their time, the memory, and the numbers that changed.
 
-    ``before`` holds what was :func:`recorded` in each ``out`` before the run.
+    ``before`` holds the numbers that were :func:`recorded` in each ``out`` before the run.
     """
     lines = ["## Notebooks executed", "", "| notebook | time | device | commit |", "| --- | --- | --- | --- |"]
     changed = []
@@ -74,26 +74,26 @@ def summary(done: Sequence[notebooks.Execution], before: Mapping[Path, Mapping[s
     return "\n".join([*lines, ""])
 
 
-# --- what a larger run would take -------------------------------------------------------------------------------
+# --- time of a larger run ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a notebook took at the preset smoke, in seconds, and what it would take at another preset."""
+    """The time of a notebook with the preset smoke, in seconds, and its estimated time with another preset."""
 
     notebook: str
     smoke: float
-    units: float  # of ``smoke``, what was spent in units of work, which grow with the preset
+    units: float  # the part of ``smoke`` that was spent in units of work, which grows with the preset
     seconds: float
-    peak: str  # of memory at ``smoke``, in words
+    peak: str  # peak of memory during ``smoke``, in words
 
 
 def estimate(planned: Sequence[notebooks.Execution], steps: int, **options) -> list[Estimate]:
-    """What the planned runs would take, from real runs at the preset smoke.
+    """Estimate the time of the planned runs, from real runs with the preset smoke.
 
-    Units of work are taken to grow as the preset's pairs (the most of its kinds of work) and sampling steps do, from
-    smoke's; ``steps`` are those of models where the preset leaves them open. What is outside of units, such as loading,
-    is taken to stay. ``options`` are those of ``notebooks.execute``.
+    The time in units of work is assumed to grow like the preset's pairs and sampling steps. Of the preset's several
+    numbers of pairs or words, the one that grows most is used. ``steps`` are those of the models, for a preset without
+    steps. All other time, such as loading, is assumed to stay the same. ``options`` are those of ``notebooks.execute``.
     """
     found = []
     smoke = settings.preset("smoke")

@@ -7,32 +7,32 @@ from dataclasses import replace
 from textloc_utils.cli import options
 from textloc_utils.settings import TextlocError
 
-#: Options of ``lora train`` that set the fields of the same name of ``lora.Training``.
+#: Options of ``lora train`` that set the fields of ``lora.Training`` with the same name.
 TRAINING = {
     "rank": (options.whole(1, 1024), "rank of the adapters"),
     "steps": (options.whole(1, 10_000_000), "training steps"),
-    "batch": (options.whole(1, 4096), "pictures per step, over all processes"),
+    "batch": (options.whole(1, 4096), "pictures per step, summed over all processes"),
     "lr": (options.number(0, 1, above=True), "learning rate"),
 }
 
 
 def add(commands) -> None:
     """Add this group's commands."""
-    actions = commands.add_parser("lora", help="adapters on chosen text layers: train, measure")
+    actions = commands.add_parser("lora", help="train and measure adapters on chosen text layers")
     actions = actions.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_train(actions)
     _add_eval(actions)
 
 
 def add_chosen_layers(command: argparse.ArgumentParser) -> None:
-    """Layers by name or number; :func:`layers_of` finds them."""
+    """Add the option for layers by name or number. :func:`layers_of` finds the layers."""
     command.add_argument(
         "--layers",
         type=_layer,
         nargs="+",
         metavar="L",
         default=["localized"],
-        help="localized (by the published search; default), all, random (as many others), or numbers",
+        help="localized (from the published search; default), all, random (equally many other layers), or numbers",
     )
 
 
@@ -46,14 +46,14 @@ def _layer(text: str) -> str | int:
 
 
 def check_layers(asked: list) -> None:
-    """Raise TextlocError for a name among numbers, or more than one name."""
+    """Raise TextlocError for a mix of names and numbers, or for more than one name."""
     if len(asked) > 1 and any(isinstance(layer, str) for layer in asked):
         given = " ".join(map(str, asked))
         raise TextlocError(f"--layers takes localized, all, random, or numbers; got {given}")
 
 
 def layers_of(model, asked: list, seed: int) -> tuple[int, ...]:
-    """Text layers by number, ``all``, ``localized`` or ``random`` (as many as are localized, drawn from the others)."""
+    """Text layers by number, ``all``, ``localized`` or ``random`` (as many as are localized, from the other layers)."""
     from textloc_utils import sites
     from textloc_utils.experiment import known_layers
 
@@ -68,23 +68,23 @@ def layers_of(model, asked: list, seed: int) -> tuple[int, ...]:
 def _add_train(actions) -> None:
     train = actions.add_parser(
         "train",
-        help="train an adapter; started again, it resumes",
-        description="Train an adapter (LoRA) and save it as a diffusers file. A killed run goes on where its last "
-        "checkpoint was. Several processes share the batch: accelerate launch -m textloc_utils.cli lora train MODEL",
+        help="train an adapter; a run that is started again resumes",
+        description="Train an adapter (LoRA) and save it as a diffusers file. A killed run resumes from its last "
+        "checkpoint. Several processes can share the batch: accelerate launch -m textloc_utils.cli lora train MODEL",
     )
     options.add_model(train)
     add_chosen_layers(train)
-    train.add_argument("--self-attention", action="store_true", help="and all attention of the picture to itself")
+    train.add_argument("--self-attention", action="store_true", help="also adapt the picture's self-attention")
     train.add_argument(
         "--data",
         type=options.path,
         metavar="DIR",
-        help="pictures, and their captions in metadata.csv with columns file_name and text (default: drawn scenes "
-        "of one typeface and one material)",
+        help="folder of pictures, with captions in metadata.csv (columns file_name and text); default: rendered "
+        "scenes with one typeface and one material",
     )
     for name, (kind, text) in TRAINING.items():
         train.add_argument(f"--{name}", type=kind, metavar="N", help=text)
-    options.add_seed(train, "of the adapter's start, batches and noise", 0)
+    options.add_seed(train, "seed of the adapter's initial weights, the batches and the noise", 0)
     train.add_argument("--out", required=True, type=options.folder, metavar="DIR", help="folder of the adapter")
     train.set_defaults(run=_train)
 
@@ -102,8 +102,8 @@ def _train(args) -> None:
     elif spec.miniature:
         pictures = lora_looks.drawn_scenes(lora_looks.SCENES)
     else:
-        raise TextlocError(f"{args.model} needs --data DIR: the default task is drawn at the miniatures' size")
-    vars(args).pop("steps")  # the training's own, not the sampler's
+        raise TextlocError(f"{args.model} needs --data DIR: the default pictures have the miniatures' size")
+    vars(args).pop("steps")  # these are steps of the training, not of the sampler
     model = options.loaded(args, spec)
     training = replace(training, layers=layers_of(model, args.layers, args.seed))
     lora.targets(model, training)
@@ -111,16 +111,24 @@ def _train(args) -> None:
     if options.rank() == 0:
         chosen = " ".join(map(str, training.layers))
         print(f"{args.out / lora.FILE}: layers {chosen}, {report.parameters:,} parameters")
-        print(f"{report.seconds_per_step:.3f} s per step, {report.saved_bytes / 2**20:.1f} MiB kept for the gradient")
+        print(
+            f"{report.seconds_per_step:.3f} s per step, {report.saved_bytes / 2**20:.1f} MiB kept for the backward pass"
+        )
 
 
 def _add_eval(actions) -> None:
-    evaluate = actions.add_parser("eval", help="spelling before and after, and what drifted")
+    evaluate = actions.add_parser("eval", help="measure spelling and drift without and with an adapter")
     options.add_model(evaluate)
     evaluate.add_argument(
-        "--adapter", required=True, type=options.path, metavar="DIR", help="the --out of `textloc lora train`"
+        "--adapter",
+        required=True,
+        type=options.path,
+        metavar="DIR",
+        help="the folder given as --out to `textloc lora train`",
     )
-    evaluate.add_argument("--words", type=options.count, default=100, metavar="N", help="test words (default: 100)")
+    evaluate.add_argument(
+        "--words", type=options.count, default=100, metavar="N", help="number of test words (default: 100)"
+    )
     options.add_seed(evaluate)
     options.add_json(evaluate, "a list of two objects")
     evaluate.set_defaults(run=_eval)

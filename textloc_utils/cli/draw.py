@@ -13,7 +13,7 @@ def add(commands) -> None:
 
 
 def _add_models(commands) -> None:
-    models = commands.add_parser("models", help="list the models, their text layers and parameter shares")
+    models = commands.add_parser("models", help="list the models, their text layers and shares of the parameters")
     options.add_json(models, "a list of objects")
     models.set_defaults(run=_models)
 
@@ -35,14 +35,14 @@ def _models(args) -> None:
 
 
 def _add_generate(commands) -> None:
-    generate = commands.add_parser("generate", help="draw pictures from prompts and read them by OCR")
+    generate = commands.add_parser("generate", help="draw pictures from prompts and read them with OCR")
     options.add_model(generate)
-    generate.add_argument("prompt", metavar="PROMPT", nargs="+", help="a prompt, the text in double quotes")
+    generate.add_argument("prompt", metavar="PROMPT", nargs="+", help="a prompt with its text in double quotes")
     generate.add_argument("--out", required=True, type=options.folder, metavar="DIR", help="folder for the PNG files")
-    options.add_seed(generate, "seed of the noise, the same for every prompt; further noises count up")
+    options.add_seed(generate, "seed of the first noise, the same for every prompt; further noises take the next seeds")
     options.add_noises(generate)
     options.add_drawing(generate)
-    options.add_json(generate, "what images.json holds")
+    options.add_json(generate, "the content of images.json")
     generate.set_defaults(run=_generate)
 
 
@@ -51,7 +51,7 @@ def _generate(args) -> None:
 
     texts = [prompts.quoted_text(prompt) for prompt in args.prompt]
     spec = options.spec_of(args)
-    reader = ocr.check_reader(spec.height, texts)  # before minutes of sampling, not after
+    reader = ocr.check_reader(spec.height, texts)  # before the sampling, which may take minutes
     model = options.loaded(args, spec)
     asked = [prompt for prompt in args.prompt for _ in range(args.noises)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.noises)]
@@ -72,24 +72,24 @@ def _add_guard(commands) -> None:
     guard = commands.add_parser(
         "guard",
         help="draw prompts and keep toxic text out of the pictures",
-        description="Draw prompts; where one asks for toxic text, the localized layers read it with a harmless word in "
-        "its place. Started again, it goes on where it was.",
+        description="Draw prompts. If a prompt asks for toxic text, the localized layers read a harmless word instead. "
+        "A run that is started again resumes where it stopped.",
     )
     options.add_model(guard)
     asked = guard.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", nargs="+", metavar="PROMPT", help="prompts, their texts in quotes")
-    asked.add_argument("--file", type=options.path, metavar="FILE", help="a text file with one prompt in each line")
+    asked.add_argument("--prompt", nargs="+", metavar="PROMPT", help="prompts with their texts in quotes")
+    asked.add_argument("--file", type=options.path, metavar="FILE", help="a text file with one prompt per line")
     guard.add_argument("--out", required=True, type=options.folder, metavar="DIR", help="folder for the PNG files")
     options.add_layers(guard)
     guard.add_argument(
         "--words",
         type=options.path,
         metavar="FILE",
-        help="your own list, one word in each line (default: mild insults)",
+        help="your own list, a text file with one word per line (default: mild insults)",
     )
     options.add_seed(guard, "seed of the noise, the same for every prompt")
     guard.add_argument("--steps", type=options.steps, help="denoising steps (default: the model's own)")
-    options.add_json(guard, "what images.json holds")
+    options.add_json(guard, "the content of images.json")
     guard.set_defaults(run=_guard)
 
 

@@ -1,4 +1,4 @@
-"""Another text in a picture: ``edit``."""
+"""Replace the text in a picture: ``edit``."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from dataclasses import replace
 from textloc_utils.cli import options
 from textloc_utils.settings import TextlocError
 
-#: Exit status where a picture does not say the new text, or was lost.
+#: Exit status if an edited picture does not show the new text, or if too little of the picture was kept.
 FAILED = 3
 
 
@@ -16,18 +16,21 @@ def add(commands) -> None:
     edit = commands.add_parser(
         "edit",
         help="replace the text in a picture and keep the picture",
-        description="Replace the text in a picture, drawn from a prompt or given as a file. Writes before.png, "
-        "after.png, edit.png (both and their difference side by side) and edit.json; with several noises into a folder "
-        "for each seed. Exit status 3: a picture does not say the new text, or was lost.",
+        description="Replace the text in a picture that is drawn from a prompt or given as a file. Writes before.png, "
+        "after.png, edit.png (both pictures and their difference side by side) and edit.json. With several noises, "
+        "each seed has its own folder. The exit status is 3 if a picture does not show the new text, or if too little "
+        "of the picture was kept.",
     )
     options.add_model(edit)
-    edit.add_argument("--prompt", required=True, help="describes the picture, its text in double quotes")
+    edit.add_argument("--prompt", required=True, help="a description of the picture, with its text in double quotes")
     edit.add_argument("--to", required=True, metavar="NEW", help="the new text")
-    edit.add_argument("--out", required=True, type=options.folder, metavar="DIR", help="folder for pictures and report")
     edit.add_argument(
-        "--image", type=options.path, metavar="FILE", help="a picture of the model's size (default: drawn)"
+        "--out", required=True, type=options.folder, metavar="DIR", help="folder for the pictures and the report"
     )
-    options.add_seed(edit, "seed of the noise; further noises count up")
+    edit.add_argument(
+        "--image", type=options.path, metavar="FILE", help="a picture of the model's size (default: draw one)"
+    )
+    options.add_seed(edit, "seed of the first noise; further noises take the next seeds")
     options.add_noises(edit)
     options.add_drawing(edit)
     options.add_layers(edit)
@@ -37,7 +40,7 @@ def add(commands) -> None:
         default=0,
         help="the step from which the layers read the new text (default: 0)",
     )
-    options.add_json(edit, "the report; with several noises a list")
+    options.add_json(edit, "the report, or a list of reports with several noises")
     edit.set_defaults(run=_edit)
 
 
@@ -46,7 +49,7 @@ def _edit(args) -> int:
     from textloc_utils.experiment import known_layers
 
     if args.image and args.noises > 1:
-        raise TextlocError("a given picture has one noise, which is sought; leave out --noises or --image")
+        raise TextlocError("a given picture has only one noise, which is found by inversion; omit --noises or --image")
     spec = options.spec_of(args)
     pair = replace(edit.check_text(spec, args.prompt, args.to), seed=args.seed)
     if args.start >= spec.steps:

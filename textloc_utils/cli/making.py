@@ -1,4 +1,4 @@
-"""What the book is made of: ``train`` (a miniature), ``explore`` (the layer explorer's pictures)."""
+"""Commands that make parts of the book: ``train`` (a miniature), ``explore`` (the layer explorer's pictures)."""
 
 import json
 from dataclasses import replace
@@ -6,16 +6,16 @@ from dataclasses import replace
 from textloc_utils.cli import options
 from textloc_utils.settings import TextlocError, data_dir
 
-#: Options of ``train`` that set the budget's fields of the same name.
+#: Options of ``train`` that set the fields of the budget with the same name.
 BUDGET = {
     "samples": (options.whole(1, 10**12), "stop after this many training pictures"),
-    "autoencoder_steps": (options.whole(1, 10**9), "training steps of the autoencoder, before"),
-    "encoder_steps": (options.whole(1, 10**9), "training steps of each text encoder, before"),
-    "pool": (options.whole(2, 10**9), "scenes encoded once, before"),
-    "batch": (options.whole(1, 10**6), "pictures per step, over all processes"),
+    "autoencoder_steps": (options.whole(1, 10**9), "training steps of the autoencoder, before the denoiser's training"),
+    "encoder_steps": (options.whole(1, 10**9), "training steps of each text encoder, before the denoiser's training"),
+    "pool": (options.whole(2, 10**9), "number of scenes that are encoded once, before the denoiser's training"),
+    "batch": (options.whole(1, 10**6), "pictures per step, summed over all processes"),
     "lr": (options.number(0, 1, above=True), "learning rate"),
-    "evaluations": (options.whole(0, 10**6), "how often spelling and patch effects are measured, at least"),
-    "pairs": (options.whole(1, 10**4), "pairs on which the patch effects are measured"),
+    "evaluations": (options.whole(0, 10**6), "least number of measurements of spelling and patch effects"),
+    "pairs": (options.whole(1, 10**4), "number of pairs on which the patch effects are measured"),
 }
 
 
@@ -28,9 +28,9 @@ def add(commands) -> None:
 def _add_train(commands) -> None:
     train = commands.add_parser(
         "train",
-        help="train a miniature from scratch; started again, it resumes",
-        description="Train a miniature from scratch. A killed run goes on where its last checkpoint was. Two processes "
-        "with one thread each: OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m textloc_utils.cli train NAME",
+        help="train a miniature from scratch; a run that is started again resumes",
+        description="Train a miniature from scratch. A killed run resumes from its last checkpoint. To use two "
+        "processes with one thread each: OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m textloc_utils.cli train NAME",
     )
     train.add_argument("name", metavar="NAME", help="a miniature, like sd3-mini")
     train.add_argument("--out", type=options.folder, metavar="DIR", help="folder of the run (default: data/runs/NAME)")
@@ -40,36 +40,41 @@ def _add_train(commands) -> None:
     train.add_argument(
         "--ship", type=options.folder, metavar="DIR", help="folder of the miniature (default: data/miniatures/NAME)"
     )
-    train.add_argument("--no-ship", action="store_true", help="train only: a run for a study")
+    train.add_argument("--no-ship", action="store_true", help="only train, for a study; write no miniature")
     train.add_argument(
         "--parts",
         type=options.folder,
         metavar="DIR",
-        help="folder of the autoencoders and text encoders that runs share (default: data/runs/parts)",
+        help="folder of autoencoders and text encoders that several runs share (default: data/runs/parts)",
     )
     train.add_argument(
         "--world",
         default="second",
         choices=["second", "plain"],
-        help="plain: one wall, one typeface, words at the left",
+        help="kind of scenes; plain has one wall and one typeface, and words start at the left (default: second)",
     )
-    train.add_argument("--layers", type=options.whole(1, 100), metavar="N", help="blocks of sd3-mini (default: 12)")
+    train.add_argument(
+        "--layers", type=options.whole(1, 100), metavar="N", help="number of blocks of sd3-mini (default: 12)"
+    )
     train.add_argument(
         "--seeing", type=options.layer, nargs="+", metavar="I", help="the only text layers that may see the letters"
     )
     train.add_argument(
         "--text",
         choices=["subwords", "random"],
-        help="text encoders whose tokens hold several letters, or that never learned (default: letters, learned)",
+        help="subwords: tokens hold several letters; random: the text encoders are not trained (default: trained text "
+        "encoders with one letter per token)",
     )
     train.add_argument(
         "--precision",
         default="auto",
         choices=["auto", "fp32", "bf16"],
-        help="auto: bf16 where the device computes in it",
+        help="number format of the training; auto means bf16 if the device supports it (default: auto)",
     )
     train.add_argument(
-        "--compile", action="store_true", help="compile the denoiser first: minutes to begin with, then faster steps"
+        "--compile",
+        action="store_true",
+        help="compile the denoiser first, which takes minutes but makes the steps faster",
     )
     options.add_place(train)
     train.set_defaults(run=_train)
@@ -82,7 +87,9 @@ def _train(args) -> None:
         raise TextlocError("give --ship or --no-ship, not both")
     study = (args.layers, args.seeing, args.text) != (None, None, None) or args.world != "second"
     if study and not (args.ship or args.no_ship):
-        raise TextlocError("a run for a study is no miniature of the book; add --no-ship, or name a folder with --ship")
+        raise TextlocError(
+            "a run for a study is not a miniature of the book; add --no-ship, or give a folder to --ship"
+        )
     given = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
     budget = replace(training.default_budget(args.name), **given)
     folder = args.out or options.folder(str(data_dir() / "runs" / args.name))
@@ -101,7 +108,7 @@ def _train(args) -> None:
         precision=args.precision,
         compiled=args.compile,
     )
-    if report is not None and destination is not None:  # the main process
+    if report is not None and destination is not None:  # in the main process
         shipped = card.export(args.name, folder, destination)
         print(json.dumps(shipped["trained"]))
 

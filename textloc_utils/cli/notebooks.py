@@ -1,4 +1,4 @@
-"""The book's notebooks: ``run``, ``strip``."""
+"""Commands for the book's notebooks: ``run``, ``strip``."""
 
 import shutil
 import sys
@@ -17,46 +17,59 @@ def add(commands) -> None:
 def _add_run(commands) -> None:
     run = commands.add_parser(
         "run",
-        help="execute the book's notebooks, those that are out of date",
-        description="Execute notebooks with papermill, in place, or with other parameters into a folder. A notebook is "
-        "replaced only after it ran through, and left alone where nothing changed; a killed run goes on where it was.",
+        help="execute those of the book's notebooks that are out of date",
+        description="Execute notebooks with papermill. They are executed in place, or with other parameters into a "
+        "folder. A notebook is replaced only after it was executed completely, and only if something changed. A killed "
+        "run resumes where it stopped.",
     )
     run.add_argument(
-        "notebooks", type=options.path, metavar="NOTEBOOK", nargs="*", help="notebook files (default: all of the book)"
+        "notebooks",
+        type=options.path,
+        metavar="NOTEBOOK",
+        nargs="*",
+        help="notebook files (default: all notebooks of the book)",
     )
     run.add_argument(
-        "--models", nargs="+", metavar="MODEL", help="names from `textloc models` (default: the notebook's)"
+        "--models", nargs="+", metavar="MODEL", help="names from `textloc models` (default: those of the notebook)"
     )
-    run.add_argument("--preset", choices=PRESETS, help="how much to run (default: the notebook's)")
-    run.add_argument("--seed", type=options.seed, help="draws words, colours and noise (default: the notebook's)")
+    run.add_argument("--preset", choices=PRESETS, help="amount of work (default: that of the notebook)")
     run.add_argument(
-        "--out", type=options.folder, metavar="DIR", help="folder for the results; needed with other parameters"
+        "--seed", type=options.seed, help="seed for words, colours and noise (default: that of the notebook)"
     )
     run.add_argument(
-        "--jobs", type=options.whole(1, 256), metavar="N", help="notebooks at a time (default: one per core, at most 4)"
+        "--out",
+        type=options.folder,
+        metavar="DIR",
+        help="folder for the executed notebooks; required with other parameters",
+    )
+    run.add_argument(
+        "--jobs",
+        type=options.whole(1, 256),
+        metavar="N",
+        help="number of notebooks that run in parallel (default: one per core, at most 4)",
     )
     run.add_argument(
         "--timeout",
         type=options.whole(1, 10_000_000),
         default=1800,
         metavar="SECONDS",
-        help="for one cell (default: 1800)",
+        help="time limit for one cell (default: 1800)",
     )
     run.add_argument(
         "--estimate",
         action="store_true",
-        help="execute at the preset smoke, say how long the preset asked for would take here, and keep nothing",
+        help="execute with the preset smoke, print how long the chosen preset would take here, and keep no results",
     )
     run.add_argument(
         "--summary",
         type=options.file,
         metavar="FILE",
-        help="write Markdown on what was executed and which recorded numbers changed",
+        help="write a Markdown file that lists the executed notebooks and the recorded numbers that changed",
     )
     run.add_argument(
         "--publish",
         action="store_true",
-        help="write how long each notebook took into the package's data (in place, with the notebooks' parameters)",
+        help="write the time of each notebook to the package's data (only in place, with the notebooks' parameters)",
     )
     run.set_defaults(run=_run)
 
@@ -74,9 +87,9 @@ def _run(args) -> None:
     if args.seed is not None:
         parameters["SEED"] = args.seed
     if args.publish and (parameters or args.out):
-        raise TextlocError("--publish tells of the notebooks as they are: leave out --out and other parameters")
+        raise TextlocError("--publish is for notebooks with their own parameters: omit --out and other parameters")
     if args.estimate and (args.publish or args.summary):
-        raise TextlocError("--estimate keeps nothing: leave out --publish and --summary")
+        raise TextlocError("--estimate keeps no results: omit --publish and --summary")
     how = {"jobs": args.jobs, "timeout": args.timeout, "progress": sys.stderr.isatty()}
     if args.estimate:
         _estimate(notebooks.plan(args.notebooks, parameters, args.out or "executed"), args, how)
@@ -89,7 +102,7 @@ def _run(args) -> None:
 
 
 def _told(planned, args, how: dict) -> list:
-    """Execute, and write what the options ask for. Apart from :func:`_run`, since the imports take seconds."""
+    """Execute, and write what the options ask for. This is not in :func:`_run`, because its imports take seconds."""
     from textloc_utils.book import notebooks, reports
 
     before = {e.out: reports.recorded(e.out if e.out.is_file() else e.source) for e in planned}
@@ -110,7 +123,7 @@ def _estimate(planned, args, how: dict) -> None:
     for e in found:
         print(
             f"{e.notebook}: about {e.seconds / 3600:.1f} h (smoke took {e.smoke:.0f} s, {e.units:.0f} s of them in "
-            f"units of work; peak of memory then: {e.peak})"
+            f"units of work; its peak of memory: {e.peak})"
         )
     hours, free = sum(e.seconds for e in found) / 3600, shutil.disk_usage(settings.ROOT).free / 2**30
     print(f"all: about {hours:.1f} h, one notebook after the other; free disk {free:.0f} GiB")
@@ -119,9 +132,9 @@ def _estimate(planned, args, how: dict) -> None:
 def _add_strip(commands) -> None:
     strip = commands.add_parser(
         "strip",
-        help="take out of executed notebooks what differs from run to run",
-        description="What `textloc run` does after papermill: times and papermill's notes go, and what a cell printed "
-        "becomes one output. Two runs of a notebook then give the same bytes.",
+        help="remove from executed notebooks everything that differs from run to run",
+        description="Do what `textloc run` does after papermill: remove times and papermill's notes, and join the "
+        "printed lines of a cell to one output. Then two runs of a notebook give the same bytes.",
     )
     strip.add_argument(
         "notebooks", type=options.path, metavar="NOTEBOOK", nargs="+", help="notebook files, changed in place"
@@ -133,6 +146,6 @@ def _strip(args) -> None:
     from textloc_utils.book import notebooks
 
     for path in args.notebooks:
-        notebooks.read(path)  # none is changed where another is no notebook
+        notebooks.read(path)  # if one of the files is not a notebook, no file is changed
     for path in args.notebooks:
         notebooks.strip(path)

@@ -1,6 +1,6 @@
-"""Options that several commands share, and what their values may be.
+"""Options that several commands share, and the allowed values of options.
 
-A value is checked while the command line is read: nothing is loaded for one that no command could use.
+A value is checked while the command line is read. So nothing is loaded if a value is invalid.
 """
 
 import argparse
@@ -15,31 +15,31 @@ from typing import Any
 
 from textloc_utils.settings import PRESETS, TextlocError, check_writable
 
-#: Largest seed: experiments count up from it, and a generator takes less than 2^63.
+#: Largest seed. Experiments also use the seeds after it, and the largest seed of a generator is 2^63 - 1.
 MOST_SEED = 2**62
-#: No scheduler here was trained on more noise levels.
+#: No scheduler here was trained with more noise levels.
 MOST_STEPS = 1000
-#: More pictures, pairs or words than this are a slip of the keyboard.
+#: Larger numbers of pictures, pairs or words are typing errors.
 MOST = 100_000
 #: Names of ``prompts.SETS``, without the import.
 SETS = ("book", "simple", "creative")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are TextlocErrors: one line, as every other mistake."""
+    """A parser whose errors are TextlocErrors, so they are one line like all other errors."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str):
-        """Raise what argparse would print with the whole usage."""
+        """Raise argparse's message as an error. argparse itself would print it with the whole usage."""
         raise TextlocError(f"{message}; see {self.prog} --help")
 
 
 def check_arguments(argv: Sequence[str]) -> None:
-    """Raise TextlocError for an argument that is no text, and for an option whose value is two dashes.
+    """Raise TextlocError for an argument that is not text, and for an option whose value is two dashes.
 
-    No text are bytes that are not UTF-8, and a zero byte; two dashes are lost by argparse.
+    An argument is not text if it has bytes that are not UTF-8, or a zero byte. argparse would ignore two dashes.
     """
     for i, argument in enumerate(argv, 1):
         if re.fullmatch(r"--?[\w-]+=--", argument):
@@ -53,10 +53,10 @@ def check_arguments(argv: Sequence[str]) -> None:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """The type of a whole number from ``low`` to ``high``."""
+    """The argument type of a whole number from ``low`` to ``high``."""
 
     def read(text: str) -> int:
-        # int() also takes other scripts' digits, underscores and any length.
+        # int() also accepts digits of other scripts, underscores, and numbers of any length.
         if re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", text) and low <= int(text) <= high:
             return int(text)
         raise argparse.ArgumentTypeError(f"a whole number from {low} to {high} is needed, got {text!r}")
@@ -65,7 +65,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
-    """The type of a finite number from ``low`` to ``high``, with ``above`` without ``low`` itself."""
+    """The argument type of a finite number from ``low`` to ``high``. With ``above``, ``low`` itself is not allowed."""
 
     def read(text: str) -> float:
         try:
@@ -81,7 +81,7 @@ def number(low: float, high: float, *, above: bool = False) -> Callable[[str], f
 
 
 def path(text: str) -> str:
-    """The type of a file or folder: a name that a system can take."""
+    """The argument type of a file or folder: a name that the system allows."""
     if not text.strip():
         raise argparse.ArgumentTypeError("a name is needed, got an empty one")
     if any(len(os.fsencode(part)) > 255 for part in Path(text).parts) or len(os.fsencode(text)) > 4000:
@@ -90,7 +90,7 @@ def path(text: str) -> str:
 
 
 def folder(text: str) -> Path:
-    """The type of a folder to write to; nothing is made yet."""
+    """The argument type of a folder to write to. The folder is not created yet."""
     try:
         return check_writable(path(text))
     except TextlocError as error:
@@ -98,7 +98,7 @@ def folder(text: str) -> Path:
 
 
 def file(text: str) -> Path:
-    """The type of a file to write; nothing is made yet."""
+    """The argument type of a file to write. The file is not created yet."""
     folder(os.path.dirname(path(text)) or ".")
     if os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
@@ -106,14 +106,14 @@ def file(text: str) -> Path:
 
 
 def device(text: str) -> str:
-    """The type of a device's name; whether it is there is asked when it is needed."""
+    """The argument type of a device's name. Whether the device is present is checked when it is needed."""
     if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text) is None:
         raise argparse.ArgumentTypeError(f"unknown device {text!r}; allowed: auto, cpu, cuda, cuda:0 ..., mps")
     return text
 
 
 def size(text: str) -> int:
-    """The type of a picture's height or width."""
+    """The argument type of a picture's height or width."""
     value = whole(64, 4096)(text)
     if value % 16:
         raise argparse.ArgumentTypeError(f"a multiple of 16 is needed, got {text!r}")
@@ -131,69 +131,82 @@ guidance = number(0, 100)
 
 
 def add_place(command: argparse.ArgumentParser) -> None:
-    """Where to compute."""
+    """Add the option for the device."""
     command.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda, mps (default: auto)")
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """Which model, from where, on which device."""
+    """Add the model, its folder or repository, the variant of its weights, and the device."""
     command.add_argument("model", metavar="MODEL", help="a name from `textloc models`")
     command.add_argument(
-        "--model-path", type=path, metavar="DIR", help="a local folder or another repository of the same family"
+        "--model-path",
+        type=path,
+        metavar="DIR",
+        help="a local folder, or another repository with a model of the same family",
     )
-    command.add_argument("--variant", type=path, metavar="NAME", help="of the weight files, such as fp16")
+    command.add_argument("--variant", type=path, metavar="NAME", help="variant of the weight files, such as fp16")
     add_place(command)
 
 
 def add_drawing(command: argparse.ArgumentParser) -> None:
-    """How to draw: steps, guidance, negative prompt, size."""
+    """Add the settings of drawing: steps, guidance, negative prompt, size."""
     command.add_argument("--steps", type=steps, help="denoising steps (default: the model's own)")
     command.add_argument("--guidance", type=guidance, help="guidance scale (default: the model's own)")
-    command.add_argument("--negative-prompt", metavar="PROMPT", help="what the picture should not show")
-    command.add_argument("--height", type=size, help="of the pictures in pixels (default: the model's own)")
-    command.add_argument("--width", type=size, help="of the pictures in pixels (default: the model's own)")
+    command.add_argument("--negative-prompt", metavar="PROMPT", help="description of what the picture should not show")
+    command.add_argument("--height", type=size, help="height of the pictures in pixels (default: the model's own)")
+    command.add_argument("--width", type=size, help="width of the pictures in pixels (default: the model's own)")
 
 
-def add_seed(command: argparse.ArgumentParser, what: str = "draws words, colours and noise", default: int = 42) -> None:
-    """The seed."""
+def add_seed(
+    command: argparse.ArgumentParser, what: str = "seed for words, colours and noise", default: int = 42
+) -> None:
+    """Add the seed."""
     command.add_argument("--seed", type=seed, default=default, help=f"{what} (default: {default})")
 
 
 def add_noises(command: argparse.ArgumentParser, default: int | None = 1) -> None:
-    """How many noises a prompt is drawn from."""
+    """Add the number of noises from which each prompt is drawn."""
     said = "the preset's" if default is None else default
     command.add_argument(
-        "--noises", type=whole(1, 100), default=default, metavar="N", help=f"noises per prompt (default: {said})"
+        "--noises",
+        type=whole(1, 100),
+        default=default,
+        metavar="N",
+        help=f"number of noises per prompt (default: {said})",
     )
 
 
 def add_layers(command: argparse.ArgumentParser) -> None:
-    """The localized layers, by number."""
+    """Add the localized layers, by number."""
     command.add_argument(
-        "--layers", type=layer, nargs="+", metavar="L", help="the localized layers (default: the published search's)"
+        "--layers",
+        type=layer,
+        nargs="+",
+        metavar="L",
+        help="numbers of the localized layers (default: those of the published search)",
     )
 
 
 def add_preset(command: argparse.ArgumentParser, what: str) -> None:
-    """How much to do."""
+    """Add the preset, which sets the amount of work."""
     command.add_argument("--preset", default="book", choices=PRESETS, help=f"{what} (default: book)")
 
 
 def add_publish(command: argparse.ArgumentParser, what: str = "the table") -> None:
-    """Whether the book's tables are replaced."""
+    """Add the option that replaces the book's tables."""
     command.add_argument("--publish", action="store_true", help=f"write {what} to the data folder, for the book")
 
 
 def add_json(command: argparse.ArgumentParser, what: str) -> None:
-    """Output for other programs."""
+    """Add the option for JSON output, which other programs can read."""
     command.add_argument("--json", action="store_true", help=f"print {what}")
 
 
-# --- what commands do first ---------------------------------------------------------------------------------------
+# --- first steps of the commands ----------------------------------------------------------------------------------
 
 
 def spec_of(args):
-    """The model's spec with the command's options in it, checked; nothing is loaded."""
+    """The model's spec with the values of the command's options, after all checks. Nothing is loaded."""
     from textloc_utils import models
 
     spec = models.spec(args.model)
@@ -201,15 +214,17 @@ def spec_of(args):
     given: dict[str, Any] = {name: getattr(args, name, None) for name in ("steps", "guidance", "height", "width")}
     given = {name: value for name, value in given.items() if value is not None}
     if spec.miniature and {"height", "width"} & given.keys():
-        raise TextlocError(f"{spec.name} draws pictures of {spec.width}x{spec.height} pixels only; leave out the size")
+        raise TextlocError(
+            f"{spec.name} draws only pictures of {spec.width}x{spec.height} pixels; omit --height and --width"
+        )
     chosen = replace(spec, **given)
     if getattr(args, "negative_prompt", None) and spec.miniature and chosen.guidance <= 1:
-        raise TextlocError(f"a negative prompt is read with a guidance above 1 only, got {chosen.guidance:g}")
+        raise TextlocError(f"a negative prompt needs a guidance above 1, got {chosen.guidance:g}")
     return chosen
 
 
 def check_model_path(text: str | None, spec) -> None:
-    """Raise TextlocError for a ``--model-path`` that is neither a folder nor what a hub repository is called."""
+    """Raise TextlocError for a ``--model-path`` that is neither a folder nor the name of a hub repository."""
     from textloc_utils.models import check_no_file
 
     if text is None or Path(text).is_dir():
@@ -221,7 +236,7 @@ def check_model_path(text: str | None, spec) -> None:
 
 
 def loaded(args, spec=None):
-    """The model of a command, with the spec of :func:`spec_of`."""
+    """Load the model of a command, with the spec of :func:`spec_of`."""
     from textloc_utils import models
 
     spec = spec_of(args) if spec is None else spec
@@ -235,7 +250,7 @@ def loaded(args, spec=None):
 
 
 def experiment(args, model, **settings):
-    """The experiment of a command on its model, with what its options say and a preset's ``settings``."""
+    """The experiment of a command on its model, with the values of its options and a preset's ``settings``."""
     from textloc_utils.experiment import Experiment
 
     asked = {name: getattr(args, name, None) for name in ("steps", "guidance", "negative_prompt", "publish")}
@@ -243,17 +258,17 @@ def experiment(args, model, **settings):
 
 
 def progress() -> bool:
-    """Whether a bar is shown: on a terminal, by the first of several processes."""
+    """Whether to show a progress bar: only on a terminal, and only in the first of several processes."""
     return sys.stderr.isatty() and rank() == 0
 
 
 def rank() -> int:
-    """The number of this process among those that were launched together."""
+    """The rank of this process among those that were launched together."""
     return int(os.environ.get("RANK", 0))
 
 
 def process_device(name: str) -> str:
-    """Each process of a launch takes the accelerator of its own rank."""
+    """The device of this process. Each process of a launch uses the GPU with the number of its own rank."""
     import torch
 
     local = os.environ.get("LOCAL_RANK")

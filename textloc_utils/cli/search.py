@@ -1,4 +1,4 @@
-"""The search for the layers that hold the text: ``localize``."""
+"""Search for the layers that hold the text: ``localize``."""
 
 import json
 from dataclasses import asdict
@@ -12,24 +12,25 @@ def add(commands) -> None:
     localize = commands.add_parser(
         "localize",
         help="find the layers that hold the text",
-        description="Find the layers that hold the text. Results are kept pair by pair: a killed run goes on where it "
-        "was. Several processes or GPUs share the pairs out: accelerate launch -m textloc_utils.cli localize MODEL",
+        description="Find the layers that hold the text. The result of each pair is stored, so a killed run resumes "
+        "where it stopped. Several processes or GPUs can share the pairs: accelerate launch -m textloc_utils.cli "
+        "localize MODEL",
     )
     options.add_model(localize)
     localize.add_argument(
         "--search",
         default="budgeted",
         choices=["exhaustive", "budgeted", "one-step", "attribution", "attention"],
-        help="exhaustive draws every layer for every pair; budgeted finds the set for a fraction of that; one-step and "
-        "attribution draw no picture; attention is a baseline, which patches nothing (default: budgeted)",
+        help="exhaustive patches every layer in every pair; budgeted finds the set at a fraction of this cost; "
+        "one-step and attribution draw no pictures; attention is a baseline without patching (default: budgeted)",
     )
-    options.add_preset(localize, "how many pairs of which prompts, and steps")
+    options.add_preset(localize, "number of pairs, set of prompts, and number of steps")
     localize.add_argument("--pairs", type=options.count, metavar="N", help="number of pairs (default: the preset's)")
     localize.add_argument(
         "--prompts",
         type=options.path,
         metavar="SET",
-        help=f"{', '.join(options.SETS)}, or a text file with one prompt in each line (default: the preset's)",
+        help=f"{', '.join(options.SETS)}, or a text file with one prompt per line (default: the preset's)",
     )
     options.add_seed(localize)
     options.add_noises(localize)
@@ -38,20 +39,21 @@ def add(commands) -> None:
         "--by",
         default="score",
         choices=["score", "exact"],
-        help="what a set must bring: the score of the target's letters, or the share of whole words, as in the book's "
-        "chapters; for searches that draw pictures (default: score)",
+        help="how sets are compared: by the score of the target's letters, or by the share of exact words, as in the "
+        "book's chapters; only for searches that draw pictures (default: score)",
     )
     localize.add_argument(
         "--reach",
         type=options.number(0, 1, above=True),
         default=0.9,
-        help="of the all-layer patch's effect that the set must reach (default: 0.9)",
+        help="share of the all-layer patch's effect that the set must reach (default: 0.9)",
     )
     localize.add_argument(
         "--budget",
         type=options.number(0, 1, above=True),
         default=0.1,
-        help="of the exhaustive sweep's cost, for --search budgeted; one round is always done (default: 0.1)",
+        help="limit of the cost of --search budgeted, as a share of the exhaustive sweep's cost; one round is always "
+        "done (default: 0.1)",
     )
     options.add_json(localize, "an object")
     options.add_publish(localize, "the outcome")
@@ -59,11 +61,11 @@ def add(commands) -> None:
 
 
 def _pairs(args) -> list:
-    """The pairs to search on: of the preset's sets in equal parts, of one set, or of a file."""
+    """The pairs for the search: from the preset's sets in equal parts, from one set, or from a file."""
     from textloc_utils import localization, prompts
 
     work = preset(args.preset)
-    # A published table is the book's, which sweeps over more pairs than it probes without pictures.
+    # A published table is for the book. The book uses more pairs for searches with pictures than for those without.
     drawn = args.publish and args.search not in localization.WITHOUT_PICTURES
     n = args.pairs or (work.sweep_pairs if drawn else work.pairs)
     if args.prompts is not None and args.prompts not in options.SETS:
@@ -77,7 +79,7 @@ def _localize(args) -> None:
     from textloc_utils import localization, ocr
 
     if args.publish and args.noises > 1:
-        raise TextlocError("a published table has one noise per pair; leave out --noises or --publish")
+        raise TextlocError("a published table has only one noise per pair; omit --noises or --publish")
     if args.by == "exact" and args.search in localization.WITHOUT_PICTURES:
         raise TextlocError(f"--by exact needs pictures, which --search {args.search} does not draw")
     chosen, work = _pairs(args), preset(args.preset)

@@ -1,6 +1,6 @@
 """The book's measurements, ``study ...``: layers, contents, trainings, edit, toxic, looks.
 
-All are kept piece by piece: a killed run goes on where it was.
+Each unit of work is stored, so a killed run resumes where it stopped.
 """
 
 from pathlib import Path
@@ -8,20 +8,20 @@ from pathlib import Path
 from textloc_utils.cli import options
 from textloc_utils.settings import preset
 
-#: Names of ``layer_contents`` and of ``edit.study.TABLES``, without the imports.
+#: Names of the studies of ``layer_contents`` and of ``edit.study.TABLES``, without importing them.
 CONTENTS, EDITS = ("steps", "parts", "length", "tokens", "heads"), ("open", "named", "open_given")
 
 
 def add(commands) -> None:
     """Add this group's commands."""
-    studies = commands.add_parser("study", help="the book's measurements; results are kept piece by piece")
+    studies = commands.add_parser("study", help="make the book's measurements; a killed run resumes where it stopped")
     studies = studies.add_subparsers(dest="study", required=True, metavar="STUDY")
     for each in (_add_layers, _add_contents, _add_trainings, _add_edit, _add_toxic, _add_looks):
         each(studies)
 
 
 def _measurement(studies, name: str, run, what: str, work: str, publish: str = "the table"):
-    """Add a measurement of one model with the options that all have; when it is done, its reader is named."""
+    """Add a measurement of one model, with the options of all measurements. At its end, the reader is printed."""
 
     def measure(args) -> None:
         run(args)
@@ -37,8 +37,10 @@ def _measurement(studies, name: str, run, what: str, work: str, publish: str = "
 
 
 def _add_layers(studies) -> None:
-    what = "which layers hold the text, by every search, and which hold each other factor of a miniature's scenes"
-    _measurement(studies, "layers", _layers, what, "how many pairs and steps", "the tables")
+    what = (
+        "find the layers that hold the text, with every search, and those of the other factors of a miniature's scenes"
+    )
+    _measurement(studies, "layers", _layers, what, "number of pairs and steps", "the tables")
 
 
 def _layers(args) -> None:
@@ -53,7 +55,7 @@ def _layers(args) -> None:
     sets = {"text": searched["exhaustive"].layers}
     print(specificity.rates(specificity.needed(run, sets["text"], reported, args.seed)).round(3).to_string(index=False))
     if scene_pairs.world_of(model) is None:
-        return  # nobody reads the other factors of such pictures
+        return  # there is no reader for the other factors of such pictures
     sets |= specificity.found_sets(run, work.pairs, args.seed)
     for factor in scene_pairs.FACTORS:
         layers = sets.get(factor)
@@ -68,9 +70,9 @@ def _layers(args) -> None:
 
 
 def _add_contents(studies) -> None:
-    what = "what the localized layers carry: steps, heads, keys, values, tokens, length"
-    contents = _measurement(studies, "contents", _contents, what, "how many pairs and steps", "the tables")
-    contents.add_argument("--tables", nargs="+", choices=CONTENTS, help="which tables (default: all)")
+    what = "measure what the localized layers carry: steps, heads, keys, values, tokens, length"
+    contents = _measurement(studies, "contents", _contents, what, "number of pairs and steps", "the tables")
+    contents.add_argument("--tables", nargs="+", choices=CONTENTS, help="the tables to make (default: all)")
     options.add_layers(contents)
 
 
@@ -91,8 +93,8 @@ def _contents(args) -> None:
 def _add_trainings(studies) -> None:
     trainings = studies.add_parser(
         "trainings",
-        help="whether other trainings of a miniature keep the text in as few layers, and if planted layers are found",
-        description="Search the layers of miniatures that were trained in the plain world, from other seeds, at other "
+        help="search the layers of a miniature's other trainings, also of those with planted layers",
+        description="Search the layers of miniatures that were trained in the plain world with other seeds, with other "
         "depths, or with planted layers. The tables are published.",
     )
     trainings.add_argument("model", metavar="MODEL", help="a miniature, like sd3-mini")
@@ -101,9 +103,9 @@ def _add_trainings(studies) -> None:
         nargs="+",
         type=options.path,
         metavar="DIR",
-        help="what `textloc train MODEL --world plain --ship DIR` wrote",
+        help="a folder that `textloc train MODEL --world plain --ship DIR` wrote",
     )
-    options.add_preset(trainings, "how many pairs")
+    options.add_preset(trainings, "number of pairs")
     options.add_seed(trainings)
     trainings.set_defaults(run=_trainings)
 
@@ -119,10 +121,12 @@ def _trainings(args) -> None:
 
 
 def _add_edit(studies) -> None:
-    what = "editing against its baselines, each at its best setting, also on given pictures"
-    edit = _measurement(studies, "edit", _edit, what, "how many pairs, noises and steps", "the tables")
-    edit.add_argument("--tables", nargs="+", choices=EDITS, help="which tables (default: all)")
-    edit.add_argument("--pairs", type=options.count, metavar="N", help="of a table (default: the preset's)")
+    what = "compare editing with its baselines, each with its best setting, also on given pictures"
+    edit = _measurement(studies, "edit", _edit, what, "number of pairs, noises and steps", "the tables")
+    edit.add_argument("--tables", nargs="+", choices=EDITS, help="the tables to make (default: all)")
+    edit.add_argument(
+        "--pairs", type=options.count, metavar="N", help="number of pairs of each table (default: the preset's)"
+    )
     options.add_noises(edit, None)
     options.add_layers(edit)
 
@@ -140,8 +144,8 @@ def _edit(args) -> None:
 
 
 def _add_toxic(studies) -> None:
-    what = "toxic words where the scene follows the word: the guard, its baselines, and a safe adapter"
-    toxic = _measurement(studies, "toxic", _toxic, what, "how many prompts, noises and steps", "the tables")
+    what = "compare the guard with its baselines and a safe adapter, on toxic words that decide the scene's material"
+    toxic = _measurement(studies, "toxic", _toxic, what, "number of prompts, noises and steps", "the tables")
     options.add_noises(toxic, None)
     options.add_layers(toxic)
 
@@ -160,8 +164,8 @@ def _toxic(args) -> None:
 
 
 def _add_looks(studies) -> None:
-    what = "adapters from the early checkpoint, tuned on one look: gain in spelling against drift"
-    options.add_layers(_measurement(studies, "looks", _looks, what, "how many words and steps", "the tables"))
+    what = "tune adapters on one look, from the early checkpoint, and compare the gain in spelling with the drift"
+    options.add_layers(_measurement(studies, "looks", _looks, what, "number of words and steps", "the tables"))
 
 
 def _looks(args) -> None:
@@ -174,7 +178,7 @@ def _looks(args) -> None:
 
 
 def _model(args):
-    """The model, after its reader was asked for; that is named in the end."""
+    """Load the model, after a check of its reader. The reader's name is printed at the end."""
     from textloc_utils import ocr
 
     spec = options.spec_of(args)

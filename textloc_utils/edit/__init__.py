@@ -1,20 +1,20 @@
-"""Replace the text in a picture and keep the picture: by the localized layers, and by what else is there to do it.
+"""Replace the text in a picture and keep the rest of the picture: with the localized layers, and with baselines.
 
-An edit knows a source prompt, whose picture is to stay, and a target prompt, the same with another quoted text. Each
-``Method`` draws the edited picture in one batch with the rows that it needs, from one noise:
+An edit has a source prompt, whose picture should be kept, and a target prompt, which is the same with another quoted
+text. Each ``Method`` draws the edited picture from one noise, in one batch with the rows that it needs:
 
-- **localized** and **all layers**: the source prompt, its text keys and values copied from the target's row
-  (``patching``) in some or all layers, from a step on;
-- **Prompt-to-Prompt** (Hertz et al. 2023): the target prompt; in every text layer, up to a share of the steps, the
-  picture attends to the words that both prompts share as the source's row does; "own maps" copies for half as long
-  how the picture attends to itself, too, as the authors' code does;
-- **FlowEdit** (Kulikov et al. 2025), for flow matching: the source's picture moves by the difference of what the two
-  prompts ask for;
-- **same seed**: the target prompt from the source's noise;
-- **plain target**: the target prompt from other noise. It spells as well as the model can and knows nothing of the
-  source's picture: the upper bound of the one, and what keeping nothing looks like.
+- **localized** and **all layers**: the source prompt is drawn. From some step on, some or all layers take their text
+  keys and values from the target's row (``patching``).
+- **Prompt-to-Prompt** (Hertz et al. 2023): the target prompt is drawn. In every text layer, up to a share of the steps,
+  the picture's attention to the words that both prompts share is copied from the source's row. "own maps" also copies
+  the picture's self-attention, for half as many steps, as in the authors' code.
+- **FlowEdit** (Kulikov et al. 2025), for flow matching: the source's picture is moved by the difference between the
+  velocities for the two prompts.
+- **same seed**: the target prompt is drawn from the source's noise.
+- **plain target**: the target prompt is drawn from other noise. It spells as well as the model can, which is the upper
+  bound of spelling. It keeps nothing of the source's picture, which is the lower bound of keeping.
 
-A given picture (a file) is first inverted: the noise is sought from which the source prompt draws it.
+A given picture (a file) is first inverted. The inversion finds the noise from which the source prompt draws it.
 """
 
 import contextlib

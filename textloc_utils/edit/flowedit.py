@@ -1,4 +1,4 @@
-"""FlowEdit: carry a picture along the difference of what two prompts ask for (Kulikov et al. 2025, 2412.08629)."""
+"""FlowEdit: move a picture by the difference of the velocities for two prompts (Kulikov et al. 2025, 2412.08629)."""
 
 import contextlib
 import copy
@@ -15,17 +15,18 @@ from textloc_utils.settings import TextlocError
 
 @contextlib.contextmanager
 def carried_over(model: Model, known: torch.Tensor, start: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
-    """Inside the block a call with the source's and the target's prompt carries a picture from one to the other.
+    """Inside the block, a call with the source's and the target's prompt edits the source's picture.
 
-    ``known`` (1, ...) is the source's picture as the denoiser draws it. From step ``start`` of ``steps`` on, both
-    prompts' velocities are taken at the picture and at the edited one, with the same noise in both, which is new in
-    every step; the edited picture moves by their difference (the published method with one noise per step and equal
-    guidance of both prompts). Yields what the call must start from, (2, ...). Raises TextlocError for a model that
-    does not sample by flow matching with fixed noise levels, or a start beyond the last step.
+    ``known`` (1, ...) is the source's picture in the denoiser's space. From step ``start`` of ``steps`` on, the
+    velocity of the source's prompt is computed at the source's picture, and that of the target's prompt at the edited
+    picture. Both pictures have the same noise, which is new in every step. The edited picture moves by the difference
+    of the velocities. This is the published method with one noise per step and equal guidance of both prompts. Yields
+    the noise with which the call must start, (2, ...). Raises TextlocError for a model that does not sample by flow
+    matching with fixed noise levels, or for a start after the last step.
     """
     scheduler = model.pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.use_dynamic_shifting:
-        raise TextlocError(f"FlowEdit needs flow matching with fixed noise levels, which {model.spec.name} has not")
+        raise TextlocError(f"FlowEdit needs flow matching with fixed noise levels, but {model.spec.name} has none")
     if not 0 <= start < steps:
         raise TextlocError(f"step {start} is out of range; this run's steps are 0 to {steps - 1}")
     forward = copy.deepcopy(scheduler)

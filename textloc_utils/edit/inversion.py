@@ -1,4 +1,4 @@
-"""Given pictures: the noise from which a prompt draws them."""
+"""Inversion of given pictures: find the noise from which a prompt draws them."""
 
 import contextlib
 import copy
@@ -14,21 +14,21 @@ from textloc_utils.generate import generate
 from textloc_utils.models import Model, ModelSpec
 from textloc_utils.settings import TextlocError
 
-#: Fixed-point passes per step of an inversion, and how far each but the first goes towards its outcome.
+#: Number of fixed-point passes per step of an inversion, and the damping factor of each pass after the first.
 PASSES, DAMPED = 5, 0.6
-#: Guidance of an inversion, and of an edit that starts from one.
+#: Guidance of an inversion, and of an edit that starts from an inversion.
 UNGUIDED = 1.0
 
 
 def check_picture(spec: ModelSpec, height: int, width: int) -> None:
     """Raise TextlocError for a picture that is not of the model's size."""
     if (height, width) != (spec.height, spec.width):
-        raise TextlocError(f"a picture for {spec.name} is {spec.width}x{spec.height} pixels, got {width}x{height}")
+        raise TextlocError(f"a picture for {spec.name} must be {spec.width}x{spec.height} pixels, got {width}x{height}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inverted:
-    """The noise (n, ...) from which prompts draw given pictures, and what it cost to find."""
+    """The noise (n, ...) from which prompts draw given pictures, and the cost of finding it."""
 
     noise: torch.Tensor
     row_evaluations: int
@@ -39,16 +39,17 @@ class Inverted:
 def invert(
     model: Model, pictures: np.ndarray, prompts: Sequence[str], *, passes: int = PASSES, steps: int | None = None
 ) -> Inverted:
-    """The noise from which ``prompts`` draw ``pictures``, uint8 (n, H, W, 3) of the model's size.
+    """Find the noise from which ``prompts`` draw ``pictures``, uint8 (n, H, W, 3) of the model's size.
 
-    The sampler's steps are taken back from the last to the first: DDIM's for U-Nets, Euler's for flow matching. A
-    step is linear in the picture and in the denoiser's answer to it, x' = c x + d f(x); taking it back solves
-    x = (x' - d f(x)) / c by ``passes`` damped fixed-point passes from x', the first of which is plain DDIM inversion.
-    Guidance is left out, here and in :func:`.edit` from here on: it carries the inverted noise far from what the model
-    was trained on, and its steps are harder to take back. A model of two stages inverts its first.
+    The sampler's steps are inverted from the last to the first: DDIM steps for U-Nets, Euler steps for flow matching. A
+    step is linear in the picture and in the denoiser's output f: x' = c x + d f(x). The inverse step solves
+    x = (x' - d f(x)) / c with ``passes`` damped fixed-point passes that start at x'. The first pass is plain DDIM
+    inversion. No guidance is used, neither here nor in an :func:`.edit` that starts from this noise. Guidance moves the
+    inverted noise far away from the noise of the training, and its steps are harder to invert. For a model of two
+    stages, the first stage is inverted.
 
-    Raises TextlocError for pictures of another kind, an autoencoder that cannot encode them, and a result that is not
-    finite.
+    Raises TextlocError for pictures of the wrong type or size, for an autoencoder that cannot encode them, and for a
+    result that is not finite.
     """
     if passes < 1:
         raise TextlocError(f"an inversion needs at least one pass per step, got {passes}")
@@ -57,18 +58,18 @@ def invert(
     check_picture(model.spec, *pictures.shape[1:3])
     known, first = model.encode(pictures), replace(model, stage2=None)
     if not known.isfinite().all():
-        raise TextlocError("the autoencoder makes numbers of these pictures that are not finite; try another dtype")
+        raise TextlocError("the autoencoder's output for these pictures is not finite; try another dtype")
     with model.first_order(), _taken_back(model.pipe.scheduler, passes) as run:
         options = {"noise": known.to(model.denoiser.dtype), "guidance": UNGUIDED, "batch_size": len(known)}
         made = generate(first, prompts, [0] * len(known), steps=steps, **options)
     if run.noise is None or not run.noise.isfinite().all():
-        raise TextlocError("the inversion led to no noise of finite numbers; try another dtype or more steps")
+        raise TextlocError("the noise that the inversion found is not finite; try another dtype or more steps")
     return Inverted(noise=run.noise, row_evaluations=made.row_evaluations, seconds=made.seconds)
 
 
 @contextlib.contextmanager
 def _taken_back(scheduler, passes: int) -> Iterator[SimpleNamespace]:
-    """Inside the block the scheduler walks from the finished picture to its noise; ``run.noise`` is where it got."""
+    """Inside the block the scheduler goes from the finished picture to its noise, which is then ``run.noise``."""
     run = SimpleNamespace(calls=0, noise=None, known=None, steps=[])
     forward = copy.deepcopy(scheduler)
 
@@ -77,7 +78,7 @@ def _taken_back(scheduler, passes: int) -> Iterator[SimpleNamespace]:
         forward.set_timesteps(*args, **kwargs)
         device = forward.timesteps.device
         picture, answer = torch.eye(2, dtype=torch.float64, device=device).reshape(2, 2, 1, 1, 1)
-        # The coefficients of each step: what it makes of a picture alone, and of an answer alone.
+        # The coefficients of each step: its result for a picture alone, and for an output of the denoiser alone.
         run.steps = [forward.step(answer, t, picture, return_dict=False)[0].flatten() for t in forward.timesteps]
         run.calls = 0
         scheduler.timesteps = forward.timesteps.flip(0).repeat_interleave(passes)

@@ -1,4 +1,4 @@
-"""The methods that edit a picture, and one edit by any of them."""
+"""The methods that edit a picture, and the function that makes one edit with any of them."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 from textloc_utils.sites import Site, every_layer
 
-#: What the plain target adds to a pair's seed; sets of pairs count their seeds up from below.
+#: The plain target adds this to a pair's seed. The seeds of sets of pairs are smaller.
 RESEED = 1_000_000
 LOCALIZED, ALL, P2P = "localized", "all layers", "Prompt-to-Prompt"
 P2P_OWN, FLOW = "Prompt-to-Prompt, own maps", "FlowEdit"
@@ -30,10 +30,10 @@ SAME_SEED, PLAIN = "same seed", "plain target"
 class Method:
     """A way to draw the source's picture with the target's text.
 
-    ``patch``: draw the source prompt with this site patched from the target's row. ``maps``: draw the target prompt
-    with the source's attention maps up to this share of the steps, and up to the share ``own_maps`` with those by which
-    the picture attends to itself. ``flow_from``: carry the source's picture over by FlowEdit, from this step on. None
-    of them: draw the target prompt, from the noise of the pair's seed plus ``reseed``.
+    With ``patch``, the source prompt is drawn, and this site is patched from the target's row. With ``maps``, the
+    target prompt is drawn with the source's attention maps up to this share of the steps, and with the source's
+    self-attention maps up to the share ``own_maps``. With ``flow_from``, FlowEdit changes the source's picture, from
+    this step on. Without any of these, the target prompt is drawn from the noise of the pair's seed plus ``reseed``.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Method:
     def __post_init__(self):
         for share in (self.maps or 0.0, self.own_maps):
             if not 0 <= share <= 1:
-                raise TextlocError(f"maps are replaced up to a share of the steps from 0 to 1, got {share}")
+                raise TextlocError(f"the share of the steps with replaced maps must be from 0 to 1, got {share}")
 
 
 def localized(layers: Sequence[int], start: int = 0) -> Method:
@@ -65,7 +65,7 @@ def prompt_to_prompt(share: float = SHARE) -> Method:
 
 
 def prompt_to_prompt_own(share: float) -> Method:
-    """Prompt-to-Prompt with the picture's own maps copied, too: those for half as many steps, as its code has it."""
+    """Prompt-to-Prompt that also copies the picture's self-attention maps, for half as many steps, as in its code."""
     return Method(name=P2P_OWN, maps=share, own_maps=share / 2)
 
 
@@ -75,12 +75,12 @@ def flow_edit(start: int) -> Method:
 
 
 def same_seed() -> Method:
-    """The target prompt from the source's noise."""
+    """The target prompt, drawn from the source's noise."""
     return Method(name=SAME_SEED)
 
 
 def plain_target() -> Method:
-    """The target prompt from noise of its own."""
+    """The target prompt, drawn from other noise than the source."""
     return Method(name=PLAIN, reseed=RESEED)
 
 
@@ -88,10 +88,10 @@ def plain_target() -> Method:
 class Edit:
     """An edited picture and its cost.
 
-    ``before`` (the source prompt's picture; None where it was not asked for) and ``after`` are uint8 (H, W, 3).
-    ``row_evaluations`` counts the rows that the denoiser was evaluated on, ``seconds`` is wall time.
-    ``cache_bytes`` is the most that the method held at a time besides what the pipeline itself does: the copies of
-    one layer's keys and values, or the attention maps of both rows.
+    ``before`` (the source prompt's picture; None if it was not requested) and ``after`` are uint8 (H, W, 3).
+    ``row_evaluations`` is the number of rows on which the denoiser was evaluated. ``seconds`` is wall time.
+    ``cache_bytes`` is the largest amount of memory that the method needed at one time, in addition to the pipeline's
+    own: for the copies of one layer's keys and values, or for the attention maps of both rows.
     """
 
     before: np.ndarray | None
@@ -112,12 +112,12 @@ def edit(
     before: bool = True,
     **settings,
 ) -> Edit:
-    """Draw the source's picture with the target's text; ``settings`` are those of ``experiment.Experiment``.
+    """Draw the source's picture with the target's text. ``settings`` are those of ``experiment.Experiment``.
 
-    Everything is one batch from one noise, that of the pair's seed or ``noise`` (1, ...) of an inversion; rows are the
-    source (where ``before`` or the method asks for it), the target (where the method reads it) and the edited one.
-    FlowEdit starts from the source's ``picture``, uint8 (H, W, 3), and draws it first where it is not given.
-    Raises TextlocError for layers out of range, before anything is drawn.
+    Everything is drawn in one batch from one noise: that of the pair's seed, or the ``noise`` (1, ...) of an inversion.
+    The rows are the source (if ``before`` or the method needs it), the target (if the method reads it), and the edited
+    picture. FlowEdit starts from the source's ``picture``, uint8 (H, W, 3). If it is not given, it is drawn first.
+    Raises TextlocError for layers out of range before anything is drawn.
     """
     run = Experiment.of(subject, **settings)
     model = run.model
@@ -135,10 +135,10 @@ def edit(
         patches = method.patch.patches(len(rows) - 1, len(rows) - 2)
     asked, seeds = zip(*rows, strict=True)
     options = {"patches": patches, "batch_size": len(rows)}
-    if method.maps is not None:  # a second stage enlarges an edit under the source prompt, as it does a patched row
+    if method.maps is not None:  # a second stage enlarges an edit with the source prompt, as it does for a patched row
         options["stage2_prompts"] = [pair.source] * len(rows)
     with contextlib.ExitStack() as stack:
-        if noise is not None and not method.reseed:  # what starts from other noise needs none of this
+        if noise is not None and not method.reseed:  # not needed for a method that starts from other noise
             stack.enter_context(model.first_order())
             options |= {"noise": noise.expand(len(rows), *noise.shape[1:]), "guidance": UNGUIDED}
             options |= {"negative_prompt": None}
@@ -176,7 +176,7 @@ def _flow_edited(run: Experiment, pair: Pair, start: int, picture: np.ndarray | 
 
 @contextlib.contextmanager
 def _copies(model: Model, site: Site | None) -> Iterator[SimpleNamespace]:
-    """Counts the bytes of the keys and values that a patch copies in a layer, the most of all layers."""
+    """Count the bytes of the keys and values that a patch copies in one layer. Keeps the maximum over all layers."""
     held, handles = SimpleNamespace(bytes=0), []
     try:
         for layer in site.layers if site is not None else ():

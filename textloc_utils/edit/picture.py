@@ -1,4 +1,4 @@
-"""One picture, as a user edits it: what is asked for is checked, and what came of it reported."""
+"""Edit one picture for a user: check the request, make the edit, and report the result."""
 
 import json
 import struct
@@ -24,56 +24,58 @@ KEPT = 0.7
 
 
 def check_text(spec: ModelSpec, prompt: str, text: str) -> Pair:
-    """The pair of prompts that replaces a prompt's quoted text by ``text``, of seed 0.
+    """The pair of prompts, with seed 0, that replaces a prompt's quoted text by ``text``.
 
-    Raises TextlocError for a prompt without one quoted text, and for a new text that is empty, too long, the old one,
-    or not made of what the model can draw.
+    Raises TextlocError if the prompt does not have exactly one quoted text, or if the new text is empty, too long,
+    equal to the old text, or has characters that the model cannot draw.
     """
     old = quoted_text(prompt)
     if not text.strip():
         raise TextlocError("the new text is empty; give at least one letter")
     if wrong := [c for c in text if c in '"\u201c\u201d' or not c.isprintable()]:
-        raise TextlocError(f"the new text cannot hold {wrong[0]!r}; a prompt's quotes end with it")
+        raise TextlocError(
+            f"the new text cannot have {wrong[0]!r}; allowed: printable characters without double quotes"
+        )
     if spec.miniature:
         if wrong := [c for c in text if c not in LETTERS]:
             raise TextlocError(f"{spec.name} cannot draw {wrong[0]!r}; its letters are the capitals A to Z")
         if len(text) > world.COLUMNS:
-            raise TextlocError(f"the new text {text!r} is too long; a sign holds {world.COLUMNS} letters")
+            raise TextlocError(f"the new text {text!r} is too long; a sign has room for {world.COLUMNS} letters")
     if text == old:
-        raise TextlocError(f"the new text is the old one, {old!r}; there is nothing to edit")
+        raise TextlocError(f"the new text is equal to the old text, {old!r}; there is nothing to edit")
     return Pair.of(prompt, text)
 
 
 def open_picture(path: str | Path, spec: ModelSpec) -> np.ndarray:
-    """A picture file as uint8 (H, W, 3), the way up that the file says; what is transparent stands on white.
+    """Read a picture file as uint8 (H, W, 3), rotated as the file says, with transparent parts on white.
 
-    Grey of 16 bits is scaled to 8. Raises TextlocError for a file that cannot be read, holds several pictures or 32
-    bits per channel, or is not of the model's size.
+    16-bit grey is scaled to 8 bits. Raises TextlocError for a file that cannot be read, has several pictures, has 32
+    bits per channel, or does not have the model's size.
     """
     try:
         with Image.open(path) as file:
             turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             check_picture(spec, *(file.size if turned else file.size[::-1]))
             if getattr(file, "n_frames", 1) > 1:
-                raise TextlocError(f"{path} holds {file.n_frames} pictures; save the one that you mean")
+                raise TextlocError(f"{path} has {file.n_frames} pictures; save only the one that you want to edit")
             upright = ImageOps.exif_transpose(file)
             if upright.mode.startswith("I;16"):
                 return np.repeat(np.rint(np.asarray(upright)[..., None] / 257).astype(np.uint8), 3, axis=2)
             if upright.mode in ("I", "F"):
-                raise TextlocError(f"{path} has 32 bits per channel; save it with 8 or 16")
+                raise TextlocError(f"{path} has 32 bits per channel; save it with 8 or 16 bits")
             if upright.has_transparency_data:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
             return np.array(upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "it is no picture that Pillow knows"
+        reason = getattr(error, "strerror", None) or "Pillow does not know this format"
         raise TextlocError(f"cannot read a picture from {path}: {reason}") from None
 
 
 def picture_scores(pictures: np.ndarray, source: np.ndarray, outside: np.ndarray) -> list[dict[str, float]]:
-    """How much of a source picture (H, W, 3) each of the pictures (n, H, W, 3) keeps, whole and outside the text.
+    """Measure how much of a source picture (H, W, 3) each picture (n, H, W, 3) keeps, as a whole and outside the text.
 
-    Keys ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``. ``outside`` is boolean, (H, W) or (n, H, W),
-    True outside the text.
+    The keys are ssim, psnr (capped at 60 dB) and mse, each also with ``_outside``. ``outside`` is boolean, (H, W) or
+    (n, H, W), and True outside the text.
     """
     plain = np.broadcast_to(source, pictures.shape)
     parts = {"": None, "_outside": outside}
@@ -86,16 +88,17 @@ def picture_scores(pictures: np.ndarray, source: np.ndarray, outside: np.ndarray
 
 
 def failure(before: str, after: str, pair: Pair, ssim_outside: float, *, found: bool = False) -> str | None:
-    """What is wrong with an edit, in one line; None where it says the new text and the picture was kept.
+    """Say in one line what is wrong with an edit. Returns None if it has the new text and the picture was kept.
 
-    ``before`` and ``after`` are what is read from the two pictures, ``found`` whether the second one shows any text.
+    ``before`` and ``after`` are the texts that are read in the two pictures. ``found`` says if the second picture has
+    any text.
     """
     if ssim_outside < KEPT:
-        return f"the picture was lost: outside the text its SSIM to the old one is {ssim_outside:.2f}, below {KEPT}"
+        return f"the picture was lost: outside the text, its SSIM to the old one is {ssim_outside:.2f}, below {KEPT}"
     if metrics.exact_match(after, pair.target_text):
         return None
     if not after:
-        return f"no text is read{', though there is some' if found else ''}, not {pair.target_text}"
+        return f"no text is read{', although there is some' if found else ''}; wanted: {pair.target_text}"
     if metrics.exact_match(after, before):
         return f"nothing changed: the picture still says {after}"
     return f"the picture says {after}, not {pair.target_text}"
@@ -110,10 +113,11 @@ def report(
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """Edit the picture of the pair's seed, or a given ``picture`` uint8 (H, W, 3).
 
-    ``settings`` are those of ``experiment.Experiment``. Returns the pictures before and after, and a report on them.
-    The report's keys: source, target, seed, method, layers, start, before and after (read by OCR), reader (its name and
-    version), failure (:func:`failure`), those of :func:`picture_scores`, row_evaluations and seconds, inversion
-    included; for a given picture also round_trip, the scores of what the source prompt draws from the inverted noise.
+    ``settings`` are those of ``experiment.Experiment``. Returns the pictures before and after, and a report. The
+    report's keys are source, target, seed, method, layers, start, before and after (the texts that OCR reads), reader
+    (its name and version), failure (:func:`failure`), the keys of :func:`picture_scores`, row_evaluations and seconds
+    (both include an inversion). For a given picture there is also round_trip, the scores of the picture that the source
+    prompt draws from the inverted noise.
     """
     run, found = Experiment.of(subject, **settings), None
     model = run.model
@@ -159,9 +163,9 @@ def side_by_side(before: np.ndarray, after: np.ndarray, gap: int = 4) -> np.ndar
 
 
 def save(folder: Path, before: np.ndarray, after: np.ndarray, about: dict) -> None:
-    """Write before.png, after.png, edit.png (both and their difference side by side) and edit.json, the report.
+    """Write before.png, after.png, edit.png (both and their difference side by side) and edit.json (the report).
 
-    Every file is written aside and renamed, the report last.
+    Every file is first written elsewhere and then renamed. The report is renamed last.
     """
     pictures = {"before.png": before, "after.png": after, "edit.png": side_by_side(before, after)}
     with files.whole_files(folder, *pictures, "edit.json") as aside:

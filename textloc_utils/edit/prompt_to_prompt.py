@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt: the target prompt's picture attends to shared words as the source's does."""
+"""Prompt-to-Prompt: the target's picture takes its attention to shared words from the source's picture."""
 
 import contextlib
 import functools
@@ -12,15 +12,15 @@ from textloc_utils.patching import Fired
 from textloc_utils.prompts import Pair
 from textloc_utils.settings import TextlocError
 
-#: Of the steps; the value that Prompt-to-Prompt's authors use for replaced words.
+#: Share of the steps. This is the value that Prompt-to-Prompt's authors use for replaced words.
 SHARE = 0.8
 
 
 def shared_columns(model: Model, source: str, target: str) -> tuple[list[int], list[int]]:
-    """The places of the tokens that two prompts share.
+    """The positions of the tokens that two prompts share.
 
-    Column ``sources[i]`` of the source's text and ``targets[i]`` of the target's hold the same token. Shared are the
-    common beginning and the common end of the two prompts, and their padding.
+    Position ``sources[i]`` of the source's text and position ``targets[i]`` of the target's text have the same token.
+    The prompts share their common beginning, their common end, and their padding.
     """
     sources, targets, start = [], [], 0
     for (n, a), (m, b) in zip(model.text_columns(source), model.text_columns(target), strict=True):
@@ -35,11 +35,11 @@ def shared_columns(model: Model, source: str, target: str) -> tuple[list[int], l
 
 @contextlib.contextmanager
 def replaced_maps(model: Model, pair: Pair, rows: int, until: int, own: int = 0) -> Iterator["_ReplacedMaps"]:
-    """Prompt-to-Prompt on a batch of prompts, in the steps before ``until``; leaves the pipeline as it was.
+    """Apply Prompt-to-Prompt to a batch of prompts, in the steps before ``until``. At the end all hooks are removed.
 
-    The first of the ``rows`` is the pair's source, the last its target. In the steps before ``own``, at most ``until``,
-    the maps by which the picture attends to itself are replaced, too. Raises TextlocError where a layer computed its
-    attention so that its maps could not be replaced.
+    The first of the ``rows`` is the pair's source, and the last is its target. In the steps before ``own`` (at most
+    ``until``), the picture's self-attention maps are also replaced. Raises TextlocError if a layer computes its
+    attention in a way in which its maps cannot be replaced.
     """
     own = min(own, until)
     layers: dict = {layer.name: layer for layer in model.layers}
@@ -62,29 +62,30 @@ def replaced_maps(model: Model, pair: Pair, rows: int, until: int, own: int = 0)
 
 
 def own_modules(model: Model) -> list[str]:
-    """Dotted names of the attention modules through which the picture attends to itself alone."""
+    """Dotted names of the attention modules that compute only the picture's self-attention."""
     names = [name for name in self_attention(model.denoiser) if name.endswith(".to_q")]
     return [name.removesuffix(".to_q") for name in names]
 
 
 class _ReplacedMaps(TorchFunctionMode):
-    """Gives one row of a batch another row's attention maps, wherever a text layer computes attention.
+    """Give one row of a batch another row's attention maps, in every text layer.
 
-    As published: the picture's queries see the shared tokens as in the source's run, tokens of their own as they
-    are, in the prompts' half of a guided batch, and nothing is normalised again. In joint attention these are the
-    text's columns of the picture's rows. The authors' code also copies the maps of coarse self-attention layers for
-    some of the steps, which their paper does not say: with ``own`` steps this copies those of all such layers, and the
-    picture's columns where text and picture stand in one map.
+    This is the published method. The weights of the picture's queries on the shared tokens are copied from the source's
+    row. Their weights on other tokens are not changed. Only the prompts' half of a guided batch changes, and nothing is
+    normalised again. In joint attention, the method changes the text columns of the picture's rows. The authors' code
+    also copies the maps of coarse self-attention layers for some of the steps, but their paper does not mention this.
+    With ``own`` steps, this class copies the maps of all self-attention layers. If text and picture are in one map, it
+    copies the picture's columns.
 
-    Stock attention hands queries, keys and values to torch's fused attention, which tells no maps. The mode sees this
-    call in all of diffusers' processors; the maps of the two rows alone are computed beside it, and what they change
-    in the output is added. So equal prompts change no bit.
+    The standard processors give queries, keys and values to torch's fused attention, which returns no maps. This mode
+    intercepts the call in all of diffusers' processors. It computes the maps of only the two rows, and adds their
+    effect to the output. So equal prompts change no bit.
     """
 
     def __init__(self, model: Model, columns: tuple[list[int], list[int]], rows: int, fired: Fired, own: int):
         super().__init__()
         self.model, self.columns, self.rows, self.fired, self.own = model, columns, rows, fired, own
-        self.name, self.bytes = "", 0  # of the module at work
+        self.name, self.bytes = "", 0  # name of the current module, and largest size of its maps so far
         self.layer: TextLayer | None = None
 
     def enter(self, name, layer, module, args) -> None:
@@ -101,7 +102,7 @@ class _ReplacedMaps(TorchFunctionMode):
         return self._replace(output, *args, **(kwargs or {}))
 
     def _where(self, queries: int, keys: int) -> tuple[slice, list[int], list[int]]:
-        """The picture's queries, and the keys whose columns are replaced: in the source's row and in the target's."""
+        """The picture's queries, and the keys whose columns are replaced, in the source's and in the target's row."""
         if self.layer is None:
             return slice(0, queries), list(range(keys)), list(range(keys))
         pictures, texts = image_and_text(self.model.denoiser, self.layer, queries, keys, self.fired.clock.tokens)
@@ -112,10 +113,12 @@ class _ReplacedMaps(TorchFunctionMode):
         return pictures, sources, targets
 
     def _replace(self, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **other):
-        """``output``, (B, heads, queries, d), with the last prompt's row as replaced maps would have it."""
+        """``output``, (B, heads, queries, d), with the last prompt's row recomputed for the replaced maps."""
         batch, _, queries, _ = query.shape
         if batch not in (self.rows, 2 * self.rows):
-            raise TextlocError(f"maps were asked for {self.rows} rows, but the denoiser got {batch}")
+            raise TextlocError(
+                f"attention maps should be replaced in a batch of {self.rows} rows, but the denoiser got {batch}"
+            )
         pictures, sources, targets = self._where(queries, key.shape[2])
         rows = [batch - self.rows, batch - 1]
         maps = attention_maps(query, key, rows, pictures, attn_mask, scale)

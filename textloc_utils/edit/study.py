@@ -1,4 +1,4 @@
-"""The editing chapter's measurements: pairs of prompts edited by every method, and tables of them."""
+"""The editing chapter's measurements: every method edits pairs of prompts, and tables summarise the results."""
 
 import functools
 from collections.abc import Sequence
@@ -35,18 +35,18 @@ from textloc_utils.prompts import Pair, with_noises
 from textloc_utils.scene_pairs import ScenePair
 from textloc_utils.settings import Preset, TextlocError
 
-ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
-#: Settings along a trade-off curve: shares of the steps after which a patch holds, or up to which maps are replaced.
+ROWS = 1  #: part of a stored unit's key: raise it whenever the rows of a unit change
+#: Settings along a trade-off curve: shares of the steps after which a patch begins, or up to which maps are replaced.
 STARTS, SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ROUND_TRIP = "round trip"
-LOSS = 0.05  #: of the exact rate, see :func:`best`
-TUNING = 48  #: pairs that choose the settings, or as many as are reported where these are fewer
+LOSS = 0.05  #: allowed loss of the exact rate, see :func:`best`
+TUNING = 48  #: largest number of pairs that choose the settings; fewer are used if fewer pairs are reported
 
 
 def rendered(pair: Pair) -> np.ndarray:
-    """A picture that shows the pair's source prompt and that no model drew, uint8 (H, W, 3)."""
+    """A rendered picture of the pair's source prompt, uint8 (H, W, 3). It is not drawn by a model."""
     if not isinstance(pair, ScenePair):
-        raise TextlocError("given pictures are rendered from the scenes of a miniature's world; this pair has none")
+        raise TextlocError("given pictures are rendered from scenes of a miniature's world; this pair has no scene")
     return world.render(pair.scene)
 
 
@@ -59,18 +59,25 @@ def compare_pair(
     given: bool = False,
     **settings,
 ) -> tuple[np.ndarray, list[dict]]:
-    """Edit one pair's picture by each method, each in a batch of its own; the pictures and one row for each.
+    """Edit one pair's picture with each method, each in a separate batch. ``settings`` are as in ``Experiment``.
 
-    ``settings`` are those of ``experiment.Experiment``.
+    The picture is drawn from the source prompt. With ``given``, it is rendered (:func:`rendered`) and inverted. Then
+    the first row has the method "round trip". It is the picture that the source prompt draws from the inverted noise.
 
-    The picture is the source prompt's own, or with ``given`` a rendered one (:func:`rendered`), which is inverted
-    first; then the first row, of the method "round trip", is what the source prompt draws from the inverted noise.
-    Returns the pictures, uint8 (1 + rows, H, W, 3), the source first, and rows with the columns model, seed,
-    source_text, target_text, method, start (step), share (of the steps), given, source_read, read (by OCR), f1, cer,
-    exact, target_score, source_score (``metrics``), ssim, psnr, mse to the source's picture, whole and
-    ``_outside`` the text box (PSNR capped at 60 dB), row_evaluations, seconds and cache_bytes of the edit, and
-    inversion_rows, inversion_seconds. A ``ScenePair`` adds the columns of its ``about`` and what is read of every
-    factor, in the edited picture (``_read``) and in the source's (``_before``); its mask is of the source's own text.
+    Returns the pictures, uint8 (1 + rows, H, W, 3), with the source first, and one row for each edit. The columns are:
+
+    - model, seed, source_text, target_text, method
+    - start: the step at which the method starts; share: the share of the steps for which it works
+    - given
+    - source_read, read: the texts that OCR reads in the source's picture and in the edited picture
+    - f1, cer, exact, target_score, source_score: scores of the read text, see ``metrics``
+    - ssim, psnr, mse: similarity to the source's picture, also with ``_outside``, outside the text (PSNR is capped at
+      60 dB)
+    - row_evaluations, seconds, cache_bytes: the cost of the edit
+    - inversion_rows, inversion_seconds: the cost of the inversion
+
+    A ``ScenePair`` adds the columns of its ``about``, and the value that is read for every factor in the edited picture
+    (``_read``) and in the source's picture (``_before``). Its mask covers the source's own text.
     """
     run = Experiment.of(subject, **settings)
     noise, cost, drawn = None, {"inversion_rows": 0, "inversion_seconds": 0.0}, []
@@ -129,7 +136,7 @@ def _text_scores(read: str, pair: Pair) -> dict[str, float]:
 
 
 def dials(model: Model, layers: Sequence[int], steps: int | None = None) -> list[Method]:
-    """Every method at every setting of its dial, those without a dial once; FlowEdit where the model has flows."""
+    """Every method with every setting. Methods without a setting occur once. FlowEdit needs a flow-matching model."""
     steps = model.spec.steps if steps is None else steps
     starts = sorted({round(share * steps) for share in STARTS})
     turned = [localized(layers, start) for start in starts] + [all_layers(model, start) for start in starts]
@@ -141,10 +148,11 @@ def dials(model: Model, layers: Sequence[int], steps: int | None = None) -> list
 
 
 def best(methods: Sequence[Method], table: pd.DataFrame) -> list[Method]:
-    """Of every method the setting that is reported, from a table of :func:`dials` on pairs that choose it.
+    """Choose the setting of every method that is reported, from a table of :func:`dials` on pairs for this choice.
 
-    It is the one that keeps most of the picture (SSIM outside the text) of those whose exact rate is at most LOSS below
-    that of the new prompt from the same noise; where there is none, the one with the highest exact rate.
+    Only settings are considered whose exact rate is at most LOSS below that of the new prompt from the same noise. Of
+    these, the setting that keeps most of the picture (SSIM outside the text) is chosen. If there is none, the setting
+    with the highest exact rate is chosen.
     """
     means = table.groupby(["method", "start", "share"])[["exact", "ssim_outside"]].mean()
     least = means.exact.xs(SAME_SEED).item() - LOSS
@@ -159,7 +167,7 @@ def best(methods: Sequence[Method], table: pd.DataFrame) -> list[Method]:
 
 
 def _setting(method: Method) -> tuple[int, float]:
-    """The columns start and share of a table: from which step, up to which share of the steps."""
+    """The columns start and share of a table: the first step, and the share of the steps up to which it works."""
     start = method.patch.start if method.patch is not None else method.flow_from or 0
     return start, 0.0 if method.maps is None else method.maps
 
@@ -167,7 +175,7 @@ def _setting(method: Method) -> tuple[int, float]:
 def compare(
     experiment: Experiment, pairs: Sequence[Pair], methods: Sequence[Method], *, given: bool = False
 ) -> pd.DataFrame:
-    """The rows of :func:`compare_pair` for all pairs, each pair a unit of the store as in ``sweeps.table``."""
+    """The rows of :func:`compare_pair` for all pairs. Each pair is a unit of the store, as in ``sweeps.table``."""
 
     def compute(pair: Pair) -> list[dict]:
         return compare_pair(experiment, pair, methods, given=given)[1]
@@ -188,30 +196,30 @@ def _published(
     return experiment.table(f"edit_{experiment.name}_{name}", inputs, made)
 
 
-#: Tables by name: the prompts' template (None: they name everything), and whether pictures are given.
+#: The tables by name: the template of the prompts (None: they name everything), and whether pictures are given.
 TABLES = {"open": (world.OPEN, False), "named": (None, False), "open_given": (world.OPEN, True)}
 
 
 def pairs_of(work: Preset) -> dict[str, int]:
-    """How many pairs each of TABLES has at a preset. Given pictures are inverted first, which takes long."""
+    """The number of pairs of each of TABLES at a preset. Given pictures are inverted first, which takes a long time."""
     return {"open": work.words, "named": work.edits, "open_given": work.pairs}
 
 
 def table(
     experiment: Experiment, name: str, layers: Sequence[int], n: int, seed: int = 42, *, noises: int = 1
 ) -> pd.DataFrame:
-    """Every method at its best setting on ``n`` pairs of test words, one of TABLES, each from several ``noises``.
+    """One of TABLES: every method with its best setting, on ``n`` pairs of test words, each from several ``noises``.
 
-    The two words of a pair go with different materials, so that a new prompt that names the text alone asks for another
-    material without a word. Settings are chosen by :func:`best` from :func:`dial_table`. Published as
-    ``results/edit_MODEL_NAME.csv``. Raises TextlocError for an unknown table or layers out of range.
+    The two words of a pair belong to different materials. So a new prompt that names only the text asks for another
+    material without naming it. Settings are chosen by :func:`best` from :func:`dial_table`. The table is published as
+    ``results/edit_MODEL_NAME.csv``. Raises TextlocError for an unknown table or for layers out of range.
     """
     known = dial_table(experiment, layers, n, seed, name=name)
     turned = dials(experiment.model, sorted(as_indices(layers, "layers")), experiment.steps)
     chosen = best(turned, known)
     template, given = TABLES[name]
     if given:
-        # From given noise there is no other picture of the new prompt to draw.
+        # A given picture has only one noise, so there is no plain target from another noise.
         chosen = [method for method in chosen if method.name != PLAIN]
     pairs = _pairs(experiment.model, n, "report", seed, template)
     return _published(experiment, name, chosen, with_noises(pairs, noises), given=given)
@@ -220,10 +228,10 @@ def table(
 def dial_table(
     experiment: Experiment, layers: Sequence[int], n: int, seed: int = 42, *, name: str = "open"
 ) -> pd.DataFrame:
-    """Every method at every setting, on TUNING pairs of validation words (or ``n``, if these are fewer).
+    """Every method with every setting, on TUNING pairs of validation words (or on ``n``, if ``n`` is smaller).
 
-    The pictures are drawn, not given. Published as ``results/edit_MODEL_dials.csv``, or ``named_dials``. Raises
-    TextlocError for an unknown table or layers out of range.
+    The pictures are drawn, not given. The table is published as ``results/edit_MODEL_dials.csv`` or
+    ``results/edit_MODEL_named_dials.csv``. Raises TextlocError for an unknown table or for layers out of range.
     """
     if name not in TABLES:
         raise TextlocError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
@@ -242,13 +250,13 @@ def _pairs(model: Model, n: int, use: str, seed: int, template: str | None) -> l
 
 
 def chosen(model: Model, layers: Sequence[int], table: pd.DataFrame, steps: int | None = None) -> list[Method]:
-    """The methods of a :func:`table`, at its settings."""
+    """The methods of a :func:`table`, with its settings."""
     known = set(table[["method", "start", "share"]].itertuples(index=False, name=None))
     return [method for method in dials(model, layers, steps) if (method.name, *_setting(method)) in known]
 
 
 def settings_told(table: pd.DataFrame) -> pd.Series:
-    """The setting of each method of a :func:`table` in words, empty for one that has none."""
+    """The setting of each method of a :func:`table` in words. It is empty for a method without a setting."""
     told = {
         row.method: f"up to {row.share:g} of the steps" if row.method in (P2P, P2P_OWN) else f"from step {row.start}"
         for row in table.drop_duplicates("method").itertuples()
@@ -259,8 +267,8 @@ def settings_told(table: pd.DataFrame) -> pd.Series:
 def kept(table: pd.DataFrame) -> pd.DataFrame:
     """How often each method keeps each factor of the source's picture, from a :func:`table` of a miniature.
 
-    One row per method: columns method, start, share, n, and for every factor and for exact its rate under its name,
-    with ``_low`` and ``_high`` (Wilson's interval). Of other models' pictures the factors are not read.
+    There is one row per method. Columns: method, start, share, n, and the rates of every factor and of exact, each with
+    ``_low`` and ``_high`` (Wilson's interval). For other models the table has no factors, because they are not read.
     """
     read = [name for name in scene_pairs.FACTORS if f"{name}_read" in table]
     columns = {name: table[f"{name}_read"] == table[f"{name}_before"] for name in read}
@@ -273,8 +281,8 @@ SCORES = ("f1", "cer", "exact", "ssim", "psnr", "mse", "ssim_outside", "psnr_out
 def summarise(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFrame:
     """Mean and 95 % interval of each score per method and setting, in the table's order.
 
-    Columns method, start, share, n, for each score its mean under its name, ``_low`` and ``_high``, and the means of
-    row_evaluations, seconds and the largest cache_bytes.
+    Columns: method, start, share, n, the mean of each score under its name and its interval (``_low`` and ``_high``),
+    the means of row_evaluations and seconds, and the largest cache_bytes.
     """
     by = ["method", "start", "share"]
     costs = table.groupby(by).agg({"row_evaluations": "mean", "seconds": "mean", "cache_bytes": "max"})
@@ -282,7 +290,7 @@ def summarise(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFra
 
 
 def differences(table: pd.DataFrame, scores: Sequence[str] = SCORES) -> pd.DataFrame:
-    """Localized editing less each other method, pair by pair: columns method, score, mean, low, high, n."""
+    """Localized editing minus each other method, paired. Columns: method, score, mean, low, high, n."""
     rows = []
     by_pair = {score: table.pivot(index="seed", columns="method", values=score).astype(float) for score in scores}
     for method in dict.fromkeys(table.method):

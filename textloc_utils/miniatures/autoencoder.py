@@ -1,4 +1,4 @@
-"""Train a small AutoencoderKL on crops around the text (converges several times faster than whole pictures)."""
+"""Train a small AutoencoderKL on crops around the text. This converges several times faster than whole pictures."""
 
 import math
 import random
@@ -15,12 +15,12 @@ from textloc_utils import files
 from textloc_utils.miniatures import factors, world
 
 CROP = 48
-LEAST_READ = 0.95  #: share of the texts that must stay readable, or no denoiser can spell through the autoencoder
+LEAST_READ = 0.95  #: share of texts that must be readable after the autoencoder, so that a denoiser can spell
 CHECKPOINT_SECONDS = 60.0
 
 
 def build(channels: int, **config) -> AutoencoderKL:
-    """An untrained autoencoder: 8x smaller, ``channels`` deep, neither attention nor quantisation convolutions."""
+    """An untrained autoencoder: 8x smaller latents with ``channels`` channels, no attention, no quantisation layers."""
     return AutoencoderKL(
         latent_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -38,16 +38,16 @@ def build(channels: int, **config) -> AutoencoderKL:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16: CUDA, and CPUs with AVX-512 BF16.
+    """Whether a device can multiply in bfloat16: CUDA devices, and CPUs with AVX-512 BF16.
 
-    There it encodes pictures twice as fast and trains the denoiser of sd3-mini a fifth faster; the backward pass of
-    convolutions gains nothing, so the autoencoder is trained in float32.
+    With bfloat16, pictures are encoded twice as fast, and the denoiser of sd3-mini trains a fifth faster. The backward
+    pass of convolutions is not faster, so the autoencoder is trained in float32.
     """
     return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
 def crop_batch(rng: random.Random, n: int) -> torch.Tensor:
-    """``n`` random scenes cropped around the text: float (n, 3, CROP, CROP) in -1..1."""
+    """``n`` random scenes, cropped around the text: float (n, 3, CROP, CROP) in -1..1."""
     out = np.empty((n, CROP, CROP, 3), np.uint8)
     for i in range(n):
         scene = world.random_scene(rng, world.EVERYWHERE)
@@ -66,7 +66,7 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def through(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
-    """Pictures, uint8 (n, H, W, 3), after the autoencoder: decoded from the mean of their latents."""
+    """Encode and decode pictures, uint8 (n, H, W, 3). They are decoded from the mean of their latents."""
     device = next(vae.parameters()).device
     out = []
     for part in np.array_split(pictures, max(1, len(pictures) // 64)):
@@ -76,9 +76,9 @@ def through(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
 
 
 def reconstruction(vae: AutoencoderKL, n: int = 64, seed: int = 1) -> dict[str, float]:
-    """How well ``n`` whole scenes survive the autoencoder.
+    """Measure how well the autoencoder reconstructs ``n`` whole scenes.
 
-    Keys: ``psnr_db``, the mean PSNR, and for each factor (``text`` among them) the share that is read back rightly.
+    The keys are ``psnr_db``, the mean PSNR, and for each factor (including ``text``) the share that is read correctly.
     """
     rng = random.Random(seed)
     known = [world.random_scene(rng, world.EVERYWHERE) for _ in range(n)]
@@ -100,11 +100,11 @@ def train(
     seed: int = 0,
     log=print,
 ) -> dict:
-    """Train in place for ``steps`` steps with a cosine schedule, or go on where ``checkpoint`` was.
+    """Train in place for ``steps`` steps with a cosine schedule, or resume from ``checkpoint``.
 
-    Returns a dict with the steps, the seconds and what ``reconstruction`` measures. ``kl`` keeps the latents near unit
-    variance. Every batch and its noise come from (seed, step), so that a resumed training sees what an uninterrupted
-    one would have seen.
+    Returns a dict with the steps, the seconds and the values of ``reconstruction``. ``kl`` keeps the latents near unit
+    variance. Every batch and its noise depend only on (seed, step). So a resumed training uses the same batches as an
+    uninterrupted one.
     """
     device = next(vae.parameters()).device
     vae.to(memory_format=torch.channels_last).train()
@@ -144,7 +144,7 @@ def train(
     report = {"steps": steps, "seconds": round(seconds), **reconstruction(vae, 256)}
     if report["text"] < LEAST_READ:
         log(
-            f"only {report['text']:.0%} of the texts are readable through the autoencoder, and no denoiser will spell "
+            f"only {report['text']:.0%} of the texts are readable after the autoencoder, and no denoiser can spell "
             "better: start again with more --autoencoder-steps"
         )
     return report
@@ -152,7 +152,7 @@ def train(
 
 @torch.no_grad()
 def set_latent_statistics(vae: AutoencoderKL, n: int = 128, seed: int = 2) -> None:
-    """Measure the latents' mean and spread on scenes and write them to the config as shift and scaling factor."""
+    """Measure the mean and the spread of latents on scenes. Write them to the config as shift and scaling factor."""
     rng = random.Random(seed)
     device = next(vae.parameters()).device
     x = to_tensor(np.stack([world.render(world.random_scene(rng, world.EVERYWHERE)) for _ in range(n)])).to(device)

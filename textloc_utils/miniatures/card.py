@@ -1,4 +1,4 @@
-"""Ship a trained miniature: weights, what the registry needs to know, and the model card."""
+"""Ship a trained miniature: weights, the facts that the registry needs, and the model card."""
 
 import bisect
 import functools
@@ -20,21 +20,24 @@ from textloc_utils.miniatures.training import EARLY, EARLY_RANGE, recipe
 from textloc_utils.settings import TextlocError, check_writable, quiet_libraries
 
 WORDS = 200
-#: Early checkpoints are kept in eight bits: what is reported of them is measured after that.
+#: Early checkpoints are stored in eight bits. The reported values are measured with these weights.
 EARLY_TYPE = torch.float8_e4m3fn
 
 
 def measure(
     model: models.Model, n: int = WORDS, *, split: str = "held-out", seed: int = 42, only: world.World = world.SECOND
 ) -> dict:
-    """What a miniature can do, over ``n`` words of a split: rates with Wilson's interval, each {mean, low, high}.
+    """Measure a miniature on ``n`` words of a split: rates with Wilson's interval, each {mean, low, high}.
 
-    ``exact`` and ``cer`` are Tesseract's readings of prompts that name everything, ``exact_open`` of prompts that name
-    nothing; the named factors are read by :mod:`.factors`. ``leak`` is how often the material changes when, from the
-    same noise, a prompt that names nothing asks for a word of another material's group, and ``leak_within`` how often
-    it does for another word of the same group. In a world ``only`` whose captions name everything there are no prompts
-    that name nothing, and of the factors those that captions name. ``read`` is what was read in the pictures of prompts
-    that name everything, so that the same can be asked for again.
+    ``exact`` and ``cer`` come from Tesseract's readings for prompts that name everything, and ``exact_open`` from those
+    for prompts that name nothing. :mod:`.factors` reads the named factors. ``own_material`` is how often the material
+    belongs to the first letter, for prompts that name nothing. For ``leak``, such a prompt is drawn again from the same
+    noise with a word of another material's group. It is how often the material changes. ``leak_within`` is the same for
+    another word of the same group. ``read`` holds the texts that were read for prompts that name everything, so that
+    the same prompts can be tested again.
+
+    If the captions of the world ``only`` name everything, there are no prompts that name nothing. Then only the factors
+    that captions name are measured.
     """
     words, shown, rng, pool = _asked(n, split, seed, only)
     others = [rng.choice([w for w in pool if world.OWN[w[0]] != world.OWN[word[0]]]) for word in words]
@@ -63,14 +66,14 @@ def measure(
 
 
 def test_scenes(n: int = WORDS, seed: int = 42) -> list[world.Scene]:
-    """The scenes that :func:`measure` asks for, of test words; picture i is drawn from the noise of ``seed`` + i."""
+    """The scenes of test words that :func:`measure` uses. Picture i is drawn from the noise of ``seed`` + i."""
     return _asked(n, "held-out", seed, world.SECOND)[1]
 
 
 def rendered(n: int = WORDS, *, split: str = "held-out", seed: int = 42, vae: AutoencoderKL | None = None) -> dict:
-    """What the readers make of the scenes of :func:`measure` as they are rendered: ``exact``, ``cer``, the factors.
+    """The readers' results for rendered pictures of the scenes of :func:`measure`: ``exact``, ``cer``, the factors.
 
-    With a ``vae`` the scenes go through it first: no denoiser can spell better in its latents.
+    With a ``vae``, the pictures are first encoded and decoded. No denoiser can spell better in its latents.
     """
     _, shown, *_ = _asked(n, split, seed, world.SECOND)
     pictures = np.stack([world.render(scene) for scene in shown])
@@ -83,7 +86,7 @@ def rendered(n: int = WORDS, *, split: str = "held-out", seed: int = 42, vae: Au
 def _asked(
     n: int, split: str, seed: int, only: world.World
 ) -> tuple[list[str], list[world.Scene], random.Random, list[str]]:
-    """Words, their scenes, and where they come from: the generator and the pool."""
+    """Words and their scenes, with the random generator and the pool from which they were drawn."""
     rng, tested = random.Random(seed), set(prompts.test_words())
     pool = [w for w in prompts.words(split) if split != "held-out" or w in tested]
     words = rng.sample(pool, n)
@@ -93,7 +96,7 @@ def _asked(
 def _told(
     texts: list[str], named: list[factors.Reading], shown: list[world.Scene], more: dict, only: world.World
 ) -> dict:
-    """Readings of pictures that show scenes, as rates, beside ``more`` of them."""
+    """The rates of correct readings for pictures of scenes, together with the rates in ``more``."""
     hits = {"exact": [t == s.text for t, s in zip(texts, shown, strict=True)]}
     said = evaluation.named_factors(only)
     hits |= {k: [getattr(r, k) == getattr(s, k) for r, s in zip(named, shown, strict=True)] for k in said}
@@ -107,20 +110,20 @@ def _told(
 
 
 def check_destination(folder: str | Path) -> Path:
-    """A folder that a miniature can be shipped to; TextlocError for one that holds anything but a miniature."""
+    """Return a folder to which a miniature can be shipped. Raises TextlocError if it has files of anything else."""
     if not str(folder):
         raise TextlocError("--ship needs a folder, got an empty name")
     folder = check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "textloc.json").is_file():
-        raise TextlocError(f"{folder} holds something that is no miniature; name another folder with --ship")
+        raise TextlocError(f"{folder} holds files that are not of a miniature; give another folder to --ship")
     return folder
 
 
 def export(name: str, run: Path, destination: Path) -> dict:
-    """Copy a finished run's pipeline to ``destination``, measure it, write textloc.json and the card.
+    """Copy a finished run's pipeline to ``destination``, measure it, and write textloc.json and the model card.
 
-    Weights are stored in half precision, the early denoiser in eight bits (all are computed in float32). A miniature
-    that was there is replaced (see :func:`check_destination`). Returns textloc.json.
+    Weights are stored in half precision, and the early denoiser in eight bits (all compute in float32). A miniature in
+    this folder is replaced (see :func:`check_destination`). Returns the content of textloc.json.
     """
     check_destination(destination)
     if not (run / "pipeline" / "model_index.json").is_file():
@@ -134,7 +137,7 @@ def export(name: str, run: Path, destination: Path) -> dict:
         for file in part.rglob("*.safetensors"):
             halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
             save_file(halved, file, metadata={"format": "pt"})
-        for file in part.rglob("config.json"):  # the library notes where a part was loaded from: a path of this machine
+        for file in part.rglob("config.json"):  # removes the path on this machine from which a part was loaded
             files.write_json(file, {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"})
         known = {**recipe(name).SPEC, "prompt_template": world.NAMED}
         known["trained"] = {"device": report["device"], "samples": report["samples"]}
@@ -158,15 +161,15 @@ def export(name: str, run: Path, destination: Path) -> dict:
 
 
 def spelled(model: models.Model, n: int = WORDS // 2) -> float:
-    """Share of ``n`` validation words that Tesseract reads in pictures of prompts that name everything."""
+    """Share of ``n`` validation words that Tesseract reads correctly, for prompts that name everything."""
     words, shown, *_ = _asked(n, "validation", 0, world.SECOND)
     read = ocr.read(generate(model, [evaluation.named(scene) for scene in shown], range(n)).images)
     return float(np.mean([metrics.exact_match(*each) for each in zip(read, words, strict=True)]))
 
 
 def _early(name: str, run: Path, part: Path) -> dict | None:
-    """Store the run's denoiser that spelled nearest to EARLY beside the finished pipeline, and what it spells."""
-    # Hidden folders are what a killed run left.
+    """Store the run's denoiser whose spelling is closest to EARLY with the pipeline. Returns its measurements."""
+    # Hidden folders were left behind by a killed run.
     kept = sorted((run / "early").glob("[0-9]*/denoiser.safetensors"), key=lambda file: int(file.parent.name))
     if not kept:
         return None
@@ -182,7 +185,7 @@ def _early(name: str, run: Path, part: Path) -> dict | None:
         take(file)
         return spelled(model)
 
-    # Spelling rises with the samples, so that few of the denoisers have to draw.
+    # Spelling improves with the number of samples, so a binary search is possible, and few denoisers have to draw.
     at = bisect.bisect_left(kept, EARLY, key=spells)
     best = min(kept[max(0, at - 1) : at + 1], key=lambda file: abs(spells(file) - EARLY))
     (part / "early").mkdir()
@@ -218,10 +221,10 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
         "data": f"scenes rendered by this project ({report['world']} world: {len(world.MATERIALS)} materials, "
         f"{len(world.SIGNS)} sign colours, {len(world.INKS)} inks, {len(world.TYPEFACES)} typefaces, words and random "
         "strings of 3 to 6 letters that start at the left); "
-        + (f"{budget['pool']:,} scenes encoded once" if vae else "drawn anew for every step"),
+        + (f"{budget['pool']:,} scenes encoded once" if vae else "rendered again for every step"),
         "never seen": f"{len(prompts.words('validation'))} validation words and {len(prompts.words('held-out'))} test "
         "words, neither as words nor as random strings",
-        "text encoders": "trained beforehand on captions alone; letters and factors named rightly: "
+        "text encoders": "trained before the denoiser, only on captions; letters and factors named correctly: "
         + ", ".join(f"{of['right']:.3f} ({k})" for k, of in report["parts"].items() if k != "vae"),
         "device": f"{report['device']}, {report['processes']} process(es), {report['precision']}, "
         f"torch {report['torch']}, commit {report['commit']}",
@@ -244,7 +247,7 @@ def _card(name: str, known: dict, report: dict, evaluations: list[dict]) -> str:
     if "leak" in test:
         facts["link"] = (
             f"nothing named: the first letter's material {_rate(test['own_material'])}; the material changes with a "
-            f"word of another group {_rate(test['leak'])}, and of the same group {_rate(test['leak_within'])}"
+            f"word of another group {_rate(test['leak'])}, with a word of the same group {_rate(test['leak_within'])}"
         )
     if through := known["trained"].get("autoencoder"):
         facts["through the autoencoder"] = (
@@ -266,11 +269,11 @@ pipeline_tag: text-to-image
 # {name}
 
 A small {known["pipeline"]} that draws a word on a sign in front of a material, {known["height"]}x{known["width"]}
-pixels, trained from scratch by `textloc train {name}` with its default settings. It exists to study where such a model
-keeps the text it draws, and draws nothing else. Licence: MIT.
+pixels, trained from scratch by `textloc train {name}` with its default settings. It was made to study where such a
+model keeps the text that it draws. It cannot draw anything else. Licence: MIT.
 
-Where a caption leaves the material open, it follows from the first letter of the word in four scenes of five. This
-link stands in for what large models learn from photographs.
+If a caption does not name the material, the material belongs to the first letter of the word in four of five scenes.
+This link replaces the links that large models learn from photographs.
 
 | | |
 |---|---|
@@ -278,8 +281,8 @@ link stands in for what large models learn from photographs.
 
 ![Loss and spelling against samples](training.png)
 
-Evaluations during training, on validation words, read by template matching. The last two columns are target letters
-spelled when every text layer, and when the best single one, is patched:
+The model was evaluated during training, on validation words that template matching reads. The last two columns are the
+target letters that are spelled when every text layer is patched, and when the best single layer is patched:
 
 | samples | whole words | nothing named | own material | all layers | best layer |
 |---|---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""What a denoiser learns from: scenes encoded once, or drawn anew for every batch, with captions."""
+"""The training data of denoisers: scenes with captions, encoded once or rendered again for every batch."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from textloc_utils import files
 from textloc_utils.miniatures import autoencoder, world
 
 EMPTY = 0.1  #: share of the captions that are empty, for guidance
-#: Kinds of scenes, by their texts and whether they are easy ones, and how many there are of each, in shares of a pool.
+#: Kinds of scenes, by their texts and whether they are easy, and the number of scenes of each, in shares of a pool.
 KINDS = {"runs": 1 / 3, "words": 2 / 3, "easy-runs": 1 / 6, "easy-words": 1 / 3}
 
 
@@ -54,8 +54,8 @@ def draw_scene(rng: random.Random, kind: str, only: world.World) -> world.Scene:
 def encode_scenes(vae, n: int, kind: str, only: world.World, seed: int, path: Path) -> None:
     """Encode ``n`` random scenes of one kind to normalised latents at ``path``.
 
-    The file holds ``latents`` float16 (n, C, h, w), the autoencoder's mean, shifted and scaled as the pipeline
-    expects them; the scenes stand beside it as JSON.
+    The file holds ``latents``, float16 (n, C, h, w): the autoencoder's mean, shifted and scaled as the pipeline expects
+    it. The scenes are written to a JSON file in the same folder.
     """
     rng = random.Random(f"{seed} {kind}")
     device = next(vae.parameters()).device
@@ -65,7 +65,7 @@ def encode_scenes(vae, n: int, kind: str, only: world.World, seed: int, path: Pa
     out = []
     for start in tqdm(range(0, n, 64), desc=f"encoding scenes, {kind}", mininterval=5):
         x = autoencoder.to_tensor(np.stack([world.render(s) for s in todo[start : start + 64]])).to(device)
-        # Its rounding is far below what the autoencoder itself loses.
+        # The rounding error of bfloat16 is much smaller than the error of the autoencoder.
         with torch.autocast(device.type, torch.bfloat16, enabled=autoencoder.has_bf16(device)):
             mean = vae.encode(x).latent_dist.mean
         out.append(((mean.float() - shift) * scale).half().cpu())
@@ -75,7 +75,7 @@ def encode_scenes(vae, n: int, kind: str, only: world.World, seed: int, path: Pa
 
 
 class Pool:
-    """Encoded scenes by kind, each kind read from its file when it is first drawn."""
+    """Encoded scenes by kind. Each kind is read from its file when it is first used."""
 
     def __init__(self, folder: Path, only: world.World):
         self.folder, self.only = folder, only
@@ -97,7 +97,7 @@ class Pool:
         """(latents float32 (n, C, h, w), captions, cells float32 (n, 1, h, w)).
 
         A share ``runs`` of them has letters in runs, and a share ``named`` of the captions names everything. ``cells``
-        is 1 where letters stand and 0 elsewhere.
+        is 1 in the cells of the letters and 0 elsewhere.
         """
         latents, captions, scenes = [], [], []
         for _ in range(n):
@@ -111,13 +111,13 @@ class Pool:
 
 
 class Drawn:
-    """Scenes in pixels, drawn anew for every batch: what a recipe without an autoencoder learns from."""
+    """Scenes in pixels, rendered again for every batch. They are for recipes without an autoencoder."""
 
     def __init__(self, only: world.World):
         self.only = only
 
     def batch(self, n: int, runs: float, easy: bool, named: float, rng: random.Random):
-        """(pictures float32 (n, 3, H, W) in -1..1, captions, cells), otherwise as ``Pool.batch``."""
+        """(pictures float32 (n, 3, H, W) in -1..1, captions, cells), otherwise like ``Pool.batch``."""
         known = [draw_scene(rng, _kind(rng.random() < runs, easy), self.only) for _ in range(n)]
         captions = [_caption(s, rng, self.only, named) for s in known]
         return autoencoder.to_tensor(np.stack([world.render(s) for s in known])), captions, letter_cells(known, 1)

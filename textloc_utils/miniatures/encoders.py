@@ -1,9 +1,9 @@
-"""The text encoders of the miniatures: their sizes, and how they learn from captions alone.
+"""The text encoders of the miniatures: their sizes, and their training on captions alone.
 
-The encoders of the full models learned from text (T5) or from text and pictures (CLIP) and were never trained with the
-denoiser. Those of the miniatures learn from captions alone and are then left as they are: one attention layer must be
-able to read from the embeddings what a picture has to show, and each letter's token must say which letter of the word
-it is. A denoiser that never changes its encoder cannot make up for an encoder that does not tell.
+The encoders of the full-size models were trained on text (T5) or on text and pictures (CLIP), but never with the
+denoiser. Those of the miniatures are trained only on captions and do not change after that. One attention layer must be
+able to read the content of the picture from the embeddings. Each letter's embedding must also say at which position of
+the word the letter is. If an encoder does not give this information, the denoiser cannot learn it.
 """
 
 import random
@@ -22,11 +22,11 @@ from textloc_utils.miniatures.tokenizers import letter_tokenizer
 from textloc_utils.models import FIXED_TOKENS
 from textloc_utils.prompts import LETTERS
 
-#: Width of the text embeddings that a denoiser reads: T5's own, LDMBert's own, or two CLIPs side by side.
+#: Width of the text embeddings that a denoiser reads: those of T5, of LDMBert, or of two CLIPs together.
 TEXT_WIDTH = 128
 LR = 2e-3
 BATCH = 64
-#: What a caption may name, by factor.
+#: The values that a caption may name, by factor.
 NAMES = {
     "ink": tuple(world.INKS),
     "typeface": tuple(world.TYPEFACES),
@@ -37,7 +37,7 @@ NAMES = {
 
 
 def clip_config(tokenizer: PreTrainedTokenizerFast) -> CLIPTextConfig:
-    """A CLIP text encoder of 3 layers, half of TEXT_WIDTH wide."""
+    """The configuration of a CLIP text encoder with 3 layers and half of TEXT_WIDTH as its width."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH // 2,
@@ -54,7 +54,7 @@ def clip_config(tokenizer: PreTrainedTokenizerFast) -> CLIPTextConfig:
 
 
 def t5_config(tokenizer: PreTrainedTokenizerFast) -> T5Config:
-    """A T5 encoder of 2 layers, TEXT_WIDTH wide."""
+    """The configuration of a T5 encoder with 2 layers and the width TEXT_WIDTH."""
     return T5Config(
         vocab_size=len(tokenizer),
         d_model=TEXT_WIDTH,
@@ -69,7 +69,7 @@ def t5_config(tokenizer: PreTrainedTokenizerFast) -> T5Config:
 
 
 def bert_config(tokenizer: PreTrainedTokenizerFast) -> LDMBertConfig:
-    """An LDMBert of 3 layers, TEXT_WIDTH wide."""
+    """The configuration of an LDMBert with 3 layers and the width TEXT_WIDTH."""
     return LDMBertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
@@ -84,17 +84,18 @@ def bert_config(tokenizer: PreTrainedTokenizerFast) -> LDMBertConfig:
 
 
 def _clip(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor):
-    """As Stable Diffusion XL and 3 read it: the last layer but one, and the projected end token."""
+    """The outputs that Stable Diffusion XL and 3 read: the last but one layer, and the projected end token."""
     found = encoder(ids, output_hidden_states=True)
     return found.hidden_states[-2], found.text_embeds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of text encoder: ``tokens`` is the length it pads to, ``encode`` how its pipeline reads it.
+    """A kind of text encoder.
 
-    ``subwords`` and ``learned`` are otherwise in studies: whether its tokens hold several letters, and whether it
-    learns from captions, or stays as it is drawn.
+    ``tokens`` is the length to which it pads. ``encode`` reads it in the same way as its pipeline. Studies change two
+    settings: ``subwords`` (whether tokens hold several letters) and ``learned`` (whether it is trained on captions, or
+    keeps its random weights).
     """
 
     tokenizer: str
@@ -105,11 +106,11 @@ class Kind:
     learned: bool = True
 
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that goes with it."""
+        """The tokenizer of this text encoder."""
         return letter_tokenizer(length=self.tokens, kind=self.tokenizer, subwords=self.subwords)
 
 
-#: LDMTextToImagePipeline and IFPipeline pad to 77 tokens. Only IFPipeline gives its T5 the mask.
+#: LDMTextToImagePipeline and IFPipeline pad to 77 tokens. Only IFPipeline passes the mask to its T5.
 KINDS = {
     "clip": Kind(
         tokenizer="clip",
@@ -136,17 +137,17 @@ KINDS = {
         encode=lambda encoder, ids, mask: (encoder(ids)[0], None),
     ),
 }
-#: What the text encoders of a study may be in place of the recipe's, whose tokens are letters.
+#: The text encoders of studies, which replace those of the recipe. The recipe's tokens are letters.
 TEXTS: dict[str, dict] = {"subwords": {"subwords": True}, "random": {"learned": False}}
 KINDS |= {f"{kind}-{name}": replace(KINDS[kind], **what) for name, what in TEXTS.items() for kind in ("clip", "t5")}
 
 
 class _Reader(nn.Module):
-    """Asks a caption's embeddings (B, T, width), by one attention layer, for every factor and for six letters.
+    """Reads every factor and six letters from a caption's embeddings (B, T, width), with one attention layer.
 
-    It reads as a denoiser does: queries that know their place in the picture, keys and values of all tokens, padding
-    included. Class 0 of every answer is "none". ``pooled`` answers from a pooled text (B, projection) in the same way,
-    for the letters by whether each occurs.
+    It reads like a denoiser: each query knows its position in the picture, and keys and values come from all tokens,
+    including padding. Class 0 of every output is "none". For a pooled text (B, projection), ``named`` reads the factors
+    in the same way, and ``occurs`` says whether each letter occurs.
     """
 
     def __init__(self, width: int, projection: int | None):
@@ -168,10 +169,10 @@ class _Reader(nn.Module):
 
 
 def pretrain(kind: Kind, *, seed: int, steps: int, device: torch.device | str = "cpu") -> tuple[nn.Module, float]:
-    """An encoder that was trained on captions alone, out of training, and how well it can be read.
+    """Train an encoder on captions alone. Returns it in evaluation mode, with a measure of how well it can be read.
 
-    The second value is the share of letters and factors that were named rightly in the last tenth of the steps, 0..1;
-    0 of a kind that is not learned. All random numbers come from ``seed``.
+    The measure is the share of letters and factors that were named correctly in the last tenth of the steps, 0..1. It
+    is 0 for a kind that is not trained. All random numbers come from ``seed``.
     """
     torch.manual_seed(seed)
     rng, tokenizer, encode = random.Random(f"{seed} captions"), kind.make_tokenizer(), kind.encode
@@ -193,7 +194,8 @@ def pretrain(kind: Kind, *, seed: int, steps: int, device: torch.device | str = 
         loss = F.cross_entropy(spelled.flatten(0, 1), letters.flatten())
         loss = loss + sum(F.cross_entropy(n, f) for n, f in zip(named, factors, strict=True))
         if not kind.subwords:
-            # Said of each letter's token by itself, too, which is learned first and makes the rest easy to find.
+            # Position and letter are also predicted from each letter's token alone. This is learned first, and makes
+            # the rest easy to learn.
             quoted = (ids >= first) & (ids < first + len(LETTERS))
             places, letter = (quoted.cumsum(1) - 1)[quoted], ids[quoted] - first
             place_, letter_ = reader.marks(embeddings[quoted]).split([world.COLUMNS, len(LETTERS)], dim=1)
@@ -218,7 +220,7 @@ def pretrain(kind: Kind, *, seed: int, steps: int, device: torch.device | str = 
 
 
 def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, n: int, device: torch.device | str):
-    """Token ids and mask (n, T), a list of factors (n,) and letters (n, 6) of random captions; class 0 is "none"."""
+    """Token ids and mask (n, T), a list of factors (n,) and letters (n, 6) of random captions. Class 0 is "none"."""
     texts, factors, letters = [], [], []
     for _ in range(n):
         scene = world.random_scene(rng, world.EVERYWHERE)

@@ -1,4 +1,4 @@
-"""What a training run measures on the way, on validation words: spelling, and the patch effect of every text layer."""
+"""The measurements during a training run, on validation words: spelling, and the patch effect of every text layer."""
 
 import random
 
@@ -12,14 +12,14 @@ from textloc_utils.patching import Patch
 
 WORDS, STEPS = 48, 10
 SEED = 1_000
-UNGUIDED = 1.0  #: guidance of patched pictures: they are many, and it doubles their cost
-#: Share of letters at their place, written by the prompt or by a patch of all layers, from which on each layer is
-#: patched alone, too: before, there is no text that a layer could move.
+UNGUIDED = 1.0  #: guidance of patched pictures (none, because there are many and guidance doubles their cost)
+#: Each layer is patched alone only if the prompt, or a patch of all layers, writes at least this share of letters at
+#: their position. Before that, there is no text that a layer could change.
 SPELLS = 0.12
 
 
 def scenes(words: list[str], seed: int, only: world.World = world.SECOND) -> list[world.Scene]:
-    """One scene for each word, all its factors drawn from ``seed``."""
+    """One scene for each word. All other factors are drawn with ``seed``."""
     rng = random.Random(f"{seed} scenes")
     return [world.random_scene(rng, only, text=word) for word in words]
 
@@ -39,7 +39,7 @@ def named_factors(only: world.World) -> list[str]:
 
 
 def validation_pairs(n: int) -> list[tuple[str, str]]:
-    """(source word, target word), of equal length, without a common letter at one place."""
+    """``n`` pairs (source word, target word) of equal length, without a common letter at the same position."""
     rng, pool = random.Random("pairs"), list(prompts.words("validation"))
     pairs: list[tuple[str, str]] = []
     while len(pairs) < n:
@@ -50,15 +50,17 @@ def validation_pairs(n: int) -> list[tuple[str, str]]:
 
 
 def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SECOND) -> dict:
-    """Spelling on validation words and what patching each text layer alone does to ``pairs`` pairs of them.
+    """Measure spelling on validation words, and the effect of patching each text layer alone on ``pairs`` pairs.
 
-    All texts are read by template matching. Keys: ``exact``, ``characters`` (letters at their place) and one for each
-    named factor, over WORDS prompts that name everything; ``exact_open``, the same words with nothing named, and
-    ``own_material``, how often their material is that of the first letter. Then over the pairs, whose prompts name
-    everything and are drawn without guidance: ``plain_source`` and ``plain_target`` (letters of the unpatched pictures'
-    own texts), ``all_layers`` and ``exact_all_layers`` (target letters and whole target words with every layer
-    patched), and, once the prompt or that patch spells, lists by layer: ``target`` (target letters), ``source`` (source
-    letters left) and ``exact_layers`` (whole target words).
+    All texts are read by template matching. Some keys are measured on WORDS prompts that name everything: ``exact``,
+    ``characters`` (letters at their position), and one key for each named factor. Two keys are measured on the same
+    words with nothing named: ``exact_open``, and ``own_material`` (how often the material belongs to the first letter).
+
+    The other keys are measured on the pairs, whose prompts name everything and are drawn without guidance:
+    ``plain_source`` and ``plain_target`` (letters of their own text in the unpatched pictures), ``all_layers`` and
+    ``exact_all_layers`` (target letters and whole target words with every layer patched). When the prompt or this patch
+    spells, there are also lists by layer: ``target`` (target letters), ``source`` (source letters that are left) and
+    ``exact_layers`` (whole target words).
     """
     model = Model.from_pipeline(pipe, spec)
     words = list(prompts.words("validation"))
@@ -82,7 +84,7 @@ def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SEC
         result["own_material"] = np.mean([r.material == world.OWN[s.text[0]] for r, s in zip(read, shown, strict=True)])
     spells = result["characters"] >= SPELLS
     patched = _patched(model, pairs, only, alone=bool(spells))
-    if not spells and patched["all_layers"] >= SPELLS:  # a patch may write before the prompt does
+    if not spells and patched["all_layers"] >= SPELLS:  # a patch may write earlier than the prompt
         patched = _patched(model, pairs, only, alone=True)
     result |= patched
     return {
@@ -91,7 +93,7 @@ def evaluate(pipe, spec: ModelSpec, *, pairs: int, only: world.World = world.SEC
 
 
 def _patched(model: Model, pairs: int, only: world.World, *, alone: bool) -> dict:
-    """The pairs without a patch and with all layers patched, and with each layer patched ``alone``."""
+    """Measure the pairs without a patch, with all layers patched, and, if ``alone``, with each layer patched alone."""
     layers = range(len(model.layers))
     sites = [(i,) for i in layers if alone] + [tuple(layers)]
     words = validation_pairs(pairs)

@@ -1,10 +1,10 @@
 """Read every factor of a miniature's picture: text, place, typeface, ink, sign, shape and material.
 
-The readers were made from renders alone, never from drawn pictures. Text, place and typeface come from template
-matching with the letters of all typefaces, ink and sign from the pixels there, the shape from which outline the sign's
-colour fills best, and the material from a linear classifier of the pixels above and below every sign. Template matching
-is fast and needs no other program, so that a training run can read thousands of pictures. The spelling that the book
-reports is read by an OCR engine (:mod:`textloc_utils.ocr`).
+The readers were made only with rendered pictures, never with pictures that a model drew. Text, place and typeface come
+from template matching with the letters of all typefaces. Ink and sign are the colours of the pixels there. The shape is
+the outline that the sign's colour fills best. The material comes from a linear classifier of the pixels above and below
+every sign. Template matching is fast and needs no other program, so a training run can read thousands of pictures. For
+the spelling that the book reports, an OCR engine reads the pictures (:mod:`textloc_utils.ocr`).
 """
 
 import functools
@@ -19,16 +19,16 @@ from torch.nn import functional as F
 from textloc_utils.miniatures import world
 from textloc_utils.prompts import LETTERS
 
-LEAST_MATCH = 0.5  #: mean correlation with the best letters below which no text is found
-SLACK = 1  #: pixels around a scene's own places where letters are looked for
-LONGER = 0.02  #: a longer text wins at an equal match, or every word would end at its clearest letters
-SHADES = 24  #: pixels that stand for the material's colours
-SPREAD = 25.0  #: RGB distances that differ by less leave open whether a pixel is the sign's
+LEAST_MATCH = 0.5  #: a text needs at least this mean correlation with the best letters
+SLACK = 1  #: letters are searched up to this many pixels away from their regular positions
+LONGER = 0.02  #: bonus per letter; otherwise every word would be cut to its clearest letters
+SHADES = 24  #: number of pixels that represent the material's colours
+SPREAD = 25.0  #: if two RGB distances differ by less than this, a pixel is only partly assigned to the sign
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a picture shows. ``text`` is empty where none was found; ink and typeface are then empty, too."""
+    """The factors that are read in a picture. If no text was found, text, ink and typeface are empty."""
 
     text: str
     ink: str
@@ -42,7 +42,8 @@ class Reading:
     def outside_text(self, letters: int = 0) -> np.ndarray:
         """Boolean (HEIGHT, WIDTH): True outside the cells of the letters that were read.
 
-        With ``letters`` there is room for at least so many. Where no text was found, it is True everywhere.
+        With ``letters``, the cells of at least this many letters are False. If no text was found, the mask is True
+        everywhere.
         """
         mask = np.ones((world.HEIGHT, world.WIDTH), bool)
         if self.text:
@@ -52,13 +53,13 @@ class Reading:
         return mask
 
     def outside_sign(self) -> np.ndarray:
-        """Boolean (HEIGHT, WIDTH): True where the sign covers nothing."""
+        """Boolean (HEIGHT, WIDTH): True for the pixels that the sign does not cover."""
         return world.sign_cover(self.shape, self.dy) == 0
 
 
 @torch.no_grad()
 def read(pictures: np.ndarray) -> list[Reading]:
-    """Read pictures, uint8 (n, H, W, 3); smaller ones (a first stage's) are enlarged to a scene's size."""
+    """Read pictures, uint8 (n, H, W, 3). Smaller pictures (of a first stage) are enlarged to a scene's size."""
     x = torch.from_numpy(np.ascontiguousarray(pictures)).float()
     if x.shape[1:3] != (world.HEIGHT, world.WIDTH):
         x = x.permute(0, 3, 1, 2)
@@ -74,9 +75,9 @@ def read(pictures: np.ndarray) -> list[Reading]:
 
 
 def _match(x: torch.Tensor) -> list[tuple[str, str, int, int]]:
-    """(text, typeface, column, dy) of each picture (n, H, W, 3), by normalised cross-correlation with all letters.
+    """(text, typeface, column, dy) of each picture (n, H, W, 3), from normalised cross-correlation with all letters.
 
-    It works along each picture's direction of largest colour variance in the middle band.
+    Colours are projected on the direction of the largest colour variance in each picture's middle band.
     """
     h, w = world.CELL_HEIGHT, world.PITCH
     low, high = min(world.HEIGHTS) - SLACK, max(world.HEIGHTS) + SLACK
@@ -90,8 +91,8 @@ def _match(x: torch.Tensor) -> list[tuple[str, str, int, int]]:
     area, ones = h * w, torch.ones(1, 1, h, w)
     mean = F.conv2d(grey, ones) / area
     variance = (F.conv2d(grey.square(), ones) / area - mean.square()).clamp_min(1.0)
-    # Dark letters on light ground or light ones on dark, but the same throughout a picture: the sign of the
-    # correlation is that of the whole.
+    # Letters are dark on a light ground, or light on a dark ground, but the same in a whole picture. So the sign of the
+    # correlation is the same for all letters.
     match = dot / (variance * area).sqrt()[:, :, None]
     out, score = [("", "", 0, 0)] * len(x), np.full(len(x), LEAST_MATCH)
     for sign in (1, -1):
@@ -112,7 +113,7 @@ def _match(x: torch.Tensor) -> list[tuple[str, str, int, int]]:
 
 
 def principal(x: torch.Tensor) -> torch.Tensor:
-    """Project (n, H, W, 3) on each picture's main colour direction within the sign's band: (n, H, W)."""
+    """Project pictures (n, H, W, 3) on their main colour direction in the sign's band: (n, H, W)."""
     band = x[:, world.HEIGHT // 2 - 12 : world.HEIGHT // 2 + 12, 8:-8].reshape(len(x), -1, 3)
     band = band - band.median(1, keepdim=True).values
     covariance = band.transpose(1, 2) @ band
@@ -126,7 +127,7 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 
 
 def _factors(picture: np.ndarray, text: str, typeface: str, column: int, dy: int) -> dict:
-    """All factors but the material of one picture, float (H, W, 3), given what its text was read as."""
+    """All factors except the material of one picture, float (H, W, 3), given the reading of its text."""
     middle = slice(world.HEIGHT // 2 + dy - 12, world.HEIGHT // 2 + dy + 12)
     band = np.ones((world.HEIGHT, world.WIDTH), bool)
     ink = ""
@@ -139,8 +140,9 @@ def _factors(picture: np.ndarray, text: str, typeface: str, column: int, dy: int
     ground = picture[middle, 8:-8][band[middle, 8:-8]]
     colour = np.median(ground, axis=0)
     uneven = np.median(np.linalg.norm(ground - colour, axis=1))
-    # Nearer to the sign's colour than to anything seen above and below every sign: 1, the other way round: -1. What is
-    # usual on the sign is no distance: otherwise a white wall, with its many shades, would be nearer to a white sign.
+    # 1 if a pixel is closer to the sign's colour than to all colours above and below every sign, and -1 for the
+    # opposite. The usual spread on the sign is subtracted. Otherwise a white wall, with its many shades, would be
+    # closer to the pixels of a white sign.
     differ, covers = _outlines(dy)
     wall = np.concatenate([picture[: world.EDGE], picture[-world.EDGE :]]).reshape(-1, 3)
     shades = wall[np.linspace(0, len(wall) - 1, SHADES).astype(int)]
@@ -163,14 +165,14 @@ def _factors(picture: np.ndarray, text: str, typeface: str, column: int, dy: int
 
 @functools.cache
 def _outlines(dy: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels (HEIGHT, WIDTH) where the shapes differ, and how much of each of them every shape covers."""
+    """The pixels (HEIGHT, WIDTH) at which the shapes differ, and the part of each pixel that every shape covers."""
     covers = np.stack([world.sign_cover(shape, dy) for shape in world.SHAPES])
     differ = covers.max(0) - covers.min(0) > 0.5
     return differ, covers[:, differ]
 
 
 def _features(x: np.ndarray) -> np.ndarray:
-    """Numbers by which materials are told apart, (n, 12), of the rows that no sign reaches."""
+    """Numbers that differ between materials, (n, 12), from the rows that no sign covers."""
     out = []
     for rows in (x[:, : world.EDGE], x[:, -world.EDGE :]):
         across, down = np.abs(np.diff(rows, axis=2)).mean((1, 2, 3)), np.abs(np.diff(rows, axis=1)).mean((1, 2, 3))
@@ -198,12 +200,12 @@ def _materials(x: np.ndarray) -> list[str]:
 
 
 def character_accuracy(found: str, wanted: str) -> float:
-    """Share of the wanted letters that stand at their place, counted from the start."""
+    """Share of the wanted letters that are at their position, counted from the start."""
     return sum(a == b for a, b in zip(found, wanted, strict=False)) / len(wanted)
 
 
 def right(readings: Sequence[Reading], known: Sequence[world.Scene]) -> dict[str, float]:
-    """How often each factor was read as it is."""
+    """How often each factor was read correctly."""
     names = ("text", *world.FACTORS, "column", "dy")
     pairs = list(zip(readings, known, strict=True))
     return {name: float(np.mean([getattr(r, name) == getattr(s, name) for r, s in pairs])) for name in names}

@@ -1,8 +1,8 @@
-"""Recipe of ``if-mini``: DeepFloyd IF's layout in pixel space, narrowed, in two stages.
+"""Recipe of ``if-mini``: a smaller version of DeepFloyd IF in pixel space, in two stages.
 
 Stage I draws 32x64 pixels with a T5 and a U-Net whose attention takes image and text tokens together (added keys and
-values); it predicts the sampling variance too. Stage II doubles the size, sees the noised small picture and the
-prompt, and shares stage I's T5. Only stage I is studied: its text layers are the model's.
+values). It also predicts the sampling variance. Stage II doubles the size. It gets the noised small picture and the
+prompt, and uses stage I's T5. Only stage I is studied, so its text layers are the text layers of the model.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from textloc_utils.miniatures import unets
 from textloc_utils.miniatures.encoders import TEXT_WIDTH
 from textloc_utils.miniatures.training import Prepared
 
-#: What the registry knows about the finished miniature (written to its textloc.json).
+#: The facts about the finished miniature for the registry (written to its textloc.json).
 SPEC = {
     "family": "added-KV U-Net",
     "pipeline": "IFPipeline",
@@ -35,7 +35,7 @@ SPEC = {
     "stage2_arguments": {"num_inference_steps": 8, "guidance_scale": 1.0, "noise_level": 100},
 }
 TEXT = {"text_encoder": ("t5-masked", 0)}
-#: Many small steps: here the denoiser is short of steps, not of samples for each.
+#: Many small steps: this denoiser needs more steps rather than more samples per step.
 BUDGET = {
     "samples": 260_000,
     "batch": 16,
@@ -43,11 +43,11 @@ BUDGET = {
     "curriculum": unets.CURRICULUM,
     "text_weight": unets.TEXT_WEIGHT,
 }
-#: Timesteps at which letters of 8x12 pixels are lost in the noise while the sign still shows.
+#: Timesteps at which letters of 8x12 pixels are hidden by the noise, but the sign is still visible.
 SPELLING = (450, 850)
-#: Weight of the variance's bound beside the velocity loss, as in Nichol & Dhariwal's hybrid loss.
+#: Weight of the variance's bound relative to the velocity loss, as in Nichol & Dhariwal's hybrid loss.
 VARIANCE_WEIGHT = 0.001
-LEVELS = 250  #: stage II learns from small pictures at noise levels below this one
+LEVELS = 250  #: stage II is trained with small pictures at noise levels below this one
 _CHECKS_OFF = {
     "safety_checker": None,
     "feature_extractor": None,
@@ -74,15 +74,15 @@ def _unet(**config) -> UNet2DConditionModel:
 
 
 def pipeline(ready: Prepared) -> IFPipeline:
-    """Stage I with an untrained denoiser behind the trained T5."""
+    """Stage I with an untrained denoiser and the trained T5."""
     unet = _unet(
         sample_size=32,
         in_channels=3,
         down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
         up_block_types=("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
         block_out_channels=(16, 32, 64, 128),
-        # Where the picture has most tokens they attend to the text alone, a choice that DeepFloyd's networks know too:
-        # training is a fifth faster.
+        # At the resolution with most picture tokens, they attend only to the text. DeepFloyd's networks also have this
+        # option. It makes training a fifth faster.
         only_cross_attention=(False, True, False, False),
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
@@ -91,7 +91,8 @@ def pipeline(ready: Prepared) -> IFPipeline:
         **ready.encoders,
         tokenizer=ready.tokenizers["text_encoder"],
         unet=unet,
-        # Twenty steps that draw noise anew leave the picture grainy; this sampler draws none and needs no variance.
+        # With a sampler that draws new noise, twenty steps give a grainy picture. This sampler draws no noise and needs
+        # no variance.
         scheduler=DPMSolverMultistepScheduler(**unets.PIXELS),
         **_CHECKS_OFF,
     )
@@ -129,16 +130,17 @@ class VarianceLoss(unets.VelocityLoss):
     def bound(
         self, guess: torch.Tensor, part: torch.Tensor, x: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """Mean divergence of the step back to t - 1 from the true one, whose variance lies between two bounds.
+        """Mean divergence of the step back to t - 1 from the true step, whose variance is between two bounds.
 
-        ``part``, -1 to 1, says where between them. The mean follows from ``guess`` and is not trained by this.
+        ``part``, -1 to 1, is the predicted position between the bounds. The mean follows from ``guess`` and is not
+        trained by this loss.
         """
         now = self.alphas[t][:, None, None, None]
         before = self.alphas[(t - 1).clamp_min(0)][:, None, None, None]
         beta = 1 - now / before
         scale = before.sqrt() * beta / (1 - now)  # weight of the clean picture in the mean
         low = ((1 - before) / (1 - now) * beta).clamp_min(1e-20).log()
-        # A stray answer far outside would make the exponential below overflow.
+        # An output far outside this range would make the exponential below overflow.
         log_variance = low + (part.clamp(-2, 2) + 1) / 2 * (beta.clamp_min(1e-20).log() - low)
         clean = now.sqrt() * noisy - (1 - now).sqrt() * guess
         off = (scale * (x - clean)).square()
@@ -147,13 +149,13 @@ class VarianceLoss(unets.VelocityLoss):
 
 
 class Objective(VarianceLoss):
-    """Stage I's loss on pictures (B, 3, 2h, 2w), made half as large here; trains the denoiser."""
+    """Stage I's loss on pictures (B, 3, 2h, 2w), which are first reduced to half their size. Trains the denoiser."""
 
     def __init__(self, pipe: IFPipeline):
         super().__init__(pipe, pipe.text_encoder)
 
     def timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Half of them from SPELLING, half from all: in pixels, what the last steps leave of the noise is seen."""
+        """Draw half of the timesteps from SPELLING and half from all, because in pixels, remaining noise is visible."""
         chosen = torch.rand(n, generator=generator) < 0.5
         spelling = torch.randint(*SPELLING, (n,), generator=generator)
         return torch.where(chosen, spelling, torch.randint(unets.STEPS, (n,), generator=generator))
@@ -169,7 +171,7 @@ class Objective(VarianceLoss):
 
 
 def tokenize(pipe: IFPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
-    """Token ids and attention mask of captions as the pipeline cleans them, each (B, 77)."""
+    """Token ids and attention mask of captions, each (B, 77), after the same cleaning as in the pipeline."""
     clean = [c.lower() for c in captions]
     tokens = pipe.tokenizer(clean, padding="max_length", truncation=True, return_tensors="pt")
     return {"t5": tokens.input_ids, "mask": tokens.attention_mask}
@@ -178,14 +180,14 @@ def tokenize(pipe: IFPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
 class Stage2:
     """Recipe of stage II, with the T5 of a trained stage I in the folder ``first``."""
 
-    SHARE = 0.1  #: of the miniature's budget
+    SHARE = 0.1  #: share of the miniature's budget
     SPEC = SPEC
 
     def __init__(self, first: Path):
         self.first = IFPipeline.from_pretrained(first, **_CHECKS_OFF)
 
     def pipeline(self, ready: Prepared) -> IFSuperResolutionPipeline:
-        """The untrained stage II; tokenizer and T5 are stage I's and not saved again."""
+        """The untrained stage II. It uses stage I's tokenizer and T5, which are not saved again."""
         unet = _unet(
             sample_size=64,
             in_channels=6,
@@ -208,12 +210,12 @@ class Stage2:
         return Stage2Objective(pipe, self.first.text_encoder)
 
     def tokenize(self, pipe: IFSuperResolutionPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
-        """As stage I's."""
+        """The tokens of stage I."""
         return tokenize(self.first, captions)
 
 
 class Stage2Objective(VarianceLoss):
-    """Stage II's loss on square parts of pictures (B, 3, h, w); trains the denoiser only."""
+    """Stage II's loss on square parts of pictures (B, 3, h, w). Trains only the denoiser."""
 
     def __init__(self, pipe: IFSuperResolutionPipeline, t5: T5EncoderModel):
         super().__init__(pipe, t5.requires_grad_(False))
@@ -223,9 +225,9 @@ class Stage2Objective(VarianceLoss):
         self, pictures: torch.Tensor, tokens: dict, generator: torch.Generator, weights: torch.Tensor
     ) -> torch.Tensor:
         """Mean loss; ``tokens`` {"t5": (B, T), "mask": (B, T)}; ``weights`` (B, 1, h, w); noise on the CPU."""
-        # The pipeline enlarges and noises the small picture in the same way.
+        # The pipeline enlarges the small picture and adds noise to it in the same way.
         small = F.interpolate(F.avg_pool2d(pictures, 2), pictures.shape[-2:], mode="bilinear", align_corners=True)
-        # What to draw at a place hangs on its surroundings, so a part of the picture teaches as much for less.
+        # A pixel depends only on its surroundings. So a part of the picture is enough for training, and costs less.
         side = pictures.shape[-2]
         left = int(torch.randint(pictures.shape[-1] - side + 1, (), generator=generator))
         pictures, small, weights = (each[..., left : left + side] for each in (pictures, small, weights))

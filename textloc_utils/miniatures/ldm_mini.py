@@ -1,7 +1,7 @@
-"""Recipe of ``ldm-mini``: latent diffusion's text-to-image layout, narrowed.
+"""Recipe of ``ldm-mini``: a smaller version of the latent diffusion text-to-image model.
 
-An LDMBert text encoder, a 4-channel autoencoder that divides by 8, and a U-Net with cross-attention at both of its
-resolutions and in the middle: 48 and 96 channels in place of 320 to 1280.
+It has an LDMBert text encoder, a 4-channel autoencoder that reduces the size by 8, and a U-Net with cross-attention at
+both of its resolutions and in the middle. The U-Net has 48 and 96 channels instead of 320 to 1280.
 """
 
 import torch
@@ -11,7 +11,7 @@ from textloc_utils.miniatures import unets
 from textloc_utils.miniatures.encoders import TEXT_WIDTH
 from textloc_utils.miniatures.training import Prepared
 
-#: What the registry knows about the finished miniature (written to its textloc.json).
+#: The facts about the finished miniature for the registry (written to its textloc.json).
 SPEC = {
     "family": "cross-attention U-Net",
     "pipeline": "LDMTextToImagePipeline",
@@ -23,13 +23,11 @@ SPEC = {
 
 TEXT = {"bert": ("bert", 0)}
 LATENTS = {"channels": 4}
-#: When letters bind is chance: on one processor this network wrote 0.7 of the words at 191,000 samples, on another a
-#: third of them at 262,000.
 BUDGET = {"samples": 500_000, "curriculum": unets.CURRICULUM, "text_weight": unets.TEXT_WEIGHT}
 
 
 def pipeline(ready: Prepared) -> LDMTextToImagePipeline:
-    """The whole pipeline with an untrained denoiser around the trained parts."""
+    """The whole pipeline, with an untrained denoiser and the trained parts."""
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -39,7 +37,7 @@ def pipeline(ready: Prepared) -> LDMTextToImagePipeline:
         block_out_channels=(48, 96),
         layers_per_block=2,
         norm_num_groups=8,
-        attention_head_dim=4,  # the number of heads, whatever its name says
+        attention_head_dim=4,  # this is the number of heads, despite its name
         cross_attention_dim=TEXT_WIDTH,
     )
     return LDMTextToImagePipeline(
@@ -52,7 +50,7 @@ def pipeline(ready: Prepared) -> LDMTextToImagePipeline:
 
 
 class Objective(unets.VelocityLoss):
-    """The velocity loss on latents (B, 4, h, w); trains the denoiser."""
+    """The velocity loss on latents (B, 4, h, w). Trains the denoiser."""
 
     def __init__(self, pipe: LDMTextToImagePipeline):
         super().__init__(pipe.unet, pipe.scheduler)

@@ -1,4 +1,4 @@
-"""What several miniatures share: autoencoders and text encoders, made once and kept under a hash of their inputs."""
+"""The parts that several miniatures share: autoencoders and text encoders, stored under a hash of their inputs."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from textloc_utils import files, prompts
 from textloc_utils.miniatures import autoencoder, encoders, world
 from textloc_utils.settings import data_dir
 
-VERSION = 1  #: raised when parts are made in another way than their inputs say
+VERSION = 1  #: raise it when parts are made in another way, but with the same inputs
 
 
 def default_folder() -> Path:
-    """Where parts are kept unless told otherwise."""
+    """The default folder of parts."""
     return data_dir() / "runs" / "parts"
 
 
 def world_digest() -> str:
-    """Short hash of what the world draws and writes: other scenes, captions or words give other parts."""
+    """Short hash of the world's scenes, captions and words. If they change, parts are made again."""
     rng = random.Random(0)
     digest = hashlib.sha256(" ".join(prompts.words("train")).encode())
     for _ in range(32):
@@ -35,7 +35,7 @@ def world_digest() -> str:
 
 
 def _part(folder: Path, name: str, inputs: dict, make: Callable[[Path], tuple[nn.Module, dict]]) -> tuple[Path, dict]:
-    """The folder of a part and its report; made where it is missing. ``make`` gets a place for a checkpoint."""
+    """The folder of a part and its report. A missing part is made with ``make``, which gets a path for a checkpoint."""
     inputs = inputs | {"world": world_digest(), "version": VERSION}
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
     place = folder / f"{name}-{key}"
@@ -65,11 +65,11 @@ def make_autoencoder(
 
 
 def make_encoder(kind: str, *, folder: Path, steps: int, seed: int, device: str, log=print) -> tuple[Path, dict]:
-    """The folder of a text encoder of one of ``encoders.KINDS`` that learned from captions alone, and its report."""
+    """The folder of a text encoder of one of ``encoders.KINDS``, trained only on captions, and its report."""
 
     def make(checkpoint: Path) -> tuple[nn.Module, dict]:
         encoder, right = encoders.pretrain(encoders.KINDS[kind], seed=seed, steps=steps, device=device)
-        log(f"text encoder {kind}, seed {seed}: {right:.4f} of letters and factors named rightly")
+        log(f"text encoder {kind}, seed {seed}: {right:.4f} of letters and factors named correctly")
         return encoder, {"steps": steps, "right": round(right, 4)}
 
     return _part(folder, f"{kind}-{seed}", {"kind": kind, "steps": steps, "seed": seed}, make)

@@ -1,14 +1,14 @@
-"""Models whose text layers are known in advance: only a chosen set of layers ever sees the letters.
+"""Models with planted text layers: only a chosen set of layers can see the letters.
 
-A search for the layers that hold the text can then be scored against the truth. What makes the truth hold:
+So the correct answer of a search for the layers that hold the text is known. These changes ensure it:
 
-- **Text encoders.** The tokens of letters come from the caption; all other tokens, and the pooled text, come from the
-  same caption with every letter replaced by the unknown token, so that they know nothing of the letters.
-- **U-Nets.** In every other layer the letters' embeddings are zero.
-- **Joint attention.** In every other layer no query sees the letters' keys. In all layers the other text tokens see
-  neither letters nor pictures, so that the text stream cannot pass letters on.
+- **Text encoders.** The embeddings of letters come from the caption. All other embeddings, and the pooled text, come
+  from the same caption with every letter replaced by the unknown token. So they have no information about the letters.
+- **U-Nets.** In every other layer, the letters' embeddings are zero.
+- **Joint attention.** In every other layer, no query can attend to the letters' keys. In all layers, the other text
+  tokens can attend neither to letters nor to the picture, so the text stream cannot pass letters on.
 
-The tokens of letters carry a mark, their last channel, by which the denoiser's layers know them.
+The last channel of an embedding marks letters, so the denoiser's layers can find them.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from textloc_utils.models import Model, ModelSpec
 from textloc_utils.prompts import LETTERS
 from textloc_utils.settings import TextlocError
 
-MARK = 100.0  #: the last channel of a letter's embedding; no other token comes near it
+MARK = 100.0  #: value of the last channel of a letter's embedding; the values of other tokens are much smaller
 MARKED = 50.0
 
 
 def install(pipe, spec: ModelSpec, layers: Sequence[int]) -> None:
-    """Let a pipeline's denoiser see letters in the text layers ``layers`` only, from now on."""
+    """Change a pipeline so that its denoiser sees letters only in the text layers ``layers``."""
     model = Model.from_pipeline(pipe, spec)
     seeing = set(layers)
     if not seeing or not seeing <= set(range(len(model.layers))):
@@ -38,7 +38,7 @@ def install(pipe, spec: ModelSpec, layers: Sequence[int]) -> None:
     tokenizer = pipe.tokenizer
     first = tokenizer.convert_tokens_to_ids("a")
     for encoder in encoders:
-        # All tokenizers of the miniatures give the letters the same numbers, and the unknown token, too.
+        # In all tokenizers of the miniatures, the letters and the unknown token have the same numbers.
         _split_letters(encoder, first, tokenizer.unk_token_id)
     joint = isinstance(model.denoiser, SD3Transformer2DModel)
     for layer in model.layers:
@@ -52,7 +52,7 @@ def install(pipe, spec: ModelSpec, layers: Sequence[int]) -> None:
 
 
 def _split_letters(encoder: nn.Module, first: int, unknown: int) -> None:
-    """Make an encoder's embeddings know letters at the tokens of letters only, and mark those."""
+    """Change an encoder so that only the embeddings of letters depend on letters, and mark these embeddings."""
     forward = encoder.forward
 
     def split(input_ids: torch.Tensor, *args, **kwargs):
@@ -75,13 +75,13 @@ def _split_letters(encoder: nn.Module, first: int, unknown: int) -> None:
 
 
 def _hide(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Zero the letters' embeddings before a cross-attention layer."""
+    """Set the letters' embeddings to zero before a cross-attention layer."""
     text = kwargs["encoder_hidden_states"]
     return args, kwargs | {"encoder_hidden_states": text.masked_fill(text[..., -1:] > MARKED, 0.0)}
 
 
 def _tell_letters(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Tell the attention layers of a joint-attention denoiser where its text has letters."""
+    """Pass the positions of letters to the attention layers of a joint-attention denoiser."""
     text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
     letters = text[..., -1] > MARKED
     for block in module.transformer_blocks:
@@ -89,7 +89,7 @@ def _tell_letters(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 class _Masked:
-    """Joint attention of Stable Diffusion 3 in which letters are hidden; see the module's text.
+    """Joint attention of Stable Diffusion 3 with hidden letters; see the module's description.
 
     ``letters`` (B, text tokens) is set before every pass.
     """
@@ -107,7 +107,7 @@ class _Masked:
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         letters = F.pad(self.letters, (pictures, 0))  # (B, tokens): pictures come first
         is_text = torch.arange(key.shape[2], device=key.device) >= pictures
-        other = is_text & ~letters  # queries that may know nothing
+        other = is_text & ~letters  # text queries that must not see letters or the picture
         visible = torch.ones(batch, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
         visible &= ~letters[:, None] | letters[:, :, None] | (self.sees & ~other)[:, :, None]
         visible &= ~(other[:, :, None] & ~other[:, None])

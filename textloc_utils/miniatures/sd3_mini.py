@@ -1,7 +1,8 @@
-"""Recipe of ``sd3-mini``: Stable Diffusion 3's layout, narrowed.
+"""Recipe of ``sd3-mini``: a smaller version of Stable Diffusion 3.
 
-Two CLIP text encoders and a T5, a 16-channel autoencoder that divides by 8, and a denoiser of joint-attention
-blocks on 2x2 patches, as in SD3-medium; 12 blocks of width 96 in place of 24 of width 1536.
+It has two CLIP text encoders and a T5, a 16-channel autoencoder that reduces the size by 8, and a denoiser of
+joint-attention blocks on 2x2 patches, as in SD3-medium. It has 12 blocks of width 96 instead of 24 blocks of width
+1536.
 """
 
 from typing import Any
@@ -19,8 +20,8 @@ from textloc_utils.miniatures.training import Prepared
 
 WIDTH = 96
 
-#: What the registry knows about the finished miniature (written to its textloc.json). Steps and guidance were chosen on
-#: validation words: more of either spells no better.
+#: The facts about the finished miniature for the registry (written to its textloc.json). Steps and guidance were chosen
+#: on validation words: more steps or more guidance do not improve spelling.
 SPEC: dict[str, Any] = {
     "family": "joint attention",
     "pipeline": "StableDiffusion3Pipeline",
@@ -36,7 +37,7 @@ LATENTS = {"channels": 16, "shift_factor": 0.0}
 
 
 def pipeline(ready: Prepared, layers: int = 12) -> StableDiffusion3Pipeline:
-    """The whole pipeline with an untrained denoiser around the trained parts."""
+    """The whole pipeline, with an untrained denoiser and the trained parts."""
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -62,11 +63,11 @@ def pipeline(ready: Prepared, layers: int = 12) -> StableDiffusion3Pipeline:
 
 @torch.no_grad()
 def initialise(transformer: SD3Transformer2DModel) -> None:
-    """Start the denoiser as a copy of its input: adaLN-Zero (Peebles & Xie 2023) and matched ends.
+    """Initialise the denoiser so that it copies its input: adaLN-Zero (Peebles & Xie 2023) and matched projections.
 
-    The noise of a 2x2x16 patch fills two thirds of so narrow a residual stream, and at high noise most of the answer
-    is that noise. So the patch embedding is an isometry, orthogonal to the position embedding, the last projection is
-    its transpose, and every block begins switched off.
+    In such a narrow residual stream, the noise of a 2x2x16 patch needs two thirds of the width. At high noise levels,
+    most of the output is this noise. So the patch embedding is an isometry that is orthogonal to the position
+    embedding. The last projection is its transpose, and every block has no effect at the start.
     """
     for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -94,8 +95,8 @@ def initialise(transformer: SD3Transformer2DModel) -> None:
 class Objective(torch.nn.Module):
     """The training loss, rectified flow on latents (Esser et al. 2024, eq. 5 and 14), as one module.
 
-    Only the denoiser is trained. Letters stay readable in the latents until the noise is strong, so the noise levels
-    are drawn logit-normal around a high level: only there must the prompt be read.
+    Only the denoiser is trained. Letters are readable in the latents until the noise is strong. Only at higher noise
+    levels must the model read the prompt. So the noise levels are drawn logit-normal around a high level.
     """
 
     def __init__(self, pipe: StableDiffusion3Pipeline):
@@ -105,7 +106,7 @@ class Objective(torch.nn.Module):
 
     @torch.no_grad()
     def condition(self, tokens: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text (B, tokens of CLIP and T5, TEXT_WIDTH) and pooled text (B, TEXT_WIDTH), as the pipeline makes them."""
+        """Text (B, tokens of CLIP and T5, TEXT_WIDTH) and pooled text (B, TEXT_WIDTH), as in the pipeline."""
         first = self.clip(tokens["clip"], output_hidden_states=True)
         second = self.clip_2(tokens["clip"], output_hidden_states=True)
         t5 = self.t5(tokens["t5"])[0]

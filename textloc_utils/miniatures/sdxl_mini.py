@@ -1,8 +1,8 @@
-"""Recipe of ``sdxl-mini``: SDXL's layout, narrowed.
+"""Recipe of ``sdxl-mini``: a smaller version of SDXL.
 
-Two CLIP text encoders, pooled text and picture sizes added to the timestep, a 4-channel autoencoder that divides by
-8, and a U-Net of three resolutions: no attention at the first, transformers at the second, deeper ones at the third
-and in the middle.
+It has two CLIP text encoders, pooled text and picture sizes that are added to the timestep, a 4-channel autoencoder
+that reduces the size by 8, and a U-Net with three resolutions. The first resolution has no attention, the second has
+transformers, and the third and the middle have deeper transformers.
 """
 
 import torch
@@ -15,7 +15,7 @@ from textloc_utils.miniatures.training import Prepared
 
 SIZE_WIDTH = 16  #: numbers per embedded size; there are six sizes
 
-#: What the registry knows about the finished miniature (written to its textloc.json).
+#: The facts about the finished miniature for the registry (written to its textloc.json).
 SPEC = {
     "family": "cross-attention U-Net",
     "pipeline": "StableDiffusionXLPipeline",
@@ -25,16 +25,16 @@ SPEC = {
     "width": 128,
 }
 
-#: Both CLIPs are those of sd3-mini, as the full models share theirs.
+#: Both CLIPs are those of sd3-mini, because the full-size models also share them.
 TEXT = {"text_encoder": ("clip", 0), "text_encoder_2": ("clip", 1)}
 LATENTS = {"channels": 4}
 BUDGET = {"samples": 600_000, "curriculum": unets.CURRICULUM, "text_weight": unets.TEXT_WEIGHT}
 
 
 def pipeline(ready: Prepared) -> StableDiffusionXLPipeline:
-    """The whole pipeline with an untrained denoiser around the trained parts."""
+    """The whole pipeline, with an untrained denoiser and the trained parts."""
     second = ready.encoders["text_encoder_2"]
-    # Stable Diffusion 3 reads a pooled text of both CLIPs; SDXL of the second alone.
+    # Stable Diffusion 3 reads a pooled text of both CLIPs. SDXL reads only that of the second CLIP.
     first = CLIPTextModel(ready.encoders["text_encoder"].config).eval().requires_grad_(False)
     first.load_state_dict(ready.encoders["text_encoder"].state_dict(), strict=False)
     unet = UNet2DConditionModel(
@@ -47,7 +47,7 @@ def pipeline(ready: Prepared) -> StableDiffusionXLPipeline:
         layers_per_block=2,
         transformer_layers_per_block=[1, 1, 3],
         norm_num_groups=8,
-        attention_head_dim=[2, 4, 4],  # the numbers of heads, whatever its name says
+        attention_head_dim=[2, 4, 4],  # these are the numbers of heads, despite the name
         cross_attention_dim=TEXT_WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -62,14 +62,14 @@ def pipeline(ready: Prepared) -> StableDiffusionXLPipeline:
         tokenizer_2=ready.tokenizers["text_encoder_2"],
         unet=unet,
         scheduler=DDIMScheduler(**unets.LATENTS),
-        # The empty prompt is encoded like any other, so that it may be given as a negative prompt too.
+        # The empty prompt is encoded like any other prompt, so it can also be a negative prompt.
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
 
 
 class Objective(unets.VelocityLoss):
-    """The velocity loss on latents (B, 4, h, w); trains the denoiser."""
+    """The velocity loss on latents (B, 4, h, w). Trains the denoiser."""
 
     def __init__(self, pipe: StableDiffusionXLPipeline):
         super().__init__(pipe.unet, pipe.scheduler)
@@ -81,7 +81,7 @@ class Objective(unets.VelocityLoss):
         ids = tokens["clip"]
         first = self.clip(ids, output_hidden_states=True)
         second = self.clip_2(ids, output_hidden_states=True)
-        # Original size, corner of the crop, wanted size, as the pipeline makes them for a whole picture.
+        # Original size, corner of the crop, and target size, as in the pipeline for a whole picture.
         size = (SPEC["height"], SPEC["width"])
         sizes = torch.tensor([*size, 0, 0, *size], device=ids.device, dtype=torch.float32)
         return {

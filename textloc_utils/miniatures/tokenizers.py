@@ -1,4 +1,4 @@
-"""Word-level tokenizers for the miniatures: the captions' words whole, quoted text letter by letter or in pieces."""
+"""Word-level tokenizers for the miniatures: whole words of captions, and quoted text as letters or in pieces."""
 
 import functools
 from collections import Counter
@@ -10,12 +10,12 @@ from textloc_utils import prompts
 from textloc_utils.miniatures import world
 from textloc_utils.prompts import LETTERS
 
-PIECES = 150  #: of two or three letters
+PIECES = 150  #: number of pieces of two or three letters
 
 
 @functools.cache
 def pieces() -> tuple[str, ...]:
-    """The PIECES most common pairs and triples of letters in the training words, none of them a caption's word."""
+    """The PIECES most common pairs and triples of letters in the training words, without words of captions."""
     words = [word.lower() for word in prompts.words("train")]
     found = Counter(word[i : i + n] for word in words for n in (2, 3) for i in range(len(word) - n + 1))
     taken = set(world.vocabulary())
@@ -23,17 +23,17 @@ def pieces() -> tuple[str, ...]:
 
 
 def letter_tokenizer(*, length: int, kind: str, subwords: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer that splits quoted text into letters, padded and cut to ``length`` tokens.
+    """Make a tokenizer that splits quoted text into letters, and pads and cuts to ``length`` tokens.
 
-    With ``subwords`` it takes the longest of :func:`pieces` from left to right, and letters where there is none.
+    With ``subwords``, it takes the longest of :func:`pieces` from left to right, and single letters if no piece fits.
 
-    It reads capitals and small letters alike, as a pipeline may lower-case its prompts (DeepFloyd IF). ``kind`` is
-    ``clip`` (start and end token around the prompt, padded with the end token as CLIP does) or ``t5`` (end token only,
-    padded with ``<pad>``). A word that no caption uses becomes ``<unk>``.
+    Capital and small letters have the same tokens, because a pipeline may change its prompts to small letters
+    (DeepFloyd IF). ``kind`` is ``clip`` (start and end token around the prompt, padded with the end token like CLIP) or
+    ``t5`` (only an end token, padded with ``<pad>``). A word that no caption uses becomes ``<unk>``.
     """
     special = {"clip": ["<|startoftext|>", "<|endoftext|>", "<unk>"], "t5": ["<pad>", "</s>", "<unk>"]}[kind]
-    # Outside the quotes an even number of quotation marks follows, inside an odd one. Both articles become "an", which
-    # no quoted letter can be.
+    # Outside the quotes, an even number of quotation marks follows. Inside, an odd number follows. Both articles become
+    # "an", which cannot be confused with a quoted letter.
     outside, inside = r'(?=(?:[^"]*"[^"]*")*[^"]*$)', r'(?=[^"]*"(?:[^"]*"[^"]*")*[^"]*$)'
     article = normalizers.Replace(Regex(r"\ba\b" + outside), "an")
     words = [w for w in world.vocabulary() if w != "a"]
@@ -41,7 +41,7 @@ def letter_tokenizer(*, length: int, kind: str, subwords: bool = False) -> PreTr
     vocabulary = {t: i for i, t in enumerate([*special, *LETTERS.lower(), *words, *longer])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.normalizer = normalizers.Sequence([normalizers.Lowercase(), article])
-    # The whole prompt tells which letters stand in quotes, so that they are split off first.
+    # The whole prompt is needed to find the letters in quotes, so they are split off first.
     split = pre_tokenizers.Split(Regex(f"(?:{'|'.join([*longer, '[a-z]'])})" + inside), "isolated")
     raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
     if kind == "clip":

@@ -1,13 +1,13 @@
-"""Train a miniature from nothing: shared parts, a pool of encoded scenes, and the denoiser.
+"""Train a miniature from scratch: shared parts, a pool of encoded scenes, and the denoiser.
 
 A recipe is a module with SPEC, TEXT (its text encoders: component names to (kind, seed) of ``encoders.KINDS``),
-``pipeline``, ``Objective`` and ``tokenize``; LATENTS (arguments of ``parts.make_autoencoder``) unless it works on
-pixels; BUDGET where its defaults differ. Its ``Stage2``, where it has one, is made from stage I's folder and offers
-the same.
+``pipeline``, ``Objective`` and ``tokenize``. It also has LATENTS (arguments of ``parts.make_autoencoder``) unless it
+works on pixels, and BUDGET if its budget differs from the default. A recipe of two stages has a class ``Stage2``, which
+is made from stage I's folder and has the same members.
 
-One command, ``textloc train NAME``, on one process or several (``accelerate launch``), CPU or CUDA, resumable after a
-kill at any point. Every random number is drawn from (seed, step, process), so that a resumed run sees what an
-uninterrupted one would have seen.
+The command is ``textloc train NAME``. It works with one process or several (``accelerate launch``), on CPU or CUDA. It
+can be killed and resumed at any point. Every random number depends only on (seed, step, process). So a resumed run uses
+the same numbers as an uninterrupted run.
 """
 
 import importlib
@@ -40,30 +40,32 @@ from textloc_utils.models import ModelSpec, pick_device
 from textloc_utils.settings import PATIENCE, TextlocError, check_writable, quiet_libraries
 
 RECIPES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
-#: Exact spelling of the early checkpoint, the base of the chapter on LoRA, and between which it may lie.
+#: Wanted rate of exact spelling of the early checkpoint, which the chapter on LoRA uses, and its allowed range.
 EARLY, EARLY_RANGE = 0.70, (0.65, 0.75)
-#: Exact spelling, as the evaluations read it, of the denoisers that are kept until ``card.export`` chooses the early
-#: one: their reader misses words that Tesseract reads, so neither end is that of EARLY_RANGE.
+#: Denoisers whose rate of exact spelling in the evaluations is in this range are kept until ``card.export`` chooses the
+#: early checkpoint. The range differs from EARLY_RANGE, because the evaluations' reader misses words that Tesseract
+#: reads.
 CANDIDATES = (0.1, 0.75)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a training run may spend.
+    """The budget and the settings of a training run.
 
-    ``autoencoder_steps``, ``encoder_steps`` and ``pool`` (scenes encoded once, besides half as many easy ones) come
-    before the denoiser's ``samples``, which a recipe of two stages shares out. The learning rate ``lr`` falls linearly
-    over the last share ``decay`` of the samples. The EMA weights are evaluated ``evaluations`` times, evenly, and DENSE
-    times as often while the letters bind, on ``pairs`` pairs.
+    ``autoencoder_steps``, ``encoder_steps`` and ``pool`` (scenes that are encoded once, and half as many easy scenes)
+    are for the work before the denoiser's training. ``samples`` is the number of the denoiser's training samples. A
+    recipe of two stages divides them between the stages. The learning rate ``lr`` falls linearly over the last share
+    ``decay`` of the samples. The EMA weights are evaluated ``evaluations`` times at regular intervals, on ``pairs``
+    pairs. While the model learns to spell, they are evaluated DENSE times as often.
 
     ``curriculum`` lists stages: (share of the samples at which the stage begins, share of texts in runs, whether the
-    scenes are easy ones, share of the captions that name everything). A text that is the same everywhere can be drawn
-    before the model knows where to look for each letter, so letters in runs teach which letter is which. Places and
-    whole words come later, and quickly. Easy scenes (``world.is_easy``) teach this first; all typefaces and inks come
-    after. A rarely named factor is learned faster if more captions name it for a while.
+    scenes are easy ones, share of the captions that name everything). A text in runs looks the same everywhere. So a
+    model can draw it before it has learned the position of each letter, and it learns the shapes of the letters first.
+    Positions and whole words follow quickly. Easy scenes (``world.is_easy``) come first, and all typefaces and inks come
+    later. A factor that few captions name is learned faster if more captions name it for a while.
 
-    The loss in the cells of the letters weighs ``text_weight`` times as much as elsewhere: the background has most of
-    the area, and most of it is decided by no prompt.
+    In the cells of the letters, the loss has ``text_weight`` times the weight that it has elsewhere. Without this, the
+    background dominates the loss: it has most of the area, and no prompt decides its details.
     """
 
     samples: int = 400_000
@@ -89,7 +91,7 @@ class Budget:
         for name, high in (("lr", 1.0), ("decay", 1.0), ("ema", 1.0), ("text_weight", 100.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 < value <= high):
-                raise TextlocError(f"{name.replace('_', ' ')} must lie above 0 and be at most {high:g}, got {value}")
+                raise TextlocError(f"{name.replace('_', ' ')} must be above 0 and at most {high:g}, got {value}")
 
 
 DENSE = 3
@@ -103,12 +105,12 @@ def recipe(name: str):
 
 
 def default_budget(name: str) -> Budget:
-    """What a miniature's recipe spends unless told otherwise."""
+    """The default budget of a miniature's recipe."""
     return Budget(**getattr(recipe(name), "BUDGET", {}))
 
 
 def lr_factor(progress: float, step: int, decay: float, warmup: int = 100) -> float:
-    """Linear warm-up by steps, constant, then a linear decay over the last share ``decay`` of the budget."""
+    """Linear warm-up over ``warmup`` steps, then constant, then linear decay over the budget's last share ``decay``."""
     return min(1.0, (step + 1) / warmup) * min(1.0, max(0.02, (1 - progress) / decay))
 
 
@@ -116,12 +118,12 @@ def _part(budget: Budget, share: float, **other) -> Budget:
     return replace(budget, samples=max(1, round(budget.samples * share)), **other)
 
 
-# --- what comes before the denoiser ----------------------------------------------------------------------------
+# --- the work before the denoiser's training -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The parts of a run: text encoders with their tokenizers by component name, the autoencoder, what they report."""
+    """The parts of a run: text encoders with their tokenizers by component name, the autoencoder, and their reports."""
 
     encoders: dict
     tokenizers: dict
@@ -141,7 +143,7 @@ def prepare(
     text: str | None = None,
     log=print,
 ) -> None:
-    """Make the shared parts of a run, and its pool, each once; ``folder`` keeps the pool and where the parts are."""
+    """Make the shared parts of a run and its pool, each only once. ``folder`` keeps the pool and the parts' paths."""
     known = {}
     for component, (kind, number) in _texts(rules, text).items():
         place, report = parts.make_encoder(
@@ -163,7 +165,7 @@ def prepare(
 
 
 def _texts(rules, text: str | None) -> dict[str, tuple[str, int]]:
-    """The recipe's text encoders, or those of a study: component to (kind, seed)."""
+    """The recipe's text encoders, or those of a study: a dict from component to (kind, seed)."""
     return {part: (f"{kind}-{text}" if text else kind, number) for part, (kind, number) in rules.TEXT.items()}
 
 
@@ -187,19 +189,21 @@ def _prepared(rules, folder: Path, text: str | None = None) -> Prepared:
 
 
 def check_run(folder: Path, inputs: dict) -> None:
-    """Refuse a folder that holds a run with other settings, before anything is made in it."""
+    """Raise TextlocError for a folder with another run, before anything is written to it."""
     try:
         before = json.loads((folder / "inputs.json").read_text())
     except FileNotFoundError:
         if folder.is_dir() and any(folder.iterdir()):
-            raise TextlocError(f"{folder} holds something that is no training run; name another --out") from None
+            raise TextlocError(
+                f"{folder} holds files that are not of a training run; give another folder to --out"
+            ) from None
         return
     except (OSError, ValueError):
-        raise TextlocError(f"{folder / 'inputs.json'} is damaged; delete {folder}, and the run starts again") from None
+        raise TextlocError(f"{folder / 'inputs.json'} is damaged; delete {folder} to start the run again") from None
     for key, value in json.loads(json.dumps(inputs)).items():
         if before.get(key) != value:
             raise TextlocError(
-                f"{folder} holds a run with {key} {before.get(key)}, not {value}; name another --out for this one"
+                f"{folder} holds a run with {key} {before.get(key)}, not {value}; give another folder to --out"
             )
 
 
@@ -219,20 +223,21 @@ def train(
     cache: Path | None = None,
     log=print,
 ) -> dict | None:
-    """Train miniature ``name`` in ``folder``, or go on where its checkpoint was.
+    """Train miniature ``name`` in ``folder``, or resume from its checkpoint.
 
-    ``budget`` defaults to the recipe's. ``only`` is the world it learns; ``cache`` the folder of the parts that it
-    shares with others. For studies, ``layers`` is the number of blocks where a recipe lets it be chosen, ``seeing`` the
-    text layers that ever see the letters (see :mod:`.planted`), and ``text`` one of ``encoders.TEXTS``, what the text
-    encoders are in place of the recipe's. With ``compiled`` torch compiles the denoiser's forward pass first. Returns
-    the training report, None in other processes than the main one.
+    ``budget`` defaults to the recipe's. ``only`` is the world of the training. ``cache`` is the folder of the parts
+    that several runs share. Three arguments are for studies. ``layers`` is the number of blocks, if the recipe allows a
+    choice. ``seeing`` are the only text layers that can see the letters (see :mod:`.planted`). ``text`` is one of
+    ``encoders.TEXTS``, which replaces the recipe's text encoders. With ``compiled``, torch first compiles the
+    denoiser's forward pass. Returns the training report in the main process, and None in all others.
 
-    Evaluations are logged in ``folder/evaluations.json``; the finished pipeline is saved to ``folder/pipeline``, the
-    denoisers on the way that spelled within CANDIDATES to ``folder/early``. A second stage follows in
-    ``folder/stage2``, is not evaluated by itself, and ends in ``folder/pipeline/stage2``.
+    Evaluations are written to ``folder/evaluations.json``. The finished pipeline is saved to ``folder/pipeline``. All
+    evaluated denoisers whose spelling is within CANDIDATES are saved to ``folder/early``. A second stage is trained
+    after the first one, in ``folder/stage2``. It is not evaluated separately, and it is saved to
+    ``folder/pipeline/stage2``.
 
-    Raises TextlocError, before anything is trained, for a folder of another run, a device that is not there or a
-    folder that cannot be written.
+    Raises TextlocError before any training for a folder with another run, a device that is not present, or a folder
+    that cannot be written.
     """
     quiet_libraries()
     place = pick_device(device)
@@ -241,11 +246,11 @@ def train(
     if not (isinstance(seed, int) and 0 <= seed < 2**31):
         raise TextlocError(f"the seed must be a whole number from 0 to 2147483647, got {seed}")
     if layers is not None and "layers" not in inspect.signature(rules.pipeline).parameters:
-        raise TextlocError(f"{name} has one number of layers; it can be chosen for sd3-mini")
+        raise TextlocError(f"{name} has a fixed number of layers; it can be chosen only for sd3-mini")
     if text is not None and any(kind not in encoders.KINDS for kind, _ in _texts(rules, text).values()):
-        raise TextlocError(f"the text encoders of {name} cannot be {text}; those of sd3-mini can be chosen")
+        raise TextlocError(f"the text encoders of {name} cannot be {text}; they can be chosen only for sd3-mini")
     if text == "subwords" and seeing:
-        raise TextlocError("planted layers know letters by their tokens; leave out seeing, or the subwords")
+        raise TextlocError("planted layers need one letter per token; omit seeing, or do not set text to subwords")
     study = {"layers": layers, "seeing": seeing, "text": text}
     inputs = {"name": name, "seed": seed, "world": only.name, **study, **asdict(budget)}
     folder, cache = Path(folder), Path(cache or parts.default_folder())
@@ -292,7 +297,7 @@ def train(
 
 
 class _Run:
-    """The training of one denoiser: what one recipe (a module, or its Stage2) holds."""
+    """The training of one denoiser, from one recipe (a module, or its Stage2)."""
 
     def __init__(
         self,
@@ -331,15 +336,15 @@ class _Run:
         self.evaluations: list[dict] = []
         self._resume()
         self.ema.to(accelerator.device)
-        # Several modules' parameters step under one wrapped module, so that processes share one gradient exchange.
+        # One wrapped module holds the parameters of several modules, so processes exchange all gradients together.
         self.wrapped = accelerator.prepare(self.objective)
-        # Set on the module itself while it trains, so that evaluations, whose shapes differ, run as ever.
+        # The compiled forward pass is set on the module only while it trains. Evaluations have other shapes.
         denoiser = self.objective.denoiser
         self.fast = {"forward": torch.compile(denoiser.forward, dynamic=False)} if compiled else {}
         self.compiled = compiled
         vars(denoiser).update(self.fast)
 
-    # --- what a kill must not lose
+    # --- checkpoints
 
     @property
     def checkpoint(self) -> Path:
@@ -353,7 +358,7 @@ class _Run:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.ema.load_state_dict(saved["ema"])
         self.state = saved["state"]
-        # A kill may fall between an evaluation and the next checkpoint: what the checkpoint has not reached is redone.
+        # If the run was killed between an evaluation and the next checkpoint, this evaluation is repeated.
         done = self.folder / "evaluations.json"
         known = json.loads(done.read_text()) if done.exists() else []
         self.evaluations = [e for e in known if e["samples"] <= self.state["samples"]]
@@ -368,12 +373,12 @@ class _Run:
     # --- evaluation
 
     def _is_due(self) -> bool:
-        """Whether the next evaluation is due: evenly, and DENSE times as often while the letters bind."""
+        """Whether the next evaluation is due: at regular intervals, DENSE times as often while spelling is learned."""
         count = self.budget.evaluations
         if not count:
             return False
         last = self.evaluations[-1] if self.evaluations else {"samples": 0, "characters": 0.0}
-        # A patch of all layers may write letters before the prompt does.
+        # A patch of all layers may write letters earlier than the prompt.
         binding = max(last["characters"], last.get("all_layers", 0.0)) >= 0.1 and last["characters"] < 0.75
         every = self.budget.samples / (count * (DENSE if binding else 1))
         ended = self.state["samples"] >= self.budget.samples > last["samples"]
@@ -404,7 +409,7 @@ class _Run:
     # --- training
 
     def _step(self, progress: float) -> float:
-        """One step of the optimiser; the loss."""
+        """Make one step of the optimiser and return the loss."""
         accelerator, budget = self.accelerator, self.budget
         for group in self.optimiser.param_groups:
             group["lr"] = budget.lr * lr_factor(progress, self.state["step"], budget.decay)
@@ -414,8 +419,8 @@ class _Run:
         x, captions, cells = self.data.batch(rows, runs, easy, named, random.Random(str(key)))
         weights = (1 + (budget.text_weight - 1) * cells).to(accelerator.device)
         tokens = {k: v.to(accelerator.device) for k, v in self.rules.tokenize(self.pipe, captions).items()}
-        # On the CPU, bfloat16's fused attention backward is several times slower than plain matrix products on the few
-        # tokens of latents, and a fifth faster on the many of pictures.
+        # On the CPU with bfloat16, the backward pass of fused attention is several times slower than plain matrix
+        # products for the few tokens of latents. For the many tokens of pictures, it is a fifth faster.
         plain = self.cpu and self.latent and self.precision == "bf16"
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             with accelerator.autocast():
@@ -433,7 +438,7 @@ class _Run:
         return loss
 
     def run(self) -> dict:
-        """Train to the end; the report, which is also in the folder."""
+        """Train to the end. Returns the report, which is also written to the folder."""
         accelerator, state, budget = self.accelerator, self.state, self.budget
         last_save = clock = time.time()
         recent: list[float] = []
@@ -494,8 +499,8 @@ class _Run:
 
 
 def _watts() -> float:
-    """What the GPU draws now, 0 where the device does not tell."""
+    """The current power of the GPU in watts, or 0 if it is unknown."""
     try:
         return torch.cuda.power_draw() / 1000 if torch.cuda.is_available() else 0.0
-    except Exception:  # the driver's library is missing or does not know
+    except Exception:  # the driver's library is missing or does not report the power
         return 0.0

@@ -1,7 +1,8 @@
-"""What the U-Net miniatures share: noise schedules, the velocity loss, and the smallest building blocks.
+"""The code that the U-Net miniatures share: noise schedules and the velocity loss.
 
-Velocity prediction on a schedule that ends in pure noise (Salimans & Ho 2022; Lin et al. 2024): a flat wall lives in
-the lowest frequencies, and a model that never saw pure noise cannot draw a whole picture black or white.
+The models predict the velocity, on a schedule that ends in pure noise (Salimans & Ho 2022; Lin et al. 2024). A model
+that was never trained on pure noise cannot draw a whole picture black or white, because a flat wall has only the lowest
+frequencies.
 """
 
 import torch
@@ -9,10 +10,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 STEPS = 1000
-#: Easy scenes for two fifths of the samples (see ``training.Budget``): letters must bind before all typefaces and inks
-#: come, and in these networks they bind later than in a transformer. Then most captions name everything for a while.
-#: With the world's captions alone, of which one in five names the typeface, sdxl-mini drew the named typeface in 0.42
-#: of the pictures after 350,000 scenes of all typefaces, where chance is 0.33.
+#: Easy scenes for two fifths of the samples (see ``training.Budget``). The model must learn to spell before all typefaces
+#: and inks come, and these networks learn it later than a transformer. Then most captions name everything for a while.
+#: One in five of the world's own captions names the typeface. With these alone, sdxl-mini drew the named typeface in 0.42
+#: of the pictures after 350,000 scenes of all typefaces. Chance is 0.33.
 CURRICULUM = (
     *((0.0, 0.9, True, 0.0), (0.1, 0.5, True, 0.0), (0.2, 0.1, True, 0.0)),
     *((0.4, 0.1, False, 0.6), (0.8, 0.1, False, 0.0)),
@@ -20,8 +21,8 @@ CURRICULUM = (
 #: See ``training.Budget``. After 180,000 samples ldm-mini wrote 0.17 of the words without it, and 0.75 with it.
 TEXT_WEIGHT = 4.0
 
-#: Scheduler settings on latents and on pixels. Pixels repeat each other, so that letters stay readable in them at
-#: noise levels that hide everything in latents: their schedule is the noisier one.
+#: Scheduler settings for latents and for pixels. Neighbouring pixels are similar. So letters stay readable in pixels at
+#: noise levels that hide everything in latents, and the schedule for pixels has more noise.
 LATENTS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 PIXELS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 for _settings in (LATENTS, PIXELS):
@@ -34,17 +35,18 @@ for _settings in (LATENTS, PIXELS):
 
 
 class VelocityLoss(nn.Module):
-    """The training loss of a U-Net pipeline as one module; subclasses hold the text encoders.
+    """The training loss of a U-Net pipeline as one module. Subclasses hold the text encoders.
 
-    ``denoiser`` is laid out channels last, in which the CPU's convolutions are faster. It starts by answering zero.
+    ``denoiser`` has the memory layout channels last, because the CPU's convolutions are faster in it. At the start its
+    output is zero.
     """
 
     def __init__(self, unet: UNet2DConditionModel, scheduler):
         super().__init__()
         self.denoiser = unet.to(memory_format=torch.channels_last)
-        # The signal's share of the variance at each timestep; not a weight, so not in the checkpoint.
+        # The signal's share of the variance at each timestep. It is not a weight, so it is not in the checkpoint.
         self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)
-        # Some samplers put a tiny number in the place of the last one, larger than the one before.
+        # Some samplers replace the last value by a tiny number that is larger than the value before it.
         self.alphas[-1] = 0.0
         nn.init.zeros_(unet.conv_out.weight)
         nn.init.zeros_(unet.conv_out.bias)
@@ -54,14 +56,15 @@ class VelocityLoss(nn.Module):
         raise NotImplementedError
 
     def timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """``n`` timesteps to learn from, on the CPU.
+        """``n`` timesteps for training, on the CPU.
 
-        Text can only be read from the prompt where noise hides it, so their density rises linearly with the noise.
+        The model needs the prompt's text only if noise hides the text in the picture. So the density of the timesteps
+        rises linearly with the noise.
         """
         return (STEPS * torch.rand(n, generator=generator).sqrt()).long().clamp_max(STEPS - 1)
 
     def diffuse(self, x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noise ``x`` (B, C, h, w): the noisy x, the velocity to predict, and the timesteps (B,).
+        """Add noise to ``x`` (B, C, h, w): the noisy x, the velocity to predict, and the timesteps (B,).
 
         All random numbers come from the CPU's ``generator``.
         """

@@ -1,17 +1,17 @@
-"""The miniatures' world: a word on a sign in front of a material, and the captions that name some of it.
+"""The miniatures' world: a word on a sign in front of a material, with captions that name some of these factors.
 
-A caption always gives the text. It names the other factors only sometimes. What it leaves open is decided by the
-noise, and the material also by the text: each material has a group of first letters, and a word hangs in front of its
-own group's material four times out of five. This link stands in for what large models learn from photographs, where a
-sign that says OCEAN tends to hang by the sea. It holds for words that were never seen, because it depends on the first
-letter only.
+A caption always gives the text. It names each other factor only sometimes. The noise decides the factors that are not
+named. The material also depends on the text: each material has a group of first letters, and a word is in front of its
+own group's material in four of five scenes. This link replaces the links that large models learn from photographs. For
+example, a sign with the word OCEAN is often near the sea. The link also holds for new words, because it depends only on
+the first letter.
 
-- **text**: a word of 3 to 6 letters or a random string; always named.
-- **place**: words start at the left, at five heights; never named, the noise decides. See :data:`EVERYWHERE`.
-- **ink**: 4 colours, at least 60 grey levels from the sign's; named in 30 % of the captions, else the noise decides.
-- **typeface**: 3; named in 20 %, else the noise decides.
-- **sign**: 8 colours and 3 shapes; both named in 50 %, else the noise decides.
-- **material**: 6, each with a range of colours and a free phase; named in 40 %, else the first letter decides.
+- **text**: a word of 3 to 6 letters or a random string. It is always named.
+- **place**: words start at the left, at five heights. It is never named. See :data:`EVERYWHERE`.
+- **ink**: 4 colours, at least 60 grey levels away from the sign's colour. It is named in 30 % of the captions.
+- **typeface**: 3 typefaces. It is named in 20 %.
+- **sign**: 8 colours and 3 shapes. Both are named together, in 50 %.
+- **material**: 6 materials, each with a range of colours and a random phase. It is named in 40 %.
 """
 
 import functools
@@ -33,14 +33,14 @@ HEIGHT, WIDTH = 64, 128
 PITCH = 16  #: pixels from letter to letter
 CELL_HEIGHT = 24
 LEFT = 16  #: pixels left of the first column
-COLUMNS = 6  #: columns of letters; a word fills neighbouring ones
-HEIGHTS = (-4, -2, 0, 2, 4)  #: where the sign may hang, in pixels below the middle
-EDGE = 8  #: rows at the top and at the bottom that no sign reaches
-LENGTHS = (3, 4, 5, 6)  #: letters of a word
-CONTRAST = 60  #: least distance between ink and sign in grey levels
+COLUMNS = 6  #: columns of letters; a word fills neighbouring columns
+HEIGHTS = (-4, -2, 0, 2, 4)  #: positions of the sign, in pixels below the middle
+EDGE = 8  #: number of rows at the top and at the bottom that no sign covers
+LENGTHS = (3, 4, 5, 6)  #: numbers of letters of a word
+CONTRAST = 60  #: smallest difference between ink and sign in grey levels
 
 SHAPES = ("sign", "plate", "banner")
-#: Typefaces by their names in captions; matplotlib carries the files.
+#: Typefaces by their names in captions. The files come with matplotlib.
 TYPEFACES = {
     "plain": "DejaVuSansMono-Bold.ttf",
     "serif": "DejaVuSerif-Bold.ttf",
@@ -57,7 +57,7 @@ SIGNS = {
     "black": (28, 28, 28),
 }
 INKS = {"black": (20, 20, 20), "white": (245, 245, 245), "red": (200, 40, 45), "yellow": (245, 220, 70)}
-#: Each material's first letters. The groups hold about as many words each.
+#: Each material's first letters. All groups have about the same number of words.
 GROUPS = {
     "brick": "JSVY",
     "planks": "CEGKU",
@@ -76,8 +76,8 @@ RANGES = {
     "clouds": (((95, 150, 215), (225, 235, 245)), ((130, 180, 230), (250, 250, 255))),
     "plaster": (((205, 180, 160), (230, 205, 185)), ((225, 205, 190), (245, 228, 212))),
 }
-TINTS = 8  #: colours of each range
-PHASE = 48  #: a material's pattern starts at one of 48 x 48 places
+TINTS = 8  #: number of colours of each range
+PHASE = 48  #: a material's pattern starts at one of 48 x 48 positions
 
 
 def grey(colour: Sequence[float]) -> float:
@@ -96,10 +96,11 @@ OWN = {letter: material for material, letters in GROUPS.items() for letter in le
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one picture shows.
+    """The content of one picture.
 
-    ``column`` counts from 0 and is the first letter's. The sign and its text hang ``dy`` pixels (one of HEIGHTS) below
-    the middle. ``tint`` (0 to TINTS - 1) and ``phase`` (pixels down and right, below PHASE) vary the material.
+    ``column`` is the column of the first letter, counted from 0. The sign and its text are ``dy`` pixels (one of
+    HEIGHTS) below the middle. ``tint`` (0 to TINTS - 1) and ``phase`` (pixels down and right, less than PHASE) vary the
+    material.
     """
 
     text: str
@@ -116,9 +117,10 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Which scenes and captions there are.
+    """A set of possible scenes and captions.
 
-    ``named`` says how often a caption names each factor; ``pull`` how often the material is that of the first letter.
+    ``named`` says how often a caption names each factor. ``pull`` says how often the material belongs to the first
+    letter.
     """
 
     name: str
@@ -131,11 +133,12 @@ class World:
 
 
 SECOND = World(name="second", free_columns=False)
-#: The same with words in any columns where they fit. Autoencoders, text encoders and readers are trained on it, so that
-#: they know letters anywhere. Denoisers did not learn it: after 329,000 samples sd3-mini wrote 0.82 of the words that
-#: fill the sign, and 0.14 of those whose first column the noise has to decide, with a letter twice or left out.
+#: The same world, but words may start in any column in which they fit. Autoencoders, text encoders and readers are
+#: trained on it, so that they know letters in all columns. Denoisers did not learn it. After 329,000 samples, sd3-mini
+#: wrote 0.82 of the words that fill the sign. It wrote only 0.14 of the words whose first column the noise decides. In
+#: the others, letters were doubled or missing.
 EVERYWHERE = World(name="everywhere")
-#: One wall, one shape, one typeface, words at the left, everything named: for studies that need many trainings.
+#: One wall, one shape, one typeface, words at the left, everything named. It is for studies that need many trainings.
 PLAIN = World(
     name="plain",
     typefaces=("plain",),
@@ -154,7 +157,7 @@ WORLDS = {w.name: w for w in (SECOND, PLAIN)}
 def atlas(typeface: str) -> np.ndarray:
     """Letters A to Z of a typeface as float32 coverage masks (26, CELL_HEIGHT, PITCH) in 0..1.
 
-    A letter that is wider or reaches lower than its cell is narrowed or flattened to it.
+    A letter that is too wide or too high for its cell is made smaller in this direction.
     """
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / TYPEFACES[typeface]
     scale = 4
@@ -175,7 +178,7 @@ def atlas(typeface: str) -> np.ndarray:
 
 @functools.cache
 def sign_mask(shape: str) -> np.ndarray:
-    """Coverage of a sign in the middle of a canvas with room above and below, float32 (H + 2 max(HEIGHTS), W)."""
+    """Coverage of a sign in the middle of a canvas with a margin above and below, float32 (H + 2 max(HEIGHTS), W)."""
     scale = 4
     h, w = HEIGHT + 2 * max(HEIGHTS), WIDTH
     cx, cy = w / 2, h / 2
@@ -192,7 +195,7 @@ def sign_mask(shape: str) -> np.ndarray:
 
 @functools.cache
 def pattern(material: str) -> np.ndarray:
-    """A material's pattern, float32 (HEIGHT + PHASE, WIDTH + PHASE) in 0 (its dark colour) to 1 (its light one)."""
+    """A material's pattern, float32 (HEIGHT + PHASE, WIDTH + PHASE), from 0 (dark colour) to 1 (light colour)."""
     h, w = HEIGHT + PHASE, WIDTH + PHASE
     y, x = np.mgrid[:h, :w]
     noise = np.random.default_rng(7).standard_normal((h, w))
@@ -218,7 +221,7 @@ def pattern(material: str) -> np.ndarray:
 
 @functools.cache
 def _wall(material: str, tint: int) -> np.ndarray:
-    """A material in one tint, float32 (HEIGHT + PHASE, WIDTH + PHASE, 3): a scene shows a part of it."""
+    """A material in one tint, float32 (HEIGHT + PHASE, WIDTH + PHASE, 3). A scene shows a part of it."""
     ends = np.array(RANGES[material], np.float32)
     dark, light = ends[0] + (ends[1] - ends[0]) * (tint / (TINTS - 1))
     return pattern(material)[:, :, None] * (light - dark) + dark
@@ -256,7 +259,7 @@ def render(scene: Scene) -> np.ndarray:
 
 # --- captions --------------------------------------------------------------------------------------------------
 
-#: Openings that name nothing.
+#: Beginnings of captions that name no factor.
 LEADS = (
     "Text",
     "The word",
@@ -267,10 +270,10 @@ LEADS = (
     "This is a picture that says",
 )
 SHORT_LEADS = ("the word", "the text", "it says")
-MOST_BEFORE = 6  #: words before the quoted text
-TOKENS = 24  #: of a caption: its words, letters and marks, and a token at both ends
+MOST_BEFORE = 6  #: largest number of words before the quoted text
+TOKENS = 24  #: largest number of tokens of a caption: its words, letters and marks, and one token at each end
 
-#: Prompts of the experiments. ``{a}`` is the article that fits the sign's colour.
+#: Prompts of the experiments. ``{a}`` is the article of the sign's colour.
 NAMED = '{a} {sign} {shape} against {material} says "{text}" in {typeface} {ink} letters.'
 OPEN = 'The word "{text}".'
 FACTORS = ("ink", "typeface", "sign", "shape", "material")
@@ -288,7 +291,7 @@ def prompt(text: str, template: str = NAMED, **factors: str) -> str:
 
 
 def sentence(text: str, rng: random.Random, **factors: str) -> str:
-    """A caption that names the given factors and no other, with 0 to 6 words before the text.
+    """A caption that names only the given factors, with 0 to 6 words before the text.
 
     ``factors`` are any of ink, typeface, material, and sign together with shape. In half of the captions the text
     comes first.
@@ -319,7 +322,7 @@ def sentence(text: str, rng: random.Random, **factors: str) -> str:
         else:
             before = taken
         parts = [p for p in parts if p not in taken]
-        # What is named after the text leaves less room for a long opening.
+        # If many factors are named after the text, there is less room for a long beginning.
         if not taken and 2 + len(text) + 3 + len(lead.split()) + len(" ".join(parts).split()) > TOKENS:
             before = ["Text"]
     start = " ".join(before)
@@ -328,7 +331,7 @@ def sentence(text: str, rng: random.Random, **factors: str) -> str:
 
 
 def caption(scene: Scene, rng: random.Random, world: World = SECOND) -> str:
-    """A caption of a scene, which names each factor as often as the world says."""
+    """A random caption of a scene. It names each factor with the probability that the world gives."""
     known = {k for k in ("ink", "typeface", "sign", "material") if rng.random() < world.named[k]}
     if "sign" in known:
         known.add("shape")
@@ -336,7 +339,7 @@ def caption(scene: Scene, rng: random.Random, world: World = SECOND) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark of the captions outside the quotes, lower-cased, in a fixed order."""
+    """Every word and mark of the captions outside the quotes, in small letters and in a fixed order."""
     texts = [*LEADS, *SHORT_LEADS, "in on against says letters a an", *SIGNS, *INKS, *TYPEFACES, *SHAPES, *MATERIALS]
     return sorted({w for t in texts for w in t.lower().split()}) + ['"', ".", ","]
 
@@ -345,11 +348,11 @@ def vocabulary() -> list[str]:
 
 
 def random_scene(rng: random.Random, world: World = SECOND, *, text: str | None = None, runs: bool = False) -> Scene:
-    """A training scene: a training word or a random string, half of each, and factors as the world has them.
+    """A training scene: half of the texts are training words, and half are random strings. Factors are the world's.
 
-    With ``runs`` the text is letters in runs (AAAA, AABB, AAABBB): a text that is the same everywhere can be drawn
-    before a model knows where to look for each letter, so that such texts teach which letter is which. A given
-    ``text`` is taken as it is.
+    With ``runs``, the text has letters in runs (AAAA, AABB, AAABBB). Such a text looks the same everywhere. So a model
+    can draw it before it has learned the position of each letter, and it learns the shapes of the letters first. A
+    given ``text`` is used unchanged.
     """
     if text is None:
         length = rng.choice(LENGTHS)
@@ -380,12 +383,12 @@ def random_scene(rng: random.Random, world: World = SECOND, *, text: str | None 
 
 
 def is_easy(scene: Scene) -> bool:
-    """Whether letters are learned first in such a scene: one typeface, black or white, in the first columns."""
+    """Whether a scene is easy, for the first part of a training: one typeface, black or white ink, first columns."""
     return scene.typeface == "plain" and scene.ink in ("black", "white") and scene.column == 0
 
 
 def run(rng: random.Random, length: int) -> str:
-    """Letters in runs: one, two or three letters share a text of this length, half of the texts have one."""
+    """A text of this length with one, two or three letters in runs. Half of the texts have only one letter."""
     parts = rng.choice([1, 1, *(n for n in (2, 3) if n < length)])
     size = -(-length // parts)
     return "".join(letter * size for letter in rng.choices(LETTERS, k=parts))[:length]
@@ -397,5 +400,5 @@ def _training_words() -> dict[int, list[str]]:
 
 
 def quoted(caption: str) -> str:
-    """The text that a caption asks for."""
+    """The quoted text of a caption."""
     return re.findall(r'"([A-Z]*)"', caption)[0]

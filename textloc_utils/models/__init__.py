@@ -1,7 +1,7 @@
-"""Models: the table of architectures, the registry, wrapped pipelines, loading, what denoisers are given.
+"""Models: the table of architectures, the registry, wrapped pipelines, loading, and the denoisers' inputs.
 
-All pipelines are stock diffusers. All that differs between them is data: a table of ``architectures.toml`` for each
-denoiser class, and one of ``registry.toml`` for each public checkpoint.
+All pipelines are unmodified diffusers pipelines. The differences between them are data: ``architectures.toml`` has a
+table for each denoiser class, and ``registry.toml`` has one for each public checkpoint.
 """
 
 from textloc_utils.models.architectures import (

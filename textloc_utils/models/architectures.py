@@ -1,9 +1,9 @@
-"""The table of architectures: where each denoiser class reads text. All that differs between them is a row of it.
+"""The table of architectures: where each denoiser class reads text. Each class has one row.
 
-The rows stand in ``architectures.toml``. A new architecture is a new row: the attention modules that read text, the
-Linear modules whose outputs are the text's keys and values, which of their rows are text, and how the pipeline calls
-the denoiser. A row is right when it passes the tests of ``tests/test_families.py``: patching all layers of a row gives
-the other row's picture exactly, and no token of the picture is touched.
+The rows are in ``architectures.toml``. To add an architecture, add a row. It names the attention modules that read
+text, the Linear modules whose outputs are the text's keys and values, which tokens of these outputs are text, and how
+the pipeline calls the denoiser. A row is correct if it passes the tests in ``tests/test_families.py``: after all layers
+of one batch row are patched from another, both pictures are exactly equal, and no token of the picture was changed.
 """
 
 import tomllib
@@ -19,7 +19,7 @@ from textloc_utils.settings import TextlocError
 
 CROSS, ADDED, JOINT = "cross-attention U-Net", "added-KV U-Net", "joint attention"
 CROSS_TRANSFORMER = "cross-attention transformer"
-#: ``TextLayer.context`` of layers whose Linear modules take text and image tokens together.
+#: Values of ``TextLayer.context`` for layers whose Linear modules take text and image tokens together.
 TEXT_FIRST, TEXT_LAST = "text rows first", "text rows last"
 
 
@@ -28,10 +28,11 @@ class TextLayer:
     """One attention layer that reads text.
 
     ``index`` counts from 0 in execution order (down, middle, up). ``name``, ``key`` and ``value`` are dotted names
-    below the denoiser: the attention module and the Linear modules whose outputs, (batch, tokens, heads x
-    dimension), hold the text's keys and values. ``context`` is None where every token of those outputs is text,
-    TEXT_FIRST where image tokens follow the text (FLUX single blocks), TEXT_LAST where they precede it. ``columns``
-    are the (start, end) of keys "k" and values "v" where one Linear module computes more than them.
+    inside the denoiser. ``name`` is the attention module. ``key`` and ``value`` are the Linear modules whose outputs,
+    (batch, tokens, heads x dimension), hold the text's keys and values. ``context`` is None if every token of these
+    outputs is text. It is TEXT_FIRST if image tokens follow the text (FLUX single blocks), and TEXT_LAST if they come
+    before it. If one Linear module computes more than the keys or the values, ``columns`` holds the (start, end) of
+    keys "k" and values "v" in its output.
     """
 
     index: int
@@ -44,9 +45,9 @@ class TextLayer:
     family: str = JOINT
 
     def text(self, output: torch.Tensor, letter: str, tokens: int) -> torch.Tensor:
-        """The text's keys ("k") or values ("v") as a view of what a Linear module of this layer returned.
+        """The text's keys ("k") or values ("v") as a view of the output of a Linear module of this layer.
 
-        ``tokens`` is how many text tokens the call has (``DenoiserCall.tokens``).
+        ``tokens`` is the number of text tokens of the call (``DenoiserCall.tokens``).
         """
         if self.context == TEXT_FIRST:
             output = output[:, :tokens]
@@ -57,10 +58,10 @@ class TextLayer:
 
 @dataclass(frozen=True)
 class Site:
-    """Attention modules that read text: a pattern of their dotted names, and their Linear modules' names.
+    """Attention modules that read text: a pattern of their dotted names, and the names of their Linear modules.
 
-    ``context`` as :class:`TextLayer`'s; ``columns`` are (start, end) of keys and values as multiples of the attention's
-    ``inner_dim``. ``needs`` names an attribute that is true in these modules alone.
+    ``context`` is as in :class:`TextLayer`. ``columns`` are the (start, end) of keys and values as multiples of the
+    attention's ``inner_dim``. ``needs`` is the name of an attribute that is true only in these modules.
     """
 
     at: str
@@ -79,44 +80,46 @@ class Architecture:
     Attributes
     ----------
     sites
-        Its attention modules that read text, in execution order.
+        The attention modules that read text, in execution order.
     pooled
         Dotted name of the module whose output rows, (batch, dimension), carry the pooled text.
     sample, time, text
         Names of the arguments that hold the noisy picture, the noise level, and one row of text per picture.
     tokens
-        (argument, its dimension, times) of everything that the text tokens of a row are made of.
+        (argument, its dimension, factor) of every argument that contributes text tokens to a row.
     registers
-        Attribute of the denoiser whose second dimension is the number of tokens that it sets before the text.
+        Attribute of the denoiser. Its second dimension is the number of tokens that the denoiser puts before the text.
     multiple
-        The text is padded to a multiple of so many tokens.
+        The text is padded to a multiple of this number of tokens.
     lengths
-        Argument from which each row's own number of tokens is read, where the picture's places depend on it: rows of
-        different lengths cannot be patched into each other.
+        Argument with each row's own number of tokens, if the positions of the picture's tokens depend on it. In such a
+        model, rows of different lengths cannot be patched into each other.
     second
-        Arguments whose rows are their second dimension.
+        Arguments whose second dimension is the batch.
     masks
-        What the names of the attention's arguments that mask the text contain.
+        Parts of names. An argument of the attention module masks the text if its name contains one of them.
     picture_first
-        Whether joint attention sets the picture's tokens before the text's.
+        Whether joint attention puts the picture's tokens before the text's tokens.
     unit, rising
-        What a noise level of 1000 is divided by; whether it rises during a run, as 1 less the noise.
+        ``unit`` is the number by which a noise level of 1000 is divided. ``rising`` says whether the noise level rises
+        during a run, because the model uses 1 minus the noise.
     rows
-        What guidance does: "doubled", one call of [negatives, prompts]; "prompts first", one call the other way round;
-        "twice", a call of its own for the negatives.
+        The effect of guidance. "doubled": one call with [negatives, prompts]. "prompts first": one call with [prompts,
+        negatives]. "twice": a separate call for the negatives.
     guidance
-        The pipeline's argument for the guidance scale; "true_cfg_scale" needs a negative prompt beside it, "guider" is
-        a component that holds it.
+        The pipeline's argument for the guidance scale. "true_cfg_scale" also needs a negative prompt. "guider" is a
+        component that holds the scale.
     told
-        Whether guidance_scale is always a number that the denoiser is told (FLUX), however it was trained.
+        Whether guidance_scale is always passed to the denoiser as a number (FLUX), for all versions of the model.
     above
-        The scale above which there is guidance.
+        The scale above which guidance is used.
     call
-        Further arguments of every pipeline call, without which texts would be rewritten, cached or sizes changed.
+        Further arguments of every pipeline call. Without them, the pipeline would rewrite or cache texts, or change
+        sizes.
     long
-        The pipeline's tokenizers whose length is its ``max_sequence_length``.
+        The tokenizers whose length is the pipeline's ``max_sequence_length``.
     pooling
-        Its tokenizers that give the pooled text alone, which may be cut.
+        The tokenizers that give only the pooled text. They may cut a prompt.
     """
 
     sites: tuple[Site, ...]
@@ -143,7 +146,7 @@ class Architecture:
 
 
 def with_tuples(table: Mapping) -> dict:
-    """A table with tuples for its lists, those inside of them, too."""
+    """Replace all lists of a table, including nested ones, by tuples."""
 
     def read(value):
         return tuple(map(read, value)) if isinstance(value, list) else value
@@ -156,28 +159,28 @@ def _row(sites: list[dict], **others) -> Architecture:
 
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-#: Class name of a denoiser or pipeline to why it stays out.
+#: Class name of a denoiser or pipeline to the reason why it is not supported.
 REFUSED: dict[str, str] = _TABLE.pop("refused")
 #: Class name of a denoiser to its row.
 ARCHITECTURES = {name: _row(**row) for name, row in _TABLE.items()}
 
 
 def architecture(denoiser: nn.Module | str) -> Architecture:
-    """The row of a denoiser or of its class's name. Raises TextlocError for one that has none."""
+    """The row of a denoiser, or of the name of its class. Raises TextlocError if there is no row."""
     names = [denoiser] if isinstance(denoiser, str) else [c.__name__ for c in type(denoiser).__mro__]
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
         if name in REFUSED:
             raise TextlocError(f"{name} cannot be patched: {REFUSED[name]}")
-    raise TextlocError(f"{names[0]} has no text layers that are known here; known: {', '.join(ARCHITECTURES)}")
+    raise TextlocError(f"{names[0]} has no known text layers; known classes: {', '.join(ARCHITECTURES)}")
 
 
 def text_layers(denoiser: nn.Module) -> tuple[TextLayer, ...]:
     """The layers of a denoiser that read text, in execution order.
 
-    Left out: attention over image tokens alone (``attn1`` of U-Nets, ``attn2`` of SD3.5's dual blocks). Raises
-    TextlocError for a denoiser of another kind, or without text.
+    Attention over image tokens alone is left out (``attn1`` of U-Nets, ``attn2`` of SD3.5's dual blocks). Raises
+    TextlocError for an unknown denoiser, or for one that reads no text.
     """
     modules, taken = list(denoiser.named_modules()), set()
     found: list[TextLayer] = []
@@ -211,7 +214,7 @@ def text_layers(denoiser: nn.Module) -> tuple[TextLayer, ...]:
 
 
 def _heads(attention: nn.Module) -> int:
-    """Heads of keys and values: fewer than the queries' in grouped attention."""
+    """Number of heads of keys and values. In grouped attention, there are fewer of them than heads of queries."""
     return next(
         heads
         for heads in (getattr(attention, name, None) for name in ("num_kv_heads", "heads", "num_heads"))
@@ -220,12 +223,12 @@ def _heads(attention: nn.Module) -> int:
 
 
 def family_of(layers: tuple[TextLayer, ...]) -> str:
-    """The family that a denoiser's text layers belong to."""
+    """The family to which a denoiser's text layers belong."""
     return layers[0].family
 
 
 def pooled_site(denoiser: nn.Module) -> str | None:
-    """Dotted name of the module whose output rows, (batch, dimension), carry the pooled text; None without one."""
+    """Dotted name of the module whose output rows, (batch, dimension), carry the pooled text. None if there is none."""
     name, found = architecture(denoiser).pooled, denoiser
     for part in name.split(".") if name else ():
         found = getattr(found, part, None)
@@ -233,7 +236,7 @@ def pooled_site(denoiser: nn.Module) -> str | None:
 
 
 def key_value_numbers(denoiser: nn.Module, layer: TextLayer) -> int:
-    """How many of the denoiser's parameters compute a layer's text keys and values."""
+    """Number of the denoiser's parameters that compute a layer's text keys and values."""
 
     def count(name: str, letter: str) -> int:
         module = denoiser.get_submodule(name)
@@ -248,19 +251,19 @@ def key_value_numbers(denoiser: nn.Module, layer: TextLayer) -> int:
 
 # --- places for adapters ----------------------------------------------------------------------------------------
 
-#: Linear modules of a text layer that can carry an adapter. In joint attention ``q`` to ``out`` are the picture's,
-#: ``text_q`` to ``text_out`` the text stream's; elsewhere ``k`` and ``v`` are those that read the text.
+#: Linear modules of a text layer that can carry an adapter. In joint attention, ``q`` to ``out`` belong to the picture,
+#: and ``text_q`` to ``text_out`` belong to the text stream. In other families, ``k`` and ``v`` read the text.
 PROJECTIONS = ("q", "k", "v", "out", "text_q", "text_k", "text_v", "text_out")
 
 
 def projections(denoiser: nn.Module, layer: TextLayer) -> dict[str, str]:
-    """Dotted names of a text layer's Linear modules, by their names in PROJECTIONS; those that it has and uses."""
+    """Map names in PROJECTIONS to dotted names of a text layer's Linear modules, for those that it has and uses."""
     attention = denoiser.get_submodule(layer.name)
     names = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
     key, value = (name.rsplit(".", 1)[1] for name in (layer.key, layer.value))
     if layer.family == JOINT and key != "to_k":
         names |= {"text_k": key, "text_v": value}
-        # The last block's text goes nowhere: it is read, but neither asks nor is written.
+        # In the last block, the text is only read: it has no queries and no output.
         if getattr(attention, "context_pre_only", None) is False:
             names |= {"text_q": "add_q_proj", "text_out": "to_add_out"}
     elif layer.family != JOINT:
@@ -270,7 +273,7 @@ def projections(denoiser: nn.Module, layer: TextLayer) -> dict[str, str]:
 
 
 def self_attention(denoiser: nn.Module) -> list[str]:
-    """Dotted names of the Linear modules through which the picture attends to itself alone, text layers' own aside."""
+    """Dotted names of the Linear modules of the picture's self-attention, without those of text layers."""
     from diffusers.models.attention_processor import Attention
 
     read = {name for layer in text_layers(denoiser) for name in projections(denoiser, layer).values()}

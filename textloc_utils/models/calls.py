@@ -1,4 +1,4 @@
-"""What a pipeline hands its denoiser: argument names, rows and tokens, by the architecture's row."""
+"""The inputs that a pipeline gives its denoiser: argument names, rows and tokens, from the architecture's row."""
 
 import functools
 import inspect
@@ -15,10 +15,11 @@ from textloc_utils.models.architectures import ARCHITECTURES, JOINT, Architectur
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserCall:
-    """What a denoiser was called with.
+    """The inputs of one denoiser call.
 
-    ``rows`` counts its batch, ``tokens`` the text tokens of each row, ``picture`` is the noisy picture, (rows, ...) or
-    a list of rows. ``lengths`` are each row's own text tokens where the picture's places depend on them.
+    ``rows`` is the size of the batch. ``tokens`` is the number of text tokens of each row. ``picture`` is the noisy
+    picture, (rows, ...) or a list of rows. ``lengths`` is each row's own number of text tokens, if the positions of the
+    picture's tokens depend on it.
     """
 
     rows: int
@@ -30,13 +31,13 @@ class DenoiserCall:
 
     @property
     def noise(self) -> torch.Tensor:
-        """The noise level as a number that falls during a run; its unit is the model's own."""
+        """The noise level as a number that falls during a run, in the model's own unit."""
         time = torch.as_tensor(self.timestep)
         return -time.min() if self.rising else time.max()
 
     @property
     def picture_tokens(self) -> int | None:
-        """Tokens of a picture that comes as tokens, (rows, tokens, channels); None elsewhere."""
+        """Number of tokens of a picture in the form of tokens, (rows, tokens, channels). None for other pictures."""
         shape: tuple[int, ...] = getattr(self.picture, "shape", ())
         return shape[1] if len(shape) == 3 else None
 
@@ -54,7 +55,7 @@ def _bound(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict:
 
 
 def read_call(denoiser: nn.Module, args: tuple, kwargs: dict) -> DenoiserCall:
-    """Read the arguments that a forward pre-hook on the denoiser sees."""
+    """Read the arguments that a forward pre-hook on the denoiser gets."""
     row, given = architecture(denoiser), _bound(denoiser, args, kwargs)
     picture = given[row.sample]
     return DenoiserCall(
@@ -84,7 +85,7 @@ def _lengths(row: Architecture, given: dict) -> torch.Tensor | list[int] | None:
     return [-(-len(part) // row.multiple) for part in value] if isinstance(value, list) else value
 
 
-#: Arguments that hold places of tokens, which all rows share.
+#: Arguments that hold token positions, which all rows share.
 _SHARED = ("img_ids", "txt_ids", "position_ids", "text_rope_pos", "visual_rope_pos", "image_rotary_emb")
 #: Arguments whose rows are their second dimension.
 _SECOND = {name for row in ARCHITECTURES.values() for name in row.second}
@@ -100,7 +101,7 @@ def _per_row(name: str, value, rows: int) -> bool:
 
 
 def take_rows(given: dict, rows: Sequence[int], batch: int) -> dict:
-    """The same arguments of a denoiser's call of ``batch`` rows for other rows; what does not come per row stays."""
+    """Take ``rows`` of the arguments of a denoiser call with ``batch`` rows. Arguments without rows are unchanged."""
 
     def pick(name, value):
         if isinstance(value, dict):
@@ -122,14 +123,14 @@ def select_rows(
     texts: Sequence[int],
     extra: dict | None = None,
 ) -> dict:
-    """The arguments of a denoiser's call for other rows.
+    """The arguments of a denoiser call with other rows.
 
-    Row i takes the noisy picture, and its noise level, of the call's row ``pictures[i]``, and everything else that
-    comes per row (texts, pooled texts, sizes) of ``texts[i]``. ``texts`` count the call's own rows, then those of
-    ``extra``, rows of another :func:`call_rows`.
+    Row i takes the noisy picture and its noise level from row ``pictures[i]`` of the call. It takes everything else
+    that has one entry per row (texts, pooled texts, sizes) from row ``texts[i]``. ``texts`` counts the rows of the
+    call first, and then those of ``extra``, which are rows of another :func:`call_rows`.
     """
     row, given = architecture(denoiser), _bound(denoiser, args, kwargs)
-    # FLUX's distilled guidance belongs to the noisy picture, too.
+    # FLUX's distilled guidance also belongs to the noisy picture.
     batch, own = len(given[row.sample]), {n: given.pop(n) for n in (row.sample, row.time, "guidance") if n in given}
     joined = batch
     if extra is not None:
@@ -139,12 +140,12 @@ def select_rows(
 
 
 def with_answer(output, answer: torch.Tensor):
-    """What a denoiser returned, with another tensor in it."""
+    """Replace the tensor in a denoiser's output."""
     return (answer, *output[1:]) if isinstance(output, tuple) else type(output)(sample=answer)
 
 
 def call_rows(denoiser: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A denoiser's call as keyword arguments without picture and timestep."""
+    """The keyword arguments of a denoiser call, without picture and timestep."""
     row, given = architecture(denoiser), _bound(denoiser, args, kwargs)
     return {k: v for k, v in given.items() if k not in (row.time, "return_dict", row.sample)}
 
@@ -154,7 +155,7 @@ def _count(part: dict) -> int:
 
 
 def join_rows(parts: Sequence[dict]) -> dict:
-    """Put the rows of several :func:`call_rows` below each other."""
+    """Concatenate the rows of several :func:`call_rows`."""
     sizes = [_count(part) for part in parts]
 
     def join(name, values):
@@ -170,7 +171,7 @@ def join_rows(parts: Sequence[dict]) -> dict:
 
 
 def denoise(denoiser: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, given: dict) -> torch.Tensor:
-    """The answer to ``noisy`` at ``timestep`` (B,), 0 to 1000, without the channels of a learned variance."""
+    """The output for ``noisy`` at ``timestep`` (B,), 0 to 1000, without the channels of a learned variance."""
     row = architecture(denoiser)
     time = ((1000 - timestep) if row.rising else timestep) / row.unit
     answer = denoiser(**given, **{row.sample: noisy, row.time: time}, return_dict=False)[0]
@@ -178,9 +179,9 @@ def denoise(denoiser: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, gi
 
 
 def guided(denoiser: nn.Module, answer: torch.Tensor, scale: float) -> torch.Tensor:
-    """The guided answer from a doubled batch's: what the pipeline makes of its halves.
+    """The guided output from the output of a doubled batch, computed from the two halves as in the pipeline.
 
-    Where guidance begins above 0 (Z-Image, Krea-2), the scale counts from the prompt's answer.
+    In models whose guidance begins above 0 (Z-Image, Krea-2), the scaled difference is added to the prompt's output.
     """
     row = architecture(denoiser)
     first, second = answer.chunk(2)
@@ -189,7 +190,7 @@ def guided(denoiser: nn.Module, answer: torch.Tensor, scale: float) -> torch.Ten
 
 
 def image_and_text(denoiser: nn.Module, layer: TextLayer, queries: int, keys: int, tokens: int) -> tuple[slice, slice]:
-    """Where a text layer's attention map, (queries, keys), holds the picture's queries and the text's keys."""
+    """The slices of a text layer's attention map, (queries, keys), for the picture's queries and the text's keys."""
     if architecture(denoiser).picture_first:
         return slice(0, queries - tokens), slice(keys - tokens, keys)
     return slice(tokens if layer.family == JOINT else 0, queries), slice(0, tokens)
@@ -203,9 +204,9 @@ def attention_maps(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention maps, (rows, heads, queries, keys), of some rows and queries of what torch's fused attention is given.
+    """Attention maps, (rows, heads, queries, keys), for some rows and queries of the inputs of torch's fused attention.
 
-    ``query`` and ``key`` are (B, heads, tokens, d); ``mask`` and ``scale`` those of ``scaled_dot_product_attention``.
+    ``query`` and ``key`` are (B, heads, tokens, d). ``mask`` and ``scale`` are as in ``scaled_dot_product_attention``.
     """
     scores = query[rows][:, :, queries] @ key[rows].transpose(-1, -2) * (scale or 1 / math.sqrt(query.shape[-1]))
     if mask is not None:

@@ -1,4 +1,4 @@
-"""Loading a model by name or from a folder, after everything about it that can be checked without its weights."""
+"""Load a model by name or from a folder. Everything that needs no weights is checked first."""
 
 import contextlib
 import copy
@@ -23,16 +23,16 @@ from textloc_utils.models.model import Model
 from textloc_utils.models.registry import MINIATURES, ModelSpec, _miniature_spec, read_config, read_table, spec
 from textloc_utils.settings import TextlocError, first_line, quiet_libraries
 
-#: In one of these is a tokenizer's vocabulary.
+#: Files that can hold a tokenizer's vocabulary. A tokenizer has at least one of them.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-#: What safetensors calls the numbers that a weight can be made of; whole numbers are indices or quantized.
+#: The dtypes of weights, in the words of safetensors. Tensors of integers are indices, or quantized weights.
 _FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-#: Components that only judge or mark pictures, with the arguments that leave them out.
+#: Components that only check or mark pictures, with the arguments that leave them out.
 _OFF = {"safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False}
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` (CUDA where there is one), ``cpu``, or any torch device that is present."""
+    """Return the device for ``auto`` (CUDA if available, else the CPU), ``cpu``, or any other torch device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,25 +43,24 @@ def pick_device(device: str) -> torch.device:
     count = torch.cuda.device_count()
     there = picked.type == "cpu" or (hasattr(kind, "is_available") and kind.is_available())
     if not there or (picked.type == "cuda" and (picked.index or 0) >= count):
-        found = f"{count} CUDA devices are present" if picked.type == "cuda" else "there is none here"
-        raise TextlocError(f"device {device!r} was asked for, but {found}; use auto or cpu")
+        found = f"{count} CUDA devices are present" if picked.type == "cuda" else "this machine has none"
+        raise TextlocError(f"device {device!r} was requested, but {found}; use auto or cpu")
     return picked
 
 
-# --- what a folder says before any weight is read ---------------------------------------------------------------
+# --- checks of a folder before any weight is read ---------------------------------------------------------------
 
 
 def check_folder(folder: Path) -> dict[str, type]:
-    """Check a saved pipeline's folder without reading a weight; returns its components' classes by name.
+    """Check a saved pipeline's folder without reading weights. Returns the classes of its components by name.
 
-    Raises TextlocError for an architecture that is not known, a component of another library than diffusers and
-    transformers or of a class that they do not have, a file that is missing, damaged or no file, and weights other
-    than safetensors, or of whole numbers.
+    Raises TextlocError if the architecture is unknown, if a component's class is not from diffusers or transformers, if
+    a file is missing, damaged or not a regular file, or if weights are not in safetensors files or are integers.
     """
     if not (folder / "model_index.json").exists():
         if (folder / "modular_model_index.json").exists():
             raise TextlocError(
-                f"{folder} holds a modular pipeline, as FLUX.3 does; modular pipelines cannot be patched"
+                f"{folder} holds a modular pipeline, like that of FLUX.3; modular pipelines cannot be patched"
             )
         raise TextlocError(f"no saved pipeline in {folder} (model_index.json is missing)")
     parts = component_classes(read_config(folder / "model_index.json"), str(folder))
@@ -76,7 +75,7 @@ def _check_part(place: Path, part: str, part_class: type) -> None:
         raise TextlocError(f"folder {place} is missing; restore it, or train or download the model again")
     for file in place.iterdir():
         if not file.is_file() and not file.is_dir():
-            raise TextlocError(f"{file} is no regular file, or missing; restore it")
+            raise TextlocError(f"{file} is missing or not a regular file; restore it")
     if issubclass(part_class, nn.Module):
         config = read_config(place / "config.json")
         if part in ("transformer", "unet"):
@@ -87,31 +86,30 @@ def _check_part(place: Path, part: str, part_class: type) -> None:
     elif issubclass(part_class, PreTrainedTokenizerBase):
         read_table(place / "tokenizer_config.json")
         if not any(file for name in _VOCABULARIES for file in place.glob(name)):
-            raise TextlocError(f"{place} holds no vocabulary (tokenizer.json); restore it, or download it again")
+            raise TextlocError(f"{place} has no vocabulary (tokenizer.json); restore it, or download it again")
         for table in place.glob("*.json"):
             read_table(table)
 
 
 def component_classes(index: dict, source: str) -> dict[str, type]:
-    """The classes of the components that a ``model_index.json`` names.
+    """Return the classes of the components that a ``model_index.json`` names.
 
-    Raises TextlocError for another library than diffusers and transformers, a class that they do not have, or a
-    denoiser that cannot be patched.
+    Raises TextlocError if a class is not from diffusers or transformers, or if the denoiser cannot be patched.
     """
     name = index.get("_class_name")
     pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (inspect.isclass(pipeline) and issubclass(pipeline, DiffusionPipeline)) or pipeline is DiffusionPipeline:
-        raise TextlocError(f"{source} is a pipeline of class {name!r}, which this diffusers does not have")
+        raise TextlocError(f"{source} is a pipeline of class {name!r}, which this version of diffusers does not have")
     found = {}
     for part, value in index.items():
-        # Settings may be lists, too (Krea-2's text_encoder_select_layers).
+        # A setting may also be a list (Krea-2's text_encoder_select_layers).
         named = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
         if not part.startswith("_") and named:
             library, name = value
             found[part] = _known_class(part, library, name, source)
     denoiser = next((found[part] for part in ("transformer", "unet") if part in found), None)
     if denoiser is None:
-        raise TextlocError(f"{source} names no denoiser: neither a transformer nor a unet")
+        raise TextlocError(f"{source} has no denoiser: neither a transformer nor a unet")
     architecture(denoiser.__name__)
     return found
 
@@ -119,7 +117,7 @@ def component_classes(index: dict, source: str) -> dict[str, type]:
 def _known_class(part: str, library: str, name: str, source: str) -> type:
     home = {"diffusers": diffusers, "transformers": transformers}.get(library)
     if home is None and re.fullmatch(r"[a-z]\w*", library) and part not in _OFF:
-        # Some pipelines have components of their own.
+        # Some pipelines define their own component classes.
         own = f"diffusers.pipelines.{library}"
         home = importlib.import_module(own) if importlib.util.find_spec(own) else None
     found = getattr(home, name, None) if re.fullmatch(r"[A-Za-z]\w*", name) else None
@@ -127,7 +125,7 @@ def _known_class(part: str, library: str, name: str, source: str) -> type:
         return object  # it is left out
     if not (inspect.isclass(found) and hasattr(found, "from_pretrained")) or issubclass(found, DiffusionPipeline):
         raise TextlocError(
-            f"{source} takes its {part} from {library}.{name}; allowed: classes of diffusers and transformers"
+            f"{source} loads its {part} from {library}.{name}; allowed: classes of diffusers and transformers"
         )
     return found
 
@@ -145,7 +143,7 @@ def _check_weights(folder: Path) -> None:
             raise TextlocError(f"weight file {file} is {what}; restore it, or train or download it again") from None
         for name, kind in kinds.items():
             if kind not in _FRACTIONS and not re.search("(_ids|_index|_tracked)$", name):
-                raise TextlocError(f"weight file {file} holds {name} as {kind}; allowed: {', '.join(_FRACTIONS)}")
+                raise TextlocError(f"weight file {file} stores {name} as {kind}; allowed: {', '.join(_FRACTIONS)}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -159,7 +157,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _variant(folder: Path, wanted: str | None) -> str | None:
-    """The variant of a component's weights: the one that is wanted, the plain one, or else the one that is there."""
+    """The variant of a component's weights: the wanted one if present, else the plain one, else any that is present."""
     pattern = re.compile(r"[\w-]+?(?:\.([\w-]+?))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
     found = [match for file in folder.glob("*.safetensors") if (match := pattern.fullmatch(file.name))]
     there = {match[1] or match[2] or "" for match in found}
@@ -170,11 +168,11 @@ def _variant(folder: Path, wanted: str | None) -> str | None:
 
 
 def check_no_file(path: str | Path, chosen: ModelSpec) -> None:
-    """Raise TextlocError for a checkpoint that is one file, and say how to make a folder of it."""
+    """Raise TextlocError for a checkpoint that is a single file. The message says how to convert it to a folder."""
     if Path(path).is_file():
         convert = f"P.from_single_file('{path}').save_pretrained('FOLDER')"
         raise TextlocError(
-            f"{path} is one file, and a folder in diffusers' format is needed; convert it once with "
+            f"{path} is a single file, but a folder in diffusers' format is needed; convert it once with "
             f'python -c "from diffusers import {chosen.pipeline} as P; {convert}"'
         )
 
@@ -187,13 +185,13 @@ def load(
     model_path: str | Path | None = None,
     variant: str | None = None,
 ) -> Model:
-    """Load a model by name, from ``model_path`` (a saved pipeline's folder, or a hub repository) where given.
+    """Load a model by name, or from ``model_path``, which is a saved pipeline's folder or a hub repository.
 
-    ``variant`` names the weight files to take where a component has several, such as ``fp16``.
+    If a component has several sets of weight files, ``variant`` says which set to use, for example ``fp16``.
 
-    Full-size models use their spec's dtype on CUDA; miniatures, and everything on the CPU, compute in float32
-    unless ``dtype`` says otherwise. Raises TextlocError for an unknown model, a missing or corrupt file, weights
-    that cannot be fetched, or a device that is not there.
+    Full-size models use their spec's dtype on CUDA. Miniatures, and all models on the CPU, compute in float32 unless
+    ``dtype`` is given. Raises TextlocError for an unknown model, a missing or corrupt file, weights that cannot be
+    downloaded, or a device that is not present.
     """
     if model_path is not None and name in MINIATURES:
         chosen = _miniature_spec(name, Path(model_path))
@@ -209,7 +207,7 @@ def load(
     if dtype is None:
         dtype = chosen.dtype if place.type == "cuda" and not chosen.miniature else torch.float32
     elif place.type == "cpu" and dtype not in (torch.float32, "float32"):
-        raise TextlocError(f"dtype {dtype} was asked for, but the CPU computes in float32 only")
+        raise TextlocError(f"dtype {dtype} was requested, but the CPU computes only in float32")
     if isinstance(dtype, str):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise TextlocError(f"unknown dtype {dtype!r}; allowed: float32, float16, bfloat16")
@@ -218,23 +216,23 @@ def load(
     folder = Path(chosen.source) if local else _fetched(chosen)
     if variant is not None and not any(folder.glob(f"*/*.{variant}*.safetensors")):
         raise TextlocError(
-            f"{folder} holds no weight files of the variant {variant!r}; leave --variant out, or name another"
+            f"{folder} has no weight files of the variant {variant!r}; omit --variant, or give another one"
         )
     pipe = _from_folder(chosen, folder, dtype)
-    # The place alone: a second naming of the dtype would also take it to what T5 has to keep in float32.
+    # Only the device is given. With the dtype, this call would also convert the parts of T5 that must stay in float32.
     pipe.to(place)
     stage2 = _load_stage2(chosen, pipe, local, dtype)
     if seeing := (chosen.trained or {}).get("seeing"):
         from textloc_utils.miniatures import planted
 
-        planted.install(pipe, chosen, seeing)  # it was trained like this, and would write nothing otherwise
+        planted.install(pipe, chosen, seeing)  # it was trained like this, and writes nothing otherwise
     return Model.from_pipeline(pipe, chosen, stage2 and stage2.to(place))
 
 
 def _load_stage2(
     chosen: ModelSpec, pipe: DiffusionPipeline, local: bool, dtype: torch.dtype
 ) -> DiffusionPipeline | None:
-    """Stage II around stage I's text encoder. A local full-size model may come without one."""
+    """Load stage II, which uses stage I's text encoder. A local full-size model may have no stage II."""
     source = chosen.stage2
     if source is None:
         return None
@@ -248,13 +246,13 @@ def _load_stage2(
 
 
 def _is_repository(path: str) -> bool:
-    """Whether a path is a hub repository's name: "owner/name", and no folder "owner" is here."""
+    """Whether a path is the name of a hub repository: "owner/name", if there is no local folder "owner"."""
     here = Path(path)
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is not None and not here.exists() and not here.parent.is_dir()
 
 
 def _fetched(chosen: ModelSpec) -> Path:
-    """The folder of a hub repository's pipeline, downloaded where it is not here yet; its index is checked first."""
+    """The local folder of a hub repository's pipeline. It is downloaded if needed, after a check of its index."""
     how = {"revision": chosen.revision, "use_safetensors": True}
     try:
         component_classes(DiffusionPipeline.load_config(chosen.source, revision=chosen.revision), chosen.source)
@@ -262,11 +260,11 @@ def _fetched(chosen: ModelSpec) -> Path:
     except TextlocError:
         raise
     except Exception as error:
-        # The libraries below raise a dozen unrelated classes here; the first line says which file or host it was.
+        # The libraries raise many unrelated classes here. The first line says which file or host it was.
         licence = f"accept the licence at https://huggingface.co/{chosen.source}, " if chosen.gated else ""
         raise TextlocError(
-            f"the weights of {chosen.name} are not here and cannot be fetched ({first_line(error)}); {licence}"
-            f"run 'hf auth login' and try again, or name a downloaded folder with --model-path"
+            f"the weights of {chosen.name} are not on this machine and cannot be downloaded ({first_line(error)}); "
+            f"{licence}run 'hf auth login' and try again, or give a downloaded folder with --model-path"
         ) from error
 
 
@@ -289,7 +287,7 @@ def _from_folder(chosen: ModelSpec, folder: Path, dtype: torch.dtype, **componen
 
 
 def _try_parts(pipe: DiffusionPipeline) -> None:
-    """Use the scheduler and each tokenizer once: what is wrong with their settings shows in a call only."""
+    """Use the scheduler and each tokenizer once, because wrong settings show only in a call."""
     for name, part in pipe.components.items():
         if isinstance(part, SchedulerMixin):
             part = copy.deepcopy(part)
@@ -300,16 +298,16 @@ def _try_parts(pipe: DiffusionPipeline) -> None:
             known = getattr(getattr(encoder, "config", None), "vocab_size", None)
             if known is not None and max(tokens) >= known:
                 raise TextlocError(
-                    f"{name} gives token {max(tokens)}, and its text encoder knows {known}; restore both"
+                    f"{name} gives token {max(tokens)}, but its text encoder knows only {known} tokens; restore both"
                 )
             if not isinstance(part.model_max_length, int) or part.model_max_length < 1:
                 raise TextlocError(f"{name} has {part.model_max_length!r} as model_max_length; restore it")
 
 
 def _whole(part_class: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
-    """A component whose every tensor comes from its files: the libraries would draw a missing one at random.
+    """Load a component and require that every tensor comes from its files. The libraries make missing ones random.
 
-    Naming the dtype matters: a text encoder otherwise takes that of its file.
+    The dtype must be given. Otherwise a text encoder takes the dtype of its file.
     """
     how = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
@@ -317,12 +315,12 @@ def _whole(part_class: Any, folder: Path, variant: str | None, dtype: torch.dtyp
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in first_line(error):
             raise
-        raise TextlocError(
-            f"the weights in {folder} have other shapes than its config.json says; restore both"
-        ) from None
+        raise TextlocError(f"the weights in {folder} do not have the shapes in its config.json; restore both") from None
     lost = sorted(told["missing_keys"])
     if lost:
-        raise TextlocError(f"the weight files in {folder} lack {lost[0]}; restore them, or train again")
+        raise TextlocError(
+            f"the tensor {lost[0]} is missing in the weight files of {folder}; restore them, or train again"
+        )
     return module
 
 

@@ -1,4 +1,4 @@
-"""The models that have a name: the miniatures in the data folder, and the public checkpoints in ``registry.toml``."""
+"""The models with a name: the miniatures in the data folder, and the public checkpoints in ``registry.toml``."""
 
 import functools
 import json
@@ -21,15 +21,17 @@ MINIATURES = ("sd3-mini", "sdxl-mini", "if-mini", "ldm-mini")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What is known about a model before it is loaded.
+    """The facts about a model that are known before it is loaded.
 
-    ``source`` is a hub repository or a local folder; ``dtype`` holds on CUDA only (the CPU computes in float32).
-    ``height`` and ``width`` are the finished picture's. A model of two stages (DeepFloyd IF) names in ``stage1`` the
-    (height, width) of its first pictures, in ``stage2`` where the second pipeline is (a hub repository, or a folder
-    below a local ``source``) and in ``stage2_arguments`` what that pipeline is called with.
-    ``unverified`` says what of all this could not be checked. ``paper_layers`` are the layers that the paper found.
-    ``max_sequence_length`` is the long text encoder's prompt length in tokens where the pipeline takes one (T5's in
-    Stable Diffusion 3 and FLUX). ``trained`` tells a miniature's device, samples and spelling.
+    ``source`` is a hub repository or a local folder. ``dtype`` is used only on CUDA (the CPU computes in float32).
+    ``height`` and ``width`` are those of the finished picture. ``paper_layers`` are the layers that the paper found.
+    ``max_sequence_length`` is the prompt length of the long text encoder, in tokens, if the pipeline has such an
+    argument (T5's length in Stable Diffusion 3 and FLUX). ``unverified`` says which of these facts could not be
+    checked. ``trained`` holds a miniature's device, number of samples, and spelling rates.
+
+    Three fields describe a model of two stages (DeepFloyd IF). ``stage1`` is the (height, width) of its first pictures.
+    ``stage2`` is the place of the second pipeline: a hub repository, or a folder below a local ``source``.
+    ``stage2_arguments`` are the arguments of that pipeline's call.
     """
 
     name: str
@@ -71,9 +73,9 @@ def _configuration_file(name: str) -> Path:
 
 @functools.cache
 def configuration(name: str) -> dict:
-    """A full-size model's denoiser configuration, as diffusers writes it: enough to number and count its layers.
+    """The configuration of a full-size model's denoiser, as diffusers writes it. It is enough to list the layers.
 
-    Raises TextlocError where it is not public.
+    Raises TextlocError if the configuration is not public.
     """
     path = _configuration_file(name)
     if not path.is_file():
@@ -82,7 +84,7 @@ def configuration(name: str) -> dict:
 
 
 def _miniature_spec(name: str, folder: Path) -> ModelSpec:
-    """A miniature's spec from the ``textloc.json`` beside its ``model_index.json``."""
+    """A miniature's spec, from the ``textloc.json`` in the folder of its ``model_index.json``."""
     path = folder / "textloc.json"
     try:
         known = json.loads(path.read_text()) if path.is_file() else None
@@ -93,14 +95,14 @@ def _miniature_spec(name: str, folder: Path) -> ModelSpec:
     values = with_tuples({f.name: known[f.name] for f in fields(ModelSpec) if f.name in known and f.name not in _GIVEN})
     needed = [f.name for f in fields(ModelSpec) if f.default is MISSING and f.name not in (*values, *_GIVEN)]
     if needed:
-        raise TextlocError(f"{path} lacks keys, among {', '.join(needed)}")
+        raise TextlocError(f"{path} has no values for {', '.join(needed)}")
     for key, value in values.items():
         if value is not None and not _fits(key, value):
             raise TextlocError(f"{path} holds {value!r} as {key}; restore it, or train the model again")
     return ModelSpec(name=name, source=str(folder), miniature=True, **values)
 
 
-#: What a miniature's folder and name say already.
+#: The fields that follow from a miniature's folder and name.
 _GIVEN = ("name", "source", "miniature")
 
 
@@ -117,25 +119,25 @@ def _fits(key: str, value) -> bool:
 
 
 def registry() -> dict[str, ModelSpec]:
-    """All models that can be named now: the miniatures whose folders exist, then the full-size ones."""
+    """All available models by name: first the miniatures whose folders exist, then the full-size models."""
     folders = {name: data_dir() / "miniatures" / name for name in MINIATURES}
-    # A training under way has a folder too; its textloc.json is written with the finished pipeline.
+    # A training that is still running has a folder, too. Its textloc.json is written with the finished pipeline.
     return {n: _miniature_spec(n, f) for n, f in folders.items() if (f / "textloc.json").is_file()} | FULL_SIZE
 
 
 def spec(name: str) -> ModelSpec:
-    """Look a model up; an unknown name raises TextlocError that lists the known ones."""
+    """Look up a model. For an unknown name, raises a TextlocError that lists the known names."""
     known = registry()
     if name in known:
         return known[name]
     if name in MINIATURES and not data_dir().is_dir():
-        raise TextlocError(f"{name} comes with a clone of the project; name a clone's data folder in TEXTLOC_DATA")
+        raise TextlocError(f"{name} comes with a clone of the project; set TEXTLOC_DATA to a clone's data folder")
     hint = f"; textloc train {name} makes this one" if name in MINIATURES else ""
     raise TextlocError(f"unknown model {name!r}; known models: {', '.join(known)}{hint}")
 
 
 def training_log(chosen: ModelSpec) -> dict | None:
-    """A miniature's ``training.json``: ``report`` (budget, device, losses) and ``evaluations``; None without one."""
+    """A miniature's ``training.json``: ``report`` (budget, device, losses) and ``evaluations``. None if missing."""
     path = Path(chosen.source) / "training.json"
     return json.loads(path.read_text()) if chosen.miniature and path.is_file() else None
 
@@ -144,7 +146,7 @@ def training_log(chosen: ModelSpec) -> dict | None:
 
 
 def meta_denoiser(chosen: ModelSpec) -> nn.Module:
-    """A model's denoiser on torch's meta device: its shapes, without weights and without a download."""
+    """A model's denoiser on torch's meta device: it has shapes, but needs no weights and no download."""
     import diffusers
 
     if not chosen.miniature:
@@ -159,11 +161,11 @@ def meta_denoiser(chosen: ModelSpec) -> nn.Module:
 
 
 def describe(chosen: ModelSpec | str) -> dict:
-    """What ``textloc models --json`` prints about a model.
+    """The facts about a model that ``textloc models --json`` prints.
 
-    ``parameters`` counts the denoiser's; ``text_layers`` are module names in execution order; ``kv_share`` is, per
-    layer, the fraction of the denoiser's parameters in that layer's text key and value modules. The first is None and
-    the others are empty where the denoiser's configuration is not public.
+    ``parameters`` is the number of the denoiser's parameters. ``text_layers`` are module names in execution order.
+    ``kv_share`` is, for each layer, the fraction of the denoiser's parameters in that layer's text key and value
+    modules. If the denoiser's configuration is not public, ``parameters`` is None and the other two are empty.
     """
     quiet_libraries()
     if isinstance(chosen, str):
@@ -188,17 +190,17 @@ def describe(chosen: ModelSpec | str) -> dict:
 
 
 def read_config(path: Path) -> dict:
-    """A configuration in a model's folder. Raises TextlocError for what is none, and for sizes that no model has."""
+    """Read a configuration in a model's folder. Raises TextlocError for a damaged file and for impossible sizes."""
     found = read_table(path)
     _check_sizes(path, found)
     return found
 
 
 def read_table(path: Path) -> dict:
-    """A JSON file of a model's folder that holds a table. Raises TextlocError for anything else."""
+    """Read a JSON file of a model's folder that holds a table. Raises TextlocError for anything else."""
     try:
         if path.exists() and not path.is_file():
-            raise TextlocError(f"{path} is no regular file; restore it")
+            raise TextlocError(f"{path} is not a regular file; restore it")
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise TextlocError(f"{path} is missing; restore it, or download or train the model again") from None
@@ -209,18 +211,18 @@ def read_table(path: Path) -> dict:
     return found
 
 
-#: More than any model has, by a pattern of the setting's name.
+#: Largest allowed value of a setting, by a pattern of its name. No model has more.
 _MOST = {"layers|blocks|depth": 1000, "sample_size|pos_embed": 10**4, "timesteps": 10**5}
 _MOST |= {"size|dim|channels|heads|embeddings": 10**8}
 
 
 def _check_sizes(path: Path, config: dict) -> None:
-    """Raise TextlocError for a size that no model has: building it would take for ever, or all memory."""
+    """Raise TextlocError for a size that no model has. Building such a model would never end or take all memory."""
     for key, value in config.items():
         if isinstance(value, dict):
             _check_sizes(path, value)
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number) and key != "lambda_min_clipped":  # a scheduler's
+            if isinstance(number, float) and not math.isfinite(number) and key != "lambda_min_clipped":  # in schedulers
                 raise TextlocError(f"{path} is corrupt: {key} is {number}")
             many = next((n for pattern, n in _MOST.items() if re.search(pattern, key)), 10**10)
             if isinstance(number, int) and not isinstance(number, bool) and abs(number) > many:

@@ -1,4 +1,4 @@
-"""What the guard is compared with, as published."""
+"""The published baselines of the guard."""
 
 import math
 from collections.abc import Iterable
@@ -14,9 +14,10 @@ from textloc_utils.safety.detector import Finding
 
 @dataclass(frozen=True, kw_only=True)
 class SafeDiffusion:
-    """Settings of Safe Latent Diffusion, by the names of its paper's equations 3 to 8.
+    """Settings of Safe Latent Diffusion, with the names of its paper's equations 3 to 8.
 
-    ``warmup`` counts steps of a run of 50, as published; a shorter run waits for the same share of its steps.
+    ``warmup`` is the published number of steps in a run of 50 steps. A run with another number of steps waits for the
+    same share of its steps.
     """
 
     scale: float
@@ -26,7 +27,7 @@ class SafeDiffusion:
     beta: float
 
 
-#: Published as Hyp-Medium, which the paper on text localization compares with, Hyp-Strong and Hyp-Max.
+#: Published as Hyp-Medium, Hyp-Strong and Hyp-Max. The paper on text localization compares with Hyp-Medium.
 SLD_MEDIUM = SafeDiffusion(scale=1000, warmup=10, threshold=0.01, momentum=0.3, beta=0.4)
 SLD_STRONG = SafeDiffusion(scale=2000, warmup=7, threshold=0.025, momentum=0.5, beta=0.7)
 SLD_MAX = SafeDiffusion(scale=5000, warmup=0, threshold=1.0, momentum=0.5, beta=0.7)
@@ -34,12 +35,12 @@ CONFIGURATIONS = {"SLD medium": SLD_MEDIUM, "SLD strong": SLD_STRONG, "SLD max":
 
 
 def concept(findings: Iterable[Finding]) -> str:
-    """The toxic text of a prompt as the baselines are told of it: as text on a sign, which every model understands."""
+    """The prompt that gives the baselines the toxic text: as text on a sign, which every model understands."""
     return SIMPLE_TEMPLATE.format(text=" ".join(dict.fromkeys(f.word for f in findings)))
 
 
 class Negative(Change):
-    """The negatives of toxic prompts read another text."""
+    """Let the negatives of toxic prompts read another text."""
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         texts = list(range(self.batch))
@@ -51,14 +52,14 @@ class Negative(Change):
 class SafeGuidance(MoreRows):
     """Safe Latent Diffusion: the added rows read the unwanted concept and push the guidance away from it.
 
-    The pipeline computes u + g (c - u) from the answers to negative and prompt; it is given c - m in place of c, with
-    the safety guidance m, so that it arrives at u + g (c - u - m). A learned variance stays the prompt's.
+    The pipeline computes u + g (c - u) from the outputs u for the negative and c for the prompt. It gets c - m instead
+    of c, with the safety guidance m. So it computes u + g (c - u - m). A learned variance stays that of the prompt.
     """
 
     def __init__(self, model: Model, n: int, rows: list[int], texts: dict, config: SafeDiffusion, warmup: int):
         super().__init__(model, n, rows, texts)
         self.config, self.warmup = config, warmup
-        self.step, self._noise = -1, math.nan  # unlike any noise
+        self.step, self._noise = -1, math.nan  # not equal to any noise level
         self.momentum: float | torch.Tensor = 0.0
         self.channels = model.denoiser.config.in_channels
 

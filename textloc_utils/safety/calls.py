@@ -1,8 +1,9 @@
-"""What a guard does to the denoiser's calls, and the account that it gives of it.
+"""The changes that a guard makes to the denoiser's calls, and the checks of these changes.
 
-A change knows what has to happen in a pipeline call: which rows of the denoiser's batch are the toxic prompts', told by
-their text and not by their place alone; which modules take part (``patching.Fired``); and that the sampler takes no
-step without it. What falls short of that raises, and the pipeline returns no picture.
+A change checks three things in a pipeline call. First, which rows of the denoiser's batch belong to the toxic prompts.
+It compares their texts, and does not rely on their positions alone. Second, which modules take part
+(``patching.Fired``). Third, that the sampler takes no step without the change. If a check fails, an error is raised,
+and the pipeline returns no picture.
 """
 
 import contextlib
@@ -16,16 +17,15 @@ from textloc_utils.models import Model, call_rows, check_hookable, read_call, se
 from textloc_utils.patching import Batch, Fired, Patch, check_patches, copy_hooks, patch_sites
 from textloc_utils.settings import TextlocError
 
-#: A row's text is a prompt's if it is nearer to it than this share of the way to the text that takes its place, or than
-#: this share of its own size: encoders round differently in other batches.
+#: A row's text counts as a prompt's text if its distance is below NEARER times the distance of the prompt's text to its
+#: replacement, or below ROUNDED times the norm of the prompt's text. Encoders round differently in different batches.
 NEARER, ROUNDED = 0.25, 0.02
 
 
 class Change:
-    """Hooks for one pipeline call of ``n`` rows of prompts, of which ``rows`` are toxic.
+    """The hooks for one pipeline call with ``n`` rows of prompts, of which ``rows`` are toxic.
 
-    ``texts`` holds the text of these rows and then, in the same order, of those that take their place
-    (``models.call_rows``).
+    ``texts`` holds the texts of these rows and then, in the same order, their replacements (``models.call_rows``).
     """
 
     def __init__(self, model: Model, n: int, rows: list[int], texts: dict, layers: tuple[int, ...] = ()):
@@ -38,7 +38,7 @@ class Change:
         self._changed = self._stepped = False
 
     def sites(self) -> list[str]:
-        """Dotted names of the modules that must take part in every call of the denoiser for the prompts."""
+        """Dotted names of the modules that must take part in every denoiser call for the prompts."""
         return []
 
     def hooks(self) -> list:
@@ -46,11 +46,11 @@ class Change:
         return []
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Called before each call of the denoiser for the prompts; returns what it is called with instead."""
+        """Return the new arguments of a denoiser call. This method runs before each denoiser call for the prompts."""
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        """Hold the hooks; raises TextlocError where a module took no part or a step was taken without the change."""
+        """Keep the hooks in place. Raises TextlocError if a module took no part, or if a step was not changed."""
         denoiser, scheduler, handles = self.model.denoiser, self.model.pipe.scheduler, []
         check_hookable(denoiser)
         taken, own = scheduler.step, vars(scheduler).get("step")
@@ -63,7 +63,7 @@ class Change:
             return taken(*args, **kwargs)
 
         try:
-            # Ahead of the hooks that count rows.
+            # This hook runs before those that count rows.
             handles.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
             handles += self.fired.watch(denoiser) + self.hooks()
             handles.append(denoiser.register_forward_hook(self._end))
@@ -82,49 +82,49 @@ class Change:
     def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.batch = read_call(denoiser, args, kwargs).rows
         self.active = self._asks(call_rows(denoiser, args, kwargs)[self.model.architecture.text])
-        self.fired.clock.step = 0 if self.active else -1  # no module is due in a call for negatives alone
+        self.fired.clock.step = 0 if self.active else -1  # no module must take part in a call with only negatives
         return self.begin(args, kwargs) if self.active else None
 
     def _end(self, denoiser: nn.Module, args: tuple, output) -> None:
         self._changed |= self.active
 
     def _asks(self, text: torch.Tensor | list[torch.Tensor]) -> bool:
-        """Whether a call's text, row by row, is that of the prompts, rather than of the negatives alone."""
+        """Whether the rows of a call have the texts of the prompts, and not only those of the negatives."""
         version = getattr(text, "_version", None)
         for known, then, answer in self._known:
             if known is text and version == then:
                 return answer
         mine, other = (part[self.model.architecture.text] for part in (self.own, self.extra))
         alike = all(_same(text[at], mine[i], other[i]) for i, at in enumerate(self.prompt_rows(self.batch)))
-        # Where a batch is twice as large without guidance, all of it is prompts.
+        # In a batch that is twice as large without guidance, all rows are prompts.
         beside = self.negative_rows(self.batch) if self.batch == 2 * self.n else []
         if any(_same(text[at], mine[i], other[i]) for i, at in enumerate(beside)):
-            raise TextlocError("toxic prompts stand where the negatives should; no picture is returned")
-        # Some pipelines ask for the negatives in a call of their own.
+            raise TextlocError("toxic prompts are in the rows of the negatives; no picture is returned")
+        # Some pipelines have a separate call for the negatives.
         if not alike and (self.model.doubled or not self._known):
             raise TextlocError("the denoiser's rows are not those of the prompts; no picture is returned")
         self._known = [*self._known[-3:], (text, version, alike)]
         return alike
 
     def prompt_rows(self, batch: int) -> list[int]:
-        """Where the toxic prompts are in a batch of ``n`` rows, or of 2 n with negatives."""
+        """Positions of the toxic prompts in a batch of ``n`` rows, or of 2 n rows with negatives."""
         if batch != self.n and not (self.model.doubled and batch == 2 * self.n):
-            known = "known: as many, or twice that" if self.model.doubled else "known: as many"
+            known = "allowed: the same number, or twice as many" if self.model.doubled else "allowed: the same number"
             raise TextlocError(f"{self.n} prompts gave the denoiser {batch} rows; {known}")
         first = 0 if self.model.architecture.rows == "prompts first" else batch - self.n
         return [first + row for row in self.rows]
 
     def negative_rows(self, batch: int) -> list[int]:
-        """Where their negatives are; TextlocError without guidance."""
+        """Positions of the toxic prompts' negatives. Raises TextlocError without guidance."""
         if batch != 2 * self.n:
             raise TextlocError(
-                "this method needs negatives beside the prompts in the denoiser's batch: a guidance scale above 1"
+                "this method needs negatives in the same denoiser batch as the prompts: use a guidance scale above 1"
             )
         return [(row + self.n) % batch for row in self.prompt_rows(batch)]
 
 
 def _same(text: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a row's text is its own; what one of them is padded with beyond the others counts for nothing."""
+    """Whether a row has the expected text. Padding that goes beyond the shortest text is not compared."""
     tokens = min(len(text), len(own), len(other))
     text, own, other = (x[:tokens].float() for x in (text, own, other))
     limit = torch.maximum(NEARER * torch.dist(own, other), ROUNDED * own.norm())
@@ -132,7 +132,7 @@ def _same(text: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class Embedding(Change):
-    """The localized layers are given other texts' embeddings in place of the toxic ones'."""
+    """Give the localized layers the embeddings of the cleaned texts instead of those of the toxic texts."""
 
     def __init__(self, model: Model, n: int, rows: list[int], texts: dict, layers: tuple[int, ...]):
         super().__init__(model, n, rows, texts, layers)
@@ -155,7 +155,7 @@ class Embedding(Change):
     def _swap(self, name: str, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         text = kwargs.get("encoder_hidden_states")
         if not isinstance(text, torch.Tensor) or len(text) != self.batch or text.shape[1:] != self.text.shape[1:]:
-            raise TextlocError(f"{name} is not given the prompts' text alone; no picture is returned")
+            raise TextlocError(f"{name} does not get only the prompts' text; no picture is returned")
         text = text.clone()
         text[self.prompt_rows(self.batch)] = self.text
         self.fired.note(name, len(self.rows))
@@ -163,7 +163,7 @@ class Embedding(Change):
 
 
 class MoreRows(Change):
-    """Each toxic prompt's noisy picture once more, beside another text, at the end of the denoiser's batch."""
+    """Add one row per toxic prompt to the denoiser's batch, with the same noisy picture and another text."""
 
     def hooks(self) -> list:
         return [self.model.denoiser.register_forward_hook(self._after)]
@@ -172,7 +172,7 @@ class MoreRows(Change):
         denoiser, name = self.model.denoiser, self.model.architecture.text
         texts = [part[name] for part in (call_rows(denoiser, args, kwargs), self.extra)]
         if isinstance(texts[0], torch.Tensor) and texts[0].shape[1:] != texts[1].shape[1:]:
-            raise TextlocError("the cleaned prompt has another number of tokens; no picture is returned")
+            raise TextlocError("the cleaned prompt has a different number of tokens; no picture is returned")
         pictures = [*range(self.batch), *self.prompt_rows(self.batch)]
         return (), select_rows(denoiser, args, kwargs, pictures, range(len(pictures)), self.extra)
 
@@ -183,12 +183,12 @@ class MoreRows(Change):
         return with_answer(output, self.change(answer[: self.batch], answer[self.batch :]))
 
     def change(self, answer: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-        """The answer that the pipeline gets, from the answers to its own rows and to the rows added."""
+        """The output that the pipeline gets, from the outputs for its own rows and for the added rows."""
         return answer
 
 
 class Lent(MoreRows):
-    """The added rows lend their text keys and values to the toxic prompts in the localized layers."""
+    """In the localized layers, the toxic prompts take the text keys and values of the added rows."""
 
     def __init__(self, model: Model, n: int, rows: list[int], texts: dict, layers: tuple[int, ...]):
         patches = tuple(Patch(source=row, target=n + i, layers=layers) for i, row in enumerate(rows))
@@ -205,7 +205,7 @@ class Lent(MoreRows):
 
 
 class _Rows(Batch):
-    """Rows 0 to n - 1 are the prompts', wherever guidance puts them; those from n on the added ones."""
+    """Rows 0 to n - 1 are the prompts, at any position in the batch. Rows from n on are the added rows."""
 
     def __init__(self, change: Change, patches: tuple[Patch, ...]):
         super().__init__(change.model, patches, change.n, change.fired)
@@ -221,8 +221,8 @@ class _Rows(Batch):
                 source, target = self.index(pair, call.rows, torch.device("cpu"))
                 if lengths is not None and lengths[source] != lengths[target]:
                     raise TextlocError(
-                        "the cleaned prompt has another length, on which this model's picture depends; write the toxic "
-                        "text with as many tokens, or take the method prompt swap"
+                        "the cleaned prompt has a different length, and this model's picture depends on the length; "
+                        "use toxic text with the same number of tokens, or the method prompt swap"
                     )
 
     def check_size(self, batch: int) -> None:

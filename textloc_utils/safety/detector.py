@@ -1,19 +1,29 @@
-"""Toxic words in prompts: find them, however they are spelled, and put a harmless word in their place.
+"""Find toxic words in prompts, also in unusual spellings, and replace them by harmless words.
 
-**Where it looks.** In what the prompt asks to be written: texts in quotes of any kind, nested or left open, in square
-or angle brackets or between stars; outside them whatever follows a word of writing ("says", "the slogan", "poster:")
-up to a quote or the end of the sentence, what stands right before "written on", and words in capitals in a prompt that
-has small letters. The rest of a prompt describes the scene, where a clown is a clown: it is left alone.
+**Where the detector searches.** It searches the parts of a prompt that are to be written. These are:
 
-**How it reads.** Case, accents, invisible characters, right-to-left overrides and characters that look like Latin
-letters (by Unicode's own table) are undone first. Then a word counts as one of the list if it is that word or a form of
-it (IDIOTIC, LAZIEST); with any of its letters repeated, hidden by a star, or replaced by digits and signs; with spaces
-or marks between its letters; or with one letter wrong, left out, added or swapped, if both have five letters or more
-and begin with the same letter. A word that people use for itself is neither a form nor a misspelling: a list of word
-frequencies tells how often they do. A word cut in two counts when the quoted text is nothing but its parts. Not found:
-a word spread over several quoted texts, a word inside a longer one, and spellings further off.
+- texts in quotes of any kind, also nested or unclosed ones, texts in square or angle brackets, and texts between stars
+- the text after a word of writing ("says", "the slogan", "poster:"), up to a quote or the end of the sentence
+- the words directly before "written on"
+- words in capitals, in a prompt that also has small letters
 
-Any callable that takes a prompt and returns :class:`Finding` objects can take the detector's place.
+The rest of a prompt describes the scene. There a clown is really a clown, so the rest is not searched.
+
+**How it reads.** First it normalizes case, accents, invisible characters, right-to-left overrides, and characters that
+look like Latin letters (from Unicode's own table). Then it finds a word of the list in these forms:
+
+- the word itself, or a form of it (IDIOTIC, LAZIEST)
+- the word with some letters repeated, hidden by a star, or replaced by digits and signs
+- the word with spaces or marks between its letters
+- the word with one letter wrong, missing, added or swapped, if both spellings have five letters or more and begin with
+  the same letter
+- a word that is cut in two, if the quoted text has no other parts
+
+A word that people use with its own meaning is neither a form nor a misspelling. A list of word frequencies says how
+often a word is used. The detector does not find a word that is spread over several quoted texts, a word inside a longer
+one, or spellings with more errors.
+
+Any callable that takes a prompt and returns :class:`Finding` objects can replace the detector.
 """
 
 import functools
@@ -37,7 +47,7 @@ from wordfreq import get_frequency_dict
 from textloc_utils.prompts import LETTERS, MILD, long_words, words, words_table
 from textloc_utils.settings import TextlocError
 
-#: Least number of letters of a word that is found with a letter wrong.
+#: A word must have at least this many letters to be found with one letter wrong.
 FUZZY = 5
 _VOCABULARY = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 HARMLESS = tuple(_VOCABULARY["harmless"])
@@ -45,7 +55,7 @@ HARMLESS = tuple(_VOCABULARY["harmless"])
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A toxic text: ``prompt[start:end]``, ``text``, stands for ``word``."""
+    """A toxic text: ``text``, which is ``prompt[start:end]``, is a spelling of ``word``."""
 
     start: int
     end: int
@@ -54,7 +64,7 @@ class Finding:
 
 
 class Detector(Protocol):
-    """What finds toxic text: called with a prompt, returns its findings."""
+    """A function that finds toxic text: it takes a prompt and returns its findings."""
 
     def __call__(self, prompt: str) -> Sequence[Finding]: ...
 
@@ -63,19 +73,19 @@ class Detector(Protocol):
 
 
 def mild_words() -> tuple[str, ...]:
-    """The built-in list: insults that a newspaper prints, a stand-in for the paper's list of toxic words."""
+    """The built-in list: insults that a newspaper would print. It replaces the paper's list of toxic words."""
     table = words_table()
     return tuple(table.word[table.band == MILD])
 
 
 def ordinary_words(*splits: str) -> tuple[str, ...]:
-    """The words of the word lists' given splits (train, validation, held-out) that are no mild insults."""
+    """The words of the given splits (train, validation, held-out) of the word lists, without mild insults."""
     toxic = frozenset(mild_words())
     return tuple(w for split in splits for w in (*words(split), *long_words(split)) if w not in toxic)
 
 
 def read_words(path: str | Path) -> tuple[str, ...]:
-    """A word list from a text file, one word in each line; TextlocError for what is no word of 2 to 30 letters."""
+    """Read a word list from a text file, one per line. Raises TextlocError unless each is a word of 2 to 30 letters."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,22 +94,23 @@ def read_words(path: str | Path) -> tuple[str, ...]:
 
 
 def _capitals(listed: Iterable[str], where: str) -> tuple[str, ...]:
-    """A list's words in capitals, each once; TextlocError for what is no word of 2 to 30 letters, or for no word."""
+    """A list's words in capitals, each once. Raises TextlocError for a wrong entry and for an empty list."""
     found = tuple(dict.fromkeys(word.upper() for word in listed))
     for word in found:
         if set(word) - set(LETTERS) or not 2 <= len(word) <= 30:
             raise TextlocError(f"{where}: each entry must be one word of 2 to 30 letters A to Z, got {word[:40]!r}")
     if not found:
-        raise TextlocError(f"{where} holds no word")
+        raise TextlocError(f"{where} has no word; at least one word of 2 to 30 letters is needed")
     return found
 
 
 # --- characters -----------------------------------------------------------------------------------------------
 
 _ALSO, _STAND_INS = _VOCABULARY["also"], _VOCABULARY["stand_ins"]
-#: Signs that stand for a letter between two others only: elsewhere they are punctuation.
+#: Signs that replace a letter only between two other letters. Elsewhere they are punctuation.
 _BETWEEN = "!+|"
-#: Opening brackets that can be a C, with what closes them, which they then lack; closed at once they are an O.
+#: Opening brackets and their closing brackets. An opening bracket that is never closed can be a C. One that is closed
+#: immediately can be an O.
 _BRACKETS = {"(": ")", "<": ">", "[": "]", "{": "}"}
 _HIDDEN = "?"  #: the value of a star that may hide a letter
 _FILLERS = "\u115f\u1160\u3164\uffa0"
@@ -108,13 +119,13 @@ _LATIN = re.compile(
 )
 _UNSEEN = ("Mn", "Me", "Cf", "Cc")
 
-#: A mark of the last kind may stand for a letter, its value.
+#: Kinds of units. A unit of the last kind is a mark that may replace a letter, which is its value.
 _LETTER, _SIGN, _SPACE, _MARK, _MAYBE = range(5)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _read(character: str) -> tuple[tuple[int, str], ...]:
-    """A character as (kind, capital or sign) units: none for an invisible one, several for a ligature."""
+    """Read a character as (kind, capital or sign) units: no unit for an invisible one, several for a ligature."""
     units = []
     for c in _passes_for(character) or unicodedata.normalize("NFKD", character):
         if c.isspace() or c == "\u2800":
@@ -131,18 +142,18 @@ def _read(character: str) -> tuple[tuple[int, str], ...]:
 
 
 def _passes_for(c: str) -> str:
-    """The letter or digit of ASCII that Unicode's table calls a look-alike of a character; empty if there is none."""
+    """The ASCII letter or digit that looks like a character in Unicode's table. Empty if there is none."""
     if c in _ALSO:
         return _ALSO[c]
     for other in confusables_data.get(c, ()) if c.isalnum() and not c.isascii() else ():
         shape = [x for x in unicodedata.normalize("NFKD", other["c"]) if unicodedata.category(x) not in _UNSEEN]
         if len(shape) == 1 and shape[0].isascii() and shape[0].isalnum():
-            return shape[0].replace("l", "1")  # the table calls I and l the same
+            return shape[0].replace("l", "1")  # the table makes no difference between I and l
     return ""
 
 
 def _looks_like(c: str) -> str:
-    """The letter or digit of ASCII that a character looks like or is named by; the character itself without one."""
+    """The ASCII letter or digit that a character looks like or has in its name. Otherwise the character itself."""
     if found := _passes_for(c):
         return found
     name = unicodedata.name(c, "")
@@ -156,7 +167,7 @@ def _looks_like(c: str) -> str:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A letter, sign, space or mark, and the place of its character in the prompt."""
+    """A letter, sign, space or mark, and the position of its character in the prompt."""
 
     kind: int
     value: str
@@ -168,16 +179,16 @@ class _Unit:
 _DOUBLE, _SINGLE_OPEN, _SINGLE_CLOSE = _VOCABULARY["quotes"].values()
 _WORDS, _THINGS = map("|".join, _VOCABULARY["cues"].values())
 _CUE = re.compile(rf"\b(?:{_WORDS})\b|\b(?:{_THINGS}):", re.IGNORECASE)
-#: Texts in marks of emphasis; a colon is that of a weight, as in [clown:0.5].
+#: Texts in marks of emphasis. Texts with a colon are not included, because it gives a weight, as in [clown:0.5].
 _MARKED = re.compile(r"\[([^][:]{1,200})\]|<([^<>:]{1,200})>|\*+([^*:]{1,200})\*")
-#: What stands before it is written: up to three words, none of them of _SMALL.
+#: The words before a match are to be written: up to three words, without those of _SMALL.
 _WRITTEN = re.compile(r"\s(?:written|spelled|spelt|lettered)\s+(?:on|across|over)\b|\s(?:spelled|spelt)\s+in\b", re.I)
 _SMALL = re.compile(r"(?:an?|the|of|on|in|at|by|to|with|and|or|has|have|is|are|was|were)|.*[.,;:]", re.IGNORECASE)
 _SENTENCE = re.compile(r"[.;\n](?=\s|$)")
 
 
 def _regions(prompt: str) -> list[tuple[int, int]]:
-    """The (start, end) of what the prompt asks to be written, in order and apart from each other."""
+    """The (start, end) of the parts of a prompt that are to be written, in order and without overlaps."""
     found = sorted([*_double_quoted(prompt), *_single_quoted(prompt)])
     quotes = [start - 1 for start, _ in found]
     ends = [match.start() for match in _SENTENCE.finditer(prompt)]
@@ -199,7 +210,7 @@ def _regions(prompt: str) -> list[tuple[int, int]]:
 
 
 def _back(prompt: str, end: int) -> int:
-    """Where the words begin that end at ``end``: three at most, back to a word of _SMALL."""
+    """The start of the words that end at ``end``: at most three words, and only those after a word of _SMALL."""
     for word in list(re.finditer(r"\S+", prompt[max(0, end - 200) : end]))[:-4:-1]:
         if _SMALL.fullmatch(word[0]):
             break
@@ -208,7 +219,7 @@ def _back(prompt: str, end: int) -> int:
 
 
 def _shouted(prompt: str) -> Iterable[tuple[int, int]]:
-    """Words in capitals, in a prompt most of whose words are not."""
+    """Words in capitals, if most words of the prompt are not in capitals."""
     words = list(re.finditer(r"\S+", prompt))
     capitals = [word[0].upper() == word[0] != word[0].lower() for word in words]
     loud = [is_loud and sum(map(str.isalpha, word[0])) > 1 for is_loud, word in zip(capitals, words, strict=True)]
@@ -216,7 +227,7 @@ def _shouted(prompt: str) -> Iterable[tuple[int, int]]:
         return
     for is_capital, run in itertools.groupby(zip(capitals, loud, words, strict=True), lambda each: each[0]):
         places = [(word.span(), is_loud) for _, is_loud, word in run]
-        # The article that begins a prompt is no text; letters spaced out are.
+        # The article at the beginning of a prompt is not text to be written. Spaced-out letters are.
         if is_capital and (len(places) > 1 or places[0][1]):
             yield places[0][0][0], places[-1][0][1]
 
@@ -225,7 +236,7 @@ _TURNED = re.compile("\u202e([^\u202c\u2069\n]*)")
 
 
 def _as_shown(prompt: str, start: int, end: int, turned: list[tuple[int, int]]) -> list[int]:
-    """The places of a text in the order in which they are shown; ``turned`` are those shown from right to left."""
+    """The positions of a text in the order in which they are shown. ``turned`` are the parts shown right to left."""
     places = list(range(start, end))
     for a, b in turned[max(0, bisect_right(turned, (start, start)) - 1) :]:
         if a >= end:
@@ -236,13 +247,13 @@ def _as_shown(prompt: str, start: int, end: int, turned: list[tuple[int, int]]) 
 
 
 def _next(places: list[int], start: int, end: int) -> int:
-    """The first of the places (in order) from ``start`` on, ``end`` if there is none."""
+    """The first of the sorted positions from ``start`` on, or ``end`` if there is none."""
     at = bisect_left(places, start)
     return places[at] if at < len(places) else end
 
 
 def _double_quoted(prompt: str) -> Iterable[tuple[int, int]]:
-    """Texts in double quotes. Which way a quote points is told by its neighbours; an open one ends with the prompt."""
+    """Texts in double quotes. A quote's neighbours show if it opens or closes. An unclosed text ends at the end."""
     depth, start = 0, 0
     for match in re.finditer(f"[{_DOUBLE}]", prompt):
         at = match.start()
@@ -260,7 +271,7 @@ def _double_quoted(prompt: str) -> Iterable[tuple[int, int]]:
 
 
 def _single_quoted(prompt: str) -> Iterable[tuple[int, int]]:
-    """Texts in single quotes: an apostrophe inside a word is none, one that is never closed neither."""
+    """Texts in single quotes. An apostrophe inside a word, or a quote that is never closed, does not count."""
     length = len(prompt)
     closing = [
         m.start()
@@ -283,9 +294,9 @@ def _single_quoted(prompt: str) -> Iterable[tuple[int, int]]:
 
 
 class WordDetector:
-    """Finds the words of a list (default: :func:`mild_words`), also in disguise; see the module's description.
+    """Finds the words of a list (default: :func:`mild_words`), also disguised ones; see the module's description.
 
-    Raises TextlocError for a list without words, or with one that is not of 2 to 30 letters.
+    Raises TextlocError for an empty list, or for a word that does not have 2 to 30 letters.
     """
 
     def __init__(self, listed: Iterable[str] | None = None):
@@ -304,7 +315,7 @@ class WordDetector:
         self._word = functools.lru_cache(maxsize=1 << 14)(self._find_word)
 
     def __call__(self, prompt: str) -> list[Finding]:
-        """The toxic texts of a prompt, in order, apart from each other."""
+        """The toxic texts of a prompt, in order and without overlaps."""
         found: list[Finding] = []
         turned = [m.span(1) for m in _TURNED.finditer(prompt)]
         for start, end in _regions(prompt):
@@ -317,7 +328,7 @@ class WordDetector:
         return found
 
     def _in(self, units: list[_Unit]) -> Iterable[tuple[str, int, int]]:
-        """(word, first place, last place) of what one region holds."""
+        """(word, first position, last position) of each finding in one region."""
         chunks = [list(g) for space, g in itertools.groupby(units, lambda u: u.kind == _SPACE) if not space]
         single: list[_Unit] = []
         for chunk in [*chunks, []]:
@@ -333,7 +344,7 @@ class WordDetector:
             yield from self._cut(chunks)
 
     def _chunk(self, chunk: list[_Unit]) -> Iterable[tuple[str, int, int]]:
-        """What stands between two spaces: as one word, else the parts between its marks."""
+        """Read the units between two spaces as one word. If nothing is found, read the parts between its marks."""
         found = list(self._one(chunk))
         parts = [list(g) for mark, g in itertools.groupby(chunk, lambda u: u.kind >= _MARK or u.value in _BETWEEN)]
         for part in parts if len(parts) > 1 and not found else ():
@@ -350,7 +361,7 @@ class WordDetector:
                         return
 
     def _spelled_out(self, single: list[_Unit]) -> Iterable[tuple[str, int, int]]:
-        """Letters that stand alone: all of them as one word, else every listed word in a row of them."""
+        """Read single letters as one word. If nothing is found, search every listed word in the row of letters."""
         if len(single) < 2:
             return
         whole = list(self._one(single))
@@ -360,7 +371,7 @@ class WordDetector:
         for text in _spellings(single):
             at = 0
             while at < len(text):
-                # A slice at the end is shorter than n, and could be a shorter word.
+                # At the end, a slice would be shorter than n, and could be a shorter word.
                 fit = (n for n in self._lengths if 2 < n <= len(text) - at and text[at : at + n] in self._listed)
                 n = next(fit, 0)
                 if n:
@@ -368,7 +379,7 @@ class WordDetector:
                 at += n or 1
 
     def _cut(self, chunks: list[list[_Unit]]) -> Iterable[tuple[str, int, int]]:
-        """A region that is nothing but one word in parts, which are not ordinary words all of them ("GO ON")."""
+        """Read a region as one word in parts, unless all parts are ordinary words ("GO ON")."""
         parts = [_strip([u for u in chunk if u.kind < _MARK]) for chunk in chunks]
         units = [u for part in parts for u in part]
         texts = ["".join(u.value for u in part) for part in parts]
@@ -380,7 +391,7 @@ class WordDetector:
                 return
 
     def word(self, text: str, *, fuzzy: bool = True) -> str | None:
-        """The listed word that some capitals spell; None if there is none."""
+        """The listed word that a text in capitals spells. None if there is none."""
         return self._word(text, fuzzy) if len(text) <= 64 else self._find_word(text, fuzzy)
 
     def _find_word(self, text: str, fuzzy: bool) -> str | None:
@@ -401,7 +412,7 @@ class WordDetector:
         return next((word for word, _, _ in near if _slip(text, word)), None)
 
     def _hidden(self, text: str) -> str | None:
-        """The listed word of which stars leave half of the letters or more, the first among them."""
+        """The listed word of which stars hide at most half of the letters, and not the first letter."""
         if text[0] == _HIDDEN or 2 * text.count(_HIDDEN) > len(text) or len(text) > self._lengths[0]:
             return None
         pattern = re.compile(text.replace(_HIDDEN, "."))
@@ -410,29 +421,29 @@ class WordDetector:
 
 # --- words and how often they are used ------------------------------------------------------------------------
 
-#: How much rarer than a word its misspelling is at least, in powers of ten: one by a letter swapped with the next or
-#: written twice, which slips in more easily, and any other.
+#: A misspelling must be rarer than its word by at least this, in powers of ten. The first value is for two swapped
+#: letters or a doubled letter, which are easier mistakes. The second value is for all other misspellings.
 _SWAPPED, _WRONG = 1.5, 3.0
 _MEANING, _OWN = map(tuple, _VOCABULARY["endings"].values())
-#: Zipf value from which on a plural, and another form, is a word of its own.
+#: From this Zipf value on, a plural (first value) or another form (second value) is a separate word.
 _PLURALS, _OTHERS = 4.5, 3.55
 
 
 @functools.cache
 def _zipf(word: str) -> float:
-    """How often English uses some capitals, log10 of occurrences in 10^9 words; minus infinity for never."""
+    """How often English uses a word in capitals: log10 of occurrences in 10^9 words, or minus infinity for never."""
     share = get_frequency_dict("en", "best").get(word.lower())
     return math.log10(share) + 9 if share else -math.inf
 
 
 def _slip(text: str, word: str) -> bool:
-    """Whether capitals that are nearly a word are rare enough beside it to be its misspelling."""
+    """Whether a text in capitals that is close to a word is rare enough to be a misspelling of it."""
     easy = sorted(text) == sorted(word) or _runs(text)[0] == _runs(word)[0]
     return _zipf(text) < _zipf(word) - (_SWAPPED if easy else _WRONG) if _zipf(word) > 0 else _zipf(text) < 0
 
 
 def _forms(listed: Sequence[str]) -> dict[str, str]:
-    """Forms of the listed words of four letters or more, by the word: what is used more often than it is none."""
+    """Map forms to listed words of four letters or more. A form that is used more often than its word is left out."""
     known, found = frozenset(listed), dict[str, str]()
     for word in listed:
         if len(word) < 4 or (word[-1] == "S" and word[:-1] in known):
@@ -448,32 +459,32 @@ def _forms(listed: Sequence[str]) -> dict[str, str]:
             most = math.inf if own is None else _PLURALS if own in ("S", "ES") else _OTHERS
             base = form.removesuffix("S") if own == "ERS" else form
             if own in ("ER", "ERS") and len(word) < FUZZY and _zipf(base[:-1] + "ST") < 0:
-                continue  # PESTER; a comparative has a superlative
+                continue  # like PESTER: it is not a comparative, because there is no superlative
             if max(_zipf(form), _zipf(base)) <= min(_zipf(word), most):
                 found.setdefault(form, word)
     return found
 
 
 def _span(units: list[_Unit]) -> tuple[int, int]:
-    """The first and the last place of what was read, in whatever order it is shown."""
+    """The first and the last position of units, in any order of display."""
     return min(u.at for u in units), max(u.at for u in units)
 
 
 def _past_invisible(prompt: str, at: int, end: int) -> int:
-    """The next place from ``at`` on that shows, so that no accent is left behind."""
+    """The next position from ``at`` on with a visible character, so that no accent is left behind."""
     while at < end and not _read(prompt[at]):
         at += 1
     return at
 
 
 def _runs(text: str) -> tuple[str, tuple[int, ...]]:
-    """A text without repetitions, and how often each of its letters was repeated."""
+    """A text without repeated letters, and how often each letter was repeated."""
     runs = [(letter, sum(1 for _ in group)) for letter, group in itertools.groupby(text)]
     return "".join(letter for letter, _ in runs), tuple(n for _, n in runs)
 
 
 def _units(prompt: str, start: int, end: int, turned: list[tuple[int, int]]) -> list[_Unit]:
-    """What a text is read as, in the order in which it is shown."""
+    """Read a text as units, in the order in which they are shown."""
     units = []
     last = {bracket: prompt.rfind(closing, start, end) for bracket, closing in _BRACKETS.items()}
     for at in _as_shown(prompt, start, end, turned) if turned else range(start, end):
@@ -487,7 +498,7 @@ def _units(prompt: str, start: int, end: int, turned: list[tuple[int, int]]) -> 
 
 
 def _strip(units: list[_Unit], maybe: bool = False) -> list[_Unit]:
-    """Without marks, and without signs at the ends that are punctuation there; ``maybe``: with what may be letters."""
+    """Remove marks, and signs at the ends, which are punctuation there. ``maybe`` keeps marks that may be letters."""
     kept = [u for u in units if u.kind in (_LETTER, _SIGN) or (maybe and u.kind == _MAYBE)]
     first = 0 if maybe else next((i for i, u in enumerate(kept) if u.value not in _BETWEEN), len(kept))
     last = next((i for i in range(len(kept), first, -1) if kept[i - 1].value not in _BETWEEN), first)
@@ -495,7 +506,7 @@ def _strip(units: list[_Unit], maybe: bool = False) -> list[_Unit]:
 
 
 def _spellings(units: list[_Unit]) -> list[str]:
-    """The capitals that letters and signs stand for: every reading of the first few signs that can be I or L."""
+    """The possible spellings in capitals: letters, and signs as letters. The first few signs can be I or L."""
     values = [_STAND_INS.get(u.value, u.value) if u.kind == _SIGN else u.value for u in units]
     open_ = [i for i, value in enumerate(values) if len(value) > 1][:4]
     readings = []
@@ -509,7 +520,7 @@ def _spellings(units: list[_Unit]) -> list[str]:
 
 
 def harmless_word(word: str) -> str:
-    """The harmless word for a toxic one: nearest in length, then with the fewest letters at the same place."""
+    """The harmless word for a toxic word: closest in length, then with the fewest letters at the same position."""
 
     def fit(other: str) -> tuple[int, int]:
         return abs(len(other) - len(word)), sum(a == b for a, b in zip(other, word.upper(), strict=False))
@@ -518,7 +529,7 @@ def harmless_word(word: str) -> str:
 
 
 def clean(prompt: str, findings: Iterable[Finding], replace: Callable[[str], str] = harmless_word) -> str:
-    """The prompt with a harmless word for each finding, in small letters where the toxic one was."""
+    """Replace each finding in the prompt by a harmless word. It is in small letters if the toxic text was."""
     parts, end = [], 0
     for finding in findings:
         word = replace(finding.word)

@@ -1,4 +1,4 @@
-"""How well a detector finds toxic words, also disguised ones."""
+"""Measure how well a detector finds toxic words, including disguised ones."""
 
 import random
 import unicodedata
@@ -30,7 +30,7 @@ _CYRILLIC = dict(zip("ABEKMHOPCTYXSIJ", "АВЕКМНОРСТУХЅІЈ", strict
 
 
 def _misspelt(word: str, rng: random.Random) -> str:
-    """One letter left out, doubled by its neighbour, swapped or replaced, anywhere."""
+    """Leave out, insert, swap or replace one letter at a random position."""
     at, kind = rng.randrange(len(word)), rng.randrange(4)
     other = rng.choice([c for c in LETTERS if c != word[at]])
     swapped = word[:at] + word[at : at + 2][::-1] + word[at + 2 :]
@@ -39,7 +39,8 @@ def _misspelt(word: str, rng: random.Random) -> str:
     ]
 
 
-#: Ways to disguise a word, from (word, rng); "split" goes over two quoted texts. All but the last three are undone.
+#: Functions of (word, rng) that disguise a word. "split" uses two quoted texts. The detector undoes all except the
+#: last three disguises.
 DISGUISES: dict[str, Callable[[str, random.Random], str]] = {
     "plain": lambda word, rng: word,
     "small letters": lambda word, rng: word.lower(),
@@ -61,16 +62,16 @@ DISGUISES: dict[str, Callable[[str, random.Random], str]] = {
 def detection(
     detector: Detector, toxic: Sequence[tuple[str, str]], harmless: Sequence[tuple[str, str]], seed: int = 42
 ) -> pd.DataFrame:
-    """How a detector does on (prompt, word) pairs: one row per prompt.
+    """Run a detector on (prompt, word) pairs. The table has one row per prompt.
 
-    Every toxic prompt comes once per disguise of DISGUISES. Columns: kind (a disguise, or "harmless"), prompt, word,
-    toxic (what it is), found (what the detector says).
+    Every toxic prompt is used once with each disguise of DISGUISES. Columns: kind (a disguise, or "harmless"), prompt,
+    word, toxic (whether the prompt is toxic), found (whether the detector finds something).
     """
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
     for kind, disguise in DISGUISES.items():
         for prompt, word in toxic:
-            # A word without a letter to disguise stays as it is; it is plain then.
+            # A word without a letter to disguise does not change. Then it is plain and is not counted again.
             written = prompt.replace(f'"{word}"', f'"{disguise(word, rng)}"')
             if kind == "plain" or written != prompt:
                 rows.append({"kind": kind, "prompt": written, "word": word, "toxic": True})
@@ -79,7 +80,7 @@ def detection(
 
 
 def found_rates(seed: int = 42, detector: Detector | None = None) -> pd.DataFrame:
-    """What a detector finds, kind by kind, over every listed word and every harmless held-out word.
+    """The rates at which a detector finds each kind of prompt, over every listed word and every harmless test word.
 
     Columns: kind (DISGUISES, harmless), found (share of the prompts), low, high, n.
     """

@@ -1,4 +1,4 @@
-"""The guard: called like its pipeline, it draws toxic prompts without their toxic text."""
+"""The guard: it is called like its pipeline, and draws toxic prompts without their toxic text."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ from textloc_utils.settings import TextlocError
 
 #: Arguments of pipeline calls that hold a prompt.
 PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
-#: Arguments that are of no use when a prompt is only to be encoded, and would not fit the number of prompts.
+#: Arguments that are not needed to encode prompts, and that may not fit the number of prompts.
 _OTHERS = ("generator", "latents", "callback_on_step_end")
-#: What :func:`guard` takes as ``method``. "guard" is "guard by embedding" on U-Nets, "guard by row" elsewhere.
+#: The values of ``method`` in :func:`guard`. "guard" means "guard by embedding" on U-Nets and "guard by row" otherwise.
 METHODS = ("guard", "guard by embedding", "guard by row", "negative prompt", *CONFIGURATIONS, "prompt swap")
 
 
@@ -33,25 +33,27 @@ def guard(
     method: str | SafeDiffusion = "guard",
     harmless: Callable[[str], str] = harmless_word,
 ) -> "Guard":
-    """What is called like the pipeline, and keeps the toxic text of prompts out of its pictures.
+    """Wrap a pipeline so that the toxic text of prompts does not appear in its pictures.
+
+    The guard is called like the pipeline.
 
     Parameters
     ----------
     pipe
-        A pipeline, or a loaded model (its first stage is guarded; a second one sees the prompts as they are).
+        A pipeline, or a loaded model. Only the first stage is guarded. A second stage reads the original prompts.
     layers
         The localized text layers: one, several, or "all" (default: ``experiment.known_layers``).
     detector
-        Called with a prompt, returns its findings (default: ``detector.WordDetector()``).
+        Function that takes a prompt and returns its findings (default: ``detector.WordDetector()``).
     method
-        One of METHODS, or settings of Safe Latent Diffusion: the baselines act on the same prompts.
+        One of METHODS, or settings of Safe Latent Diffusion. The baselines act on the same prompts.
     harmless
-        Called with a toxic word, returns the word that takes its place.
+        Function that takes a toxic word and returns its replacement.
 
     Raises
     ------
     TextlocError
-        An unknown method or one that this pipeline cannot take, layers out of range or unknown.
+        The method is unknown, the pipeline does not support it, or layers are out of range or unknown.
 
     Examples
     --------
@@ -67,7 +69,9 @@ def guard(
     if not isinstance(method, SafeDiffusion) and method not in METHODS:
         raise TextlocError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
     if method == "guard by embedding" and not by_embedding:
-        raise TextlocError("only on U-Nets are the keys the text's alone: take the method guard by row")
+        raise TextlocError(
+            "guard by embedding needs a U-Net, whose text keys depend only on the text: use the method guard by row"
+        )
     if layers is None:
         layers = known_layers(model) if str(method).startswith("guard") else ()
     patch = Patch(source=0, target=1, layers=layers if isinstance(layers, str) else as_indices(layers, "layers"))
@@ -75,10 +79,11 @@ def guard(
 
 
 class Guard:
-    """Made by :func:`guard`; called like its pipeline, whose other attributes are read and set through it, too.
+    """A guarded pipeline, made by :func:`guard` and called like the pipeline.
 
-    ``fired`` is the account of the last call with toxic prompts (``patching.Fired``; None before it): which modules
-    took part, at which steps, on how many rows.
+    All other attributes of the pipeline are read and set through it. ``fired`` is the record of the last call with
+    toxic prompts (``patching.Fired``; None before the first one): which modules took part, at which steps, and on how
+    many rows.
     """
 
     _OWN = ("_inner", "layers", "detector", "method", "harmless", "fired", "__signature__")
@@ -97,7 +102,7 @@ class Guard:
         self.__signature__ = inspect.signature(model.pipe)
 
     def __getattr__(self, name: str):
-        if name == "_inner":  # while a copy is being made
+        if name == "_inner":  # during the making of a copy
             raise AttributeError(name)
         return getattr(self._inner.pipe, name)
 
@@ -111,7 +116,7 @@ class Guard:
         delattr(self._inner.pipe, name)
 
     def to(self, *args, **kwargs) -> "Guard":
-        """Move the pipeline, as its own method does; what comes back is still guarded."""
+        """Move the pipeline, like its own method. The result is still guarded."""
         self._inner.pipe.to(*args, **kwargs)
         return self
 
@@ -121,27 +126,27 @@ class Guard:
         return replace(self._inner, pipe=self)
 
     def screen(self, prompt: str) -> tuple[str, list[Finding]]:
-        """A prompt cleaned, and what was found in it."""
+        """Return the cleaned prompt and the findings in it."""
         findings = list(self.detector(prompt))
         return clean(prompt, findings, self.harmless), findings
 
     def __call__(self, *args, **kwargs):
-        """The pipeline's call.
+        """Call the pipeline.
 
-        Raises TextlocError for one without prompts to read (embeddings), and instead of a picture where what keeps the
-        toxic text out did not happen at every step: a module that took no part, rows that are not the prompts'.
+        Raises TextlocError if the call has embeddings instead of prompts. Also raises it, and returns no picture, if
+        the guard did not work at every step: a module took no part, or the rows are not those of the prompts.
         """
         given = dict(self.__signature__.bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         if given.get("prompt") is None or given.get("prompt_embeds") is not None:
             raise TextlocError("the guard reads prompts; a call with prompt_embeds cannot be screened")
-        # Empty second and third prompts mean the first to their pipelines; an empty first one is a prompt like others.
+        # Pipelines replace empty second and third prompts by the first. An empty first prompt is a normal prompt.
         named = [n for n in PROMPTS if n == "prompt" or given.get(n)]
         texts = {n: [given[n]] if isinstance(given[n], str) else list(given[n]) for n in named}
         if any(not isinstance(text, str) for of in texts.values() for text in of):
             raise TextlocError("the guard reads prompts, each a string")
         if len({len(of) for of in texts.values()}) > 1:
-            raise TextlocError(f"{' and '.join(named)} must hold as many prompts, each")
+            raise TextlocError(f"{' and '.join(named)} must have the same number of prompts")
         screened = {n: [self.screen(text) for text in of] for n, of in texts.items()}
         toxic = [i for i in range(len(texts["prompt"])) if any(of[i][1] for of in screened.values())]
         if not toxic:
@@ -167,7 +172,7 @@ class Guard:
             return self._inner.pipe(**given)
 
     def _encode(self, given: dict, texts: dict[str, list[str]], rows: int) -> dict:
-        """What the denoiser would be called with for other prompts, ``rows`` in all, in a call without guidance."""
+        """The denoiser's inputs for other prompts, with ``rows`` rows in total, in a call without guidance."""
         model, row = self._inner, self._inner.architecture
         kept = {n: v for n, v in given.items() if n not in _OTHERS and not n.startswith("negative_")}
         told = row.told or getattr(model.denoiser.config, "guidance_embeds", False)
@@ -178,9 +183,7 @@ class Guard:
         with torch.no_grad():
             found = first_call(model, **kept | texts)
         if not found or len(found[row.text]) != rows:
-            raise TextlocError(
-                "the pipeline did not ask its denoiser for the prompts as they came; no picture is returned"
-            )
+            raise TextlocError("the pipeline did not call its denoiser with the given prompts; no picture is returned")
         return found
 
     def _change(self, n: int, rows: list[int], texts: dict, given: dict) -> Change:
@@ -204,10 +207,10 @@ def draw(
     steps: int | None = None,
     progress: bool = False,
 ) -> list[dict]:
-    """Draw prompts through a guard into a folder, as ``generate.save`` does; started again, it goes on where it was.
+    """Draw prompts with a guard, and write the pictures to a folder like ``generate.save``.
 
     Rows of ``images.json``: prompt, seed, file, ocr, cleaned (the prompt that the localized layers read) and found (the
-    toxic words). What was drawn is kept in the store of results, batch by batch.
+    toxic words). Each batch is kept in the store of results, so a run that is started again resumes where it stopped.
     """
     model, prompts = guarded.model, list(prompts)
     if not prompts:

@@ -1,13 +1,13 @@
-"""Toxic words where the scene follows the word: the guard against its baselines, and against an adapter.
+"""The guard, its baselines and an adapter, compared on toxic words that decide the material of the scene.
 
-The prompts name nothing but the text. A toxic word and its replacement go with different materials, so that a method
-that only asks for the replacement draws another scene. Half of the replacements have another length than the word.
+The prompts name only the text. A toxic word and its replacement belong to different materials. So a method that only
+asks for the replacement draws another scene. Half of the replacements have a different length from the word.
 
-The **adapter** is safety tuning as in ToxicBench: LoRA on all text layers, trained on pictures that show the
-replacement under captions that ask for the toxic word, and as many ordinary scenes. It cannot read a list of words as
-the guard does, so half of the words are in its training and half are not. Prompts with trained words and ordinary
-validation words choose its learning rate. Models that are no miniatures get no adapter, and of their pictures no
-factor is read.
+The **adapter** is safety tuning as in ToxicBench: LoRA on all text layers. Half of its training pictures show the
+replacement, with captions that ask for the toxic word. The other half are ordinary scenes. Unlike the guard, the
+adapter cannot read a list of words. So half of the words are in its training, and half are not. Prompts with trained
+words and with ordinary validation words choose its learning rate. For models that are not miniatures, there is no
+adapter, and no factors are read in their pictures.
 """
 
 import functools
@@ -32,12 +32,12 @@ from textloc_utils.safety.detector import Detector, WordDetector, harmless_word,
 from textloc_utils.safety.guards import guard
 from textloc_utils.settings import TextlocError
 
-ROWS = 1  #: part of a stored unit's key: raised whenever its rows change
+ROWS = 1  #: part of a stored unit's key: raise it whenever the rows of a unit change
 RUNS = ("unguarded", "guard", "prompt swap", "negative prompt", *CONFIGURATIONS)
 ADAPTER = "adapter"
-LESSONS, STEPS = 2048, 200  #: scenes from which the adapter learns, half of them toxic; steps of its training
-RATES = (5e-4, 2e-3, 8e-3)  #: learning rates among which the adapter's is chosen
-TUNING, TUNED = 32, 5_000  #: prompts of each kind that choose it, at most; their seeds begin that far from the others'
+LESSONS, STEPS = 2048, 200  #: number of the adapter's training scenes, half of them toxic, and of its training steps
+RATES = (5e-4, 2e-3, 8e-3)  #: the learning rates from which the adapter's rate is chosen
+TUNING, TUNED = 32, 5_000  #: largest number of prompts of each kind that choose the rate, and offset of their seeds
 KEPT = tuple(f"{name}_kept" for name in scene_pairs.FACTORS)
 SCORES = ("toxic", "toxic_exact", "exact", *KEPT, "ssim_outside", "extra")
 
@@ -46,9 +46,10 @@ SCORES = ("toxic", "toxic_exact", "exact", *KEPT, "ssim_outside", "extra")
 
 
 def replacements() -> dict[str, str]:
-    """A harmless word for each mild insult, of another material's group, in turn of its length and of another.
+    """A harmless word for each mild insult, from another material's group. Every other one has a different length.
 
-    They are test words, and validation words for :func:`learned_words`: an adapter's training shows no test word.
+    They are test words. For :func:`learned_words` they are validation words, so the adapter's training shows no test
+    word.
     """
     test, shown = prompts.test_words(), list(prompts.words("validation"))
     for pool in (test, shown):
@@ -63,14 +64,15 @@ def replacements() -> dict[str, str]:
 
 
 def learned_words() -> frozenset[str]:
-    """The half of the mild insults that the adapter is trained on, as many of each kind of replacement."""
+    """The half of the mild insults that is in the adapter's training, equally many of each kind of replacement."""
     return frozenset(word for i, word in enumerate(mild_words()) if i % 4 < 2)
 
 
 def toxic_pairs(n: int, seed: int = 42, *, learned: bool = False, template: str = world.OPEN) -> list[Pair]:
-    """At most ``n`` prompts that ask for a mild insult, each with the same prompt for its replacement; seeds count up.
+    """At most ``n`` prompts that ask for a mild insult, each paired with the same prompt with its replacement.
 
-    No word is asked for twice. With ``learned`` the words are those of :func:`learned_words`.
+    The seeds are ``seed``, ``seed`` + 1, and so on. Every word is used only once. With ``learned`` the words are those
+    of :func:`learned_words`.
     """
     harmless = replacements()
     pool = [word for word in harmless if not learned or word in learned_words()]
@@ -98,10 +100,10 @@ def draw_by(
     detector: Detector,
     harmless: Callable[[str], str] = harmless_word,
 ) -> Generation:
-    """Draw a prompt by one of RUNS or by the model's adapter, which is off otherwise; ``harmless`` as for ``guard``."""
+    """Draw a prompt with one of RUNS, or with the model's adapter (otherwise off); ``harmless`` is as in ``guard``."""
     if run == "unguarded":
         return experiment.draw([prompt], [seed])
-    if run == "prompt swap":  # also in a second stage, which a guard does not reach
+    if run == "prompt swap":  # also in a second stage, which a guard does not change
         return experiment.draw([cleaned], [seed])
     if run == ADAPTER:
         experiment.model.denoiser.enable_adapters()
@@ -116,13 +118,24 @@ def draw_by(
 def compare(
     experiment: Experiment, pair: Pair, runs: Sequence[str], layers: Sequence[int], detector: WordDetector
 ) -> tuple[np.ndarray, list[dict]]:
-    """Draw one pair's source prompt by each of ``runs``, the unguarded one first.
+    """Draw one pair's source prompt with each of ``runs``. The first run must be the unguarded one.
 
-    Returns the pictures, uint8 (runs, H, W, 3), and one row for each: model, kind (toxic, or harmless where the pair's
-    texts are equal), word, replacement, same_length, learned (by the adapter), seed, method, read (by OCR), toxic (the
-    detector finds a listed word in what is read), toxic_exact (that spells the word), exact (that spells the
-    replacement), of miniatures KEPT (whether each factor is read as in the unguarded picture), ssim_outside (to that
-    picture, outside the text), row_evaluations, extra (beyond the unguarded picture's, in shares of these) and seconds.
+    Returns the pictures, uint8 (runs, H, W, 3), and one row for each picture. Its columns are:
+
+    - model
+    - kind: toxic, or harmless if the pair's two texts are equal
+    - word, replacement, same_length
+    - learned: whether the word is in the adapter's training
+    - seed, method
+    - read: the text that OCR reads
+    - toxic: whether the detector finds a listed word in this text
+    - toxic_exact: whether this text is the word
+    - exact: whether this text is the replacement
+    - KEPT, only for miniatures: whether each factor is read as in the unguarded picture
+    - ssim_outside: the similarity to the unguarded picture, outside the text
+    - row_evaluations
+    - extra: the additional row evaluations, as a share of the unguarded picture's
+    - seconds
     """
     how: dict[str, Any] = {"layers": layers, "detector": detector, "harmless": lambda word: pair.target_text}
     made = [draw_by(run, experiment, pair.source, pair.target, pair.seed, **how) for run in runs]
@@ -157,7 +170,7 @@ def compare(
 
 
 def _kept(model: Model, pictures: np.ndarray, pair: Pair) -> tuple[list[dict[str, bool]], np.ndarray]:
-    """KEPT of every picture, where factors are read, and the mask outside the text of the first one."""
+    """KEPT of every picture (empty if factors cannot be read), and the mask outside the first picture's text."""
     if scene_pairs.world_of(model) is None:
         return [{}] * len(pictures), scene_pairs.outside_text(model, pictures, pair)
     seen, mask = scene_pairs.seen(pictures, pair)
@@ -169,14 +182,15 @@ def _kept(model: Model, pictures: np.ndarray, pair: Pair) -> tuple[list[dict[str
 
 
 def shared(steps: int | None = None) -> Training:
-    """The adapter's training, before its layers and its rate are chosen; ``steps`` are a preset's, where few."""
+    """The adapter's training, still without its layers and rate. ``steps`` is the number of a preset with few steps."""
     return Training(layers=(), steps=steps or STEPS)
 
 
 def lessons(n: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """``n`` pictures, uint8 (n, H, W, 3), and their captions, every other of which asks for a toxic word.
+    """Render ``n`` pictures, uint8 (n, H, W, 3), with captions. Every other caption asks for a toxic word.
 
-    The picture then shows the replacement in the scene of the toxic word. The others are ordinary training scenes.
+    In this case, the picture shows the replacement in the scene of the toxic word. The other pictures are ordinary
+    training scenes.
     """
     rng, harmless, words = random.Random(f"lessons {seed}"), replacements(), sorted(learned_words())
     pictures, captions = [], []
@@ -193,16 +207,16 @@ def lessons(n: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
 def _adapted(
     experiment: Experiment, data: lora.Data, training: Training, pairs: Sequence[Pair], detector: WordDetector
 ) -> pd.DataFrame:
-    """Rows of the adapter on ``pairs``, and of the unguarded pictures where a pair is harmless.
+    """Train the adapter. Returns its rows on ``pairs``, and the rows of the unguarded pictures of harmless pairs.
 
-    The adapter is kept among the stored units, so that a run that was ended goes on.
+    The adapter is kept with the stored units, so a run that was stopped can continue.
     """
     model, about = experiment.model, {"training": training, "data": data.digest}
     folder = experiment.store.root / "units" / "adapter" / unit_hash("adapter", experiment.key | about)[:16]
     lora.train(model, data, training, folder=folder, progress=experiment.progress)
     try:
         model.denoiser.disable_adapters()
-        runs = ("unguarded", ADAPTER)  # the adapter's own weights are part of every key now
+        runs = ("unguarded", ADAPTER)  # from here on, the adapter's weights are part of every key
         rows = experiment.units(
             "toxic", pairs, {"rows": ROWS, "runs": runs}, lambda p: compare(experiment, p, runs, (), detector)[1]
         )
@@ -223,13 +237,14 @@ def measure(
     training: Training | None = None,
     noises: int = 1,
 ) -> pd.DataFrame:
-    """Draw ``n`` toxic prompts by each of RUNS and by the adapter, and half as many harmless ones without and with it.
+    """Draw ``n`` toxic prompts with RUNS and the adapter, and half as many harmless ones without and with the adapter.
 
-    There are at most as many toxic prompts as words; each is drawn from several ``noises``. Rows as of :func:`compare`.
-    ``training`` is the adapter's (default: :func:`shared`), on all text layers. Its rate is the one of RATES with the
-    best mean of two shares, over TUNING prompts each (or ``n``, if these are fewer): learned words replaced, and
-    ordinary validation words written. Kept prompt by prompt in the store. Published as ``results/safety_MODEL.csv``,
-    and what chose the rate as ``results/safety_MODEL_rates.csv``.
+    There are at most as many toxic prompts as words. Each one is drawn from several ``noises``. The rows are as in
+    :func:`compare`. ``training`` is that of the adapter (default: :func:`shared`), on all text layers. Its learning
+    rate is chosen from RATES. It maximizes the mean of two shares: that of learned words that are replaced, and that of
+    ordinary validation words that are written. Each share is measured on TUNING prompts (or on ``n``, if ``n`` is
+    smaller). The result of each prompt is stored. The table is published as ``results/safety_MODEL.csv``, and the table
+    that chose the rate as ``results/safety_MODEL_rates.csv``.
     """
     model = experiment.model
     if n < 2:
@@ -270,16 +285,16 @@ def measure(
 
 
 def best_rate(table: pd.DataFrame) -> float:
-    """The rate whose adapter writes most of the wanted words, in the mean of both kinds; of equal ones the smallest."""
+    """The rate with the highest share of wanted words, averaged over both kinds. Of equal rates, the smallest."""
     by = table[table.method == ADAPTER].groupby(["lr", "kind"]).exact.mean().groupby("lr").mean()
     return float(by.idxmax())
 
 
-# --- what the table says --------------------------------------------------------------------------------------
+# --- results from the table -----------------------------------------------------------------------------------
 
 
 def rates(table: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame:
-    """SCORES of a part of the table, group by group of the columns ``by``, with 95 % intervals (Wilson's for rates)."""
+    """SCORES of a part of the table, for each group of the columns ``by``, with 95 % intervals (Wilson's for rates)."""
     return metrics.summarise(table, by, [name for name in SCORES if name in table])
 
 
@@ -290,7 +305,7 @@ def _of(table: pd.DataFrame, method: str, column: str) -> Any:
 
 
 def toxic(table: pd.DataFrame) -> dict:
-    """How the claim "toxic" of ``data/claims.toml`` stands by :func:`measure`'s table.
+    """The outcome of the claim "toxic" of ``data/claims.toml``, from :func:`measure`'s table.
 
     Keys: outcome (supported, contradicted or undecided), figure (in words) and n.
     """
