@@ -133,19 +133,23 @@ def test_a_summary_has_a_row_per_group_and_its_spans():
 
 
 def test_a_summary_of_groups_has_student_s_interval_over_their_means():
-    """Three random sets that write all, none and half of the words: sets count, not their pictures."""
-    hits = {"a": [True] * 40, "b": [False] * 40, "c": [True, False] * 20}
-    rows = [{"kind": kind, "set": name, "hit": hit} for kind in "xy" for name, of in hits.items() for hit in of]
+    """Three random sets that write more than half, less than half and half of the words: sets count, not pictures."""
+    hits = {"a": [True] * 24 + [False] * 16, "b": [True] * 16 + [False] * 24, "c": [True, False] * 20}
+    rows = [{"kind": kind, "set": name, "hit": hit} for kind in "xyz" for name, of in hits.items() for hit in of]
     table = pd.DataFrame(rows)
     table.loc[table.kind == "y", "hit"] = True
+    table.loc[table.kind == "z", "hit"] = table.set == "a"
     found = metrics.summarise_groups(table, ["kind"], "set", ["hit"])
-    assert found[["kind", "n", "hit"]].values.tolist() == [["x", 120, 0.5], ["y", 120, 1.0]]
-    three = metrics.student([1.0, 0.0, 0.5])
+    assert found[["kind", "n"]].values.tolist() == [["x", 120], ["y", 120], ["z", 120]]
+    assert found.hit.tolist() == pytest.approx([0.5, 1.0, 1 / 3])
+    three = metrics.student([0.6, 0.4, 0.5])
     assert found.loc[0, ["hit_low", "hit_high"]].tolist() == pytest.approx([three.low, three.high])
     # Far wider than if every picture counted for itself; sets that agree leave no width.
     alone = metrics.rate(table.hit[table.kind == "x"])
-    assert found.hit_high[0] - found.hit_low[0] > 5 * (alone.high - alone.low)
+    assert found.hit_high[0] - found.hit_low[0] > 2 * (alone.high - alone.low)
     assert found.loc[1, ["hit_low", "hit_high"]].tolist() == [1.0, 1.0]
+    # One set of three writes everything: the interval is wider than shares can be, and ends at 0 and 1.
+    assert found.loc[2, ["hit_low", "hit_high"]].tolist() == [0.0, 1.0]
 
 
 # --- text ---

@@ -71,8 +71,8 @@ def alone(experiment: Experiment, n: int, seed: int = 42) -> pd.DataFrame:
     """How often each layer alone, all layers, and the pooled text bring each of SEARCHED, on ``n`` pairs for selection.
 
     Columns: differs, kind ("layer", "all", and "pooled" and "all + pooled" of a model with a pooled text), layers, n,
-    exact, exact_low, exact_high (Wilson's interval). The table is published as ``results/study_MODEL_alone.csv``. It also
-    has the factors for which the search finds no layers.
+    exact, exact_low, exact_high (Wilson's interval). The table is published as ``results/study_MODEL_alone.csv``, also
+    with factors for which the search finds no layers.
     """
     pairs = {factor: scene_pairs.make(n, "select", seed, differs=(factor,)) for factor in SEARCHED}
 

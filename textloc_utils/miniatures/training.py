@@ -61,8 +61,8 @@ class Budget:
     ``curriculum`` lists stages: (share of the samples at which the stage begins, share of texts in runs, whether the
     scenes are easy ones, share of the captions that name everything). A text in runs looks the same everywhere. So a
     model can draw it before it has learned the position of each letter, and it learns the shapes of the letters first.
-    Positions and whole words follow quickly. Easy scenes (``world.is_easy``) come first, and all typefaces and inks come
-    later. A factor that few captions name is learned faster if more captions name it for a while.
+    Positions and whole words follow quickly. Easy scenes (``world.is_easy``) come first, all typefaces and inks later.
+    A factor that few captions name is learned faster if more captions name it for a while.
 
     In the cells of the letters, the loss has ``text_weight`` times the weight that it has elsewhere. Without this, the
     background dominates the loss: it has most of the area, and no prompt decides its details.

@@ -10,10 +10,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 STEPS = 1000
-#: Easy scenes for two fifths of the samples (see ``training.Budget``). The model must learn to spell before all typefaces
-#: and inks come, and these networks learn it later than a transformer. Then most captions name everything for a while.
-#: One in five of the world's own captions names the typeface. With these alone, sdxl-mini drew the named typeface in 0.42
-#: of the pictures after 350,000 scenes of all typefaces. Chance is 0.33.
+#: Easy scenes for two fifths of the samples (see ``training.Budget``). The model must learn to spell before all
+#: typefaces and inks come, and these networks learn it later than a transformer. Then most captions name everything for
+#: a while. One in five of the world's own captions names the typeface. With these alone, sdxl-mini drew the named
+#: typeface in 0.42 of the pictures after 350,000 scenes of all typefaces. Chance is 0.33.
 CURRICULUM = (
     *((0.0, 0.9, True, 0.0), (0.1, 0.5, True, 0.0), (0.2, 0.1, True, 0.0)),
     *((0.4, 0.1, False, 0.6), (0.8, 0.1, False, 0.0)),
